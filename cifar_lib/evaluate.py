@@ -1,0 +1,150 @@
+"""From images to logits, once, and from logits to every number: accuracy, confusion, calibration, mistakes."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import binomtest
+from sklearn import metrics
+from torch import Tensor, nn
+
+from cifar_lib.data import CLASSES, normalize
+from cifar_lib.hardware import autocast
+
+VIEWS = ("none", "flip", "flip-shift")
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    precision: str = "fp32",
+    tta: str = "none",
+    batch_size: int = 500,
+) -> Tensor:
+    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
+
+    The model computes where its weights lie, in evaluation mode. `tta`: the mean of the logits over test-time views of
+    each image: `flip` takes it and its mirror image, `flip-shift` also both moved by a pixel towards two corners,
+    weighted 1/2 : 1/4 : 1/4 (Jordan 2024, arXiv:2404.00498).
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = []
+    for batch in images.split(batch_size):
+        inputs = normalize(batch.to(device), mean, std)
+        with autocast(device, precision):
+            logits.append(sum(weight * model(view).float() for weight, view in _views(inputs, tta)).cpu())
+    model.train(was_training)
+    return torch.cat(logits) if logits else torch.empty(0, len(CLASSES))
+
+
+def _views(inputs: Tensor, tta: str) -> list[tuple[float, Tensor]]:
+    """(weight, normalised images) of each test-time view; the weights add up to 1."""
+    if tta == "none":
+        return [(1.0, inputs)]
+    if tta == "flip":
+        return [(0.5, inputs), (0.5, inputs.flip(3))]
+    if tta != "flip-shift":
+        raise ValueError(f"tta: expected one of {', '.join(VIEWS)}; got {tta!r}")
+    padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
+    weighted = [(0.25, inputs), *((0.125, view) for view in shifted)]
+    return [(weight, view) for weight, image in weighted for view in (image, image.flip(3))]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The fraction of images whose largest logit is the label's."""
+    return (logits.argmax(1) == labels.cpu()).float().mean(dtype=torch.float64).item()
+
+
+def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a fraction `correct / n`: how far the accuracy of other test images may lie."""
+    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
+    """int64 (10, 10): rows are true classes, columns predicted ones."""
+    return metrics.confusion_matrix(labels.cpu(), logits.argmax(1), labels=range(len(CLASSES)))
+
+
+def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a confusion matrix."""
+    hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    rows = zip(CLASSES, hits, true, predicted, strict=True)
+    return {
+        name: {
+            "precision": float(hit / max(p, 1)),
+            "recall": float(hit / max(t, 1)),
+            "f1": float(2 * hit / max(t + p, 1)),
+            "images": int(t),
+        }
+        for name, hit, t, p in rows
+    }
+
+
+def most_confused_pairs(matrix: np.ndarray, k: int = 10) -> list[tuple[str, str, int]]:
+    """The k largest cells off the diagonal: (true class, predicted class, images), most first."""
+    mistakes = matrix - np.diag(matrix.diagonal())
+    cells = np.argsort(-mistakes, axis=None, kind="stable")[:k]
+    pairs = (np.unravel_index(cell, matrix.shape) for cell in cells)
+    return [(CLASSES[t], CLASSES[p], int(matrix[t, p])) for t, p in pairs if mistakes[t, p] > 0]
+
+
+def most_confident_mistakes(
+    logits: Tensor, labels: Tensor, true: int | None = None, predicted: int | None = None
+) -> Tensor:
+    """Positions int64 of the misclassified images, most confident first; only of the given classes where given."""
+    confidence, guess = logits.softmax(1).max(1)
+    labels = labels.cpu()
+    wrong = guess != labels
+    if true is not None:
+        wrong &= labels == true
+    if predicted is not None:
+        wrong &= guess == predicted
+    positions = wrong.nonzero()[:, 0]
+    return positions[confidence[positions].argsort(descending=True, stable=True)]
+
+
+def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
+    """Equal bins of confidence in (0, 1]: `edges` (bins + 1,), and `count`, `confidence`, `accuracy` (bins,) in each.
+
+    Means of empty bins are nan. torchmetrics puts confidence 1.0 into a bin of its own (torchmetrics#3510); here it
+    belongs to the last one.
+    """
+    confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))
+    edges = np.linspace(0, 1, bins + 1)
+    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(which, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        return {
+            "edges": edges,
+            "count": count,
+            "confidence": np.bincount(which, confidence, bins) / count,
+            "accuracy": np.bincount(which, guess == labels.cpu().numpy(), bins) / count,
+        }
+
+
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence| over images' bins."""
+    r = reliability(logits, labels, bins)
+    gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
+    return float((gaps * r["count"]).sum() / r["count"].sum())
+
+
+def summarize(logits: Tensor, labels: Tensor) -> dict:
+    """Everything measured on a labelled set, ready for JSON; accuracies are fractions, the interval is Wilson's 95 %."""
+    matrix = confusion_matrix(logits, labels)
+    correct, n = int(matrix.trace()), len(labels)
+    return {
+        "accuracy": correct / n,
+        "n": n,
+        "interval": wilson_interval(correct, n),
+        "cross_entropy": F.cross_entropy(logits, labels.cpu()).item(),
+        "calibration_error": calibration_error(logits, labels),
+        "per_class": per_class(matrix),
+        "confusion_matrix": matrix.tolist(),
+    }

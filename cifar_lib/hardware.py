@@ -1,0 +1,93 @@
+"""What the code runs on: the device, the precision it is good for, and the report's "System Specifications"."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import torchvision
+
+from cifar_lib.errors import InputError
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` takes a CUDA or Apple GPU if there is one, else the CPU. Raises InputError for a device that isn't here."""
+    if name == "auto":
+        gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(gpu)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; got {name!r} ({reason}): "
+            "use --device auto or cpu"
+        ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device: expected auto, cpu, cuda, cuda:N or mps; got {name!r}: use --device auto")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32."""
+    if name not in PRECISIONS:
+        raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}; got {name!r}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":  # is_bf16_supported() is also true where bf16 is only emulated
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which forward passes compute in `precision` (fp32, bf16 or fp16)."""
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+
+def describe(device: torch.device) -> dict[str, str | float | int | None]:
+    """The machine and the versions, as the report's System Specifications lists them; memory in GB (10^9 bytes)."""
+    on_gpu = device.type == "cuda"
+    return {
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 2),
+        "device": str(device),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit this package is checked out at, `+changes` if the tree differs from it, None outside git."""
+    here = Path(__file__).parent
+    try:
+        head, status = (
+            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.strip() + ("+changes" if status.strip() else "")
