@@ -1,8 +1,8 @@
 """One epoch of augmentation as a pure function of (images, policy, seed, epoch), each image with its own draws.
 
-All random numbers of an epoch are drawn first, on the CPU, so they depend on nothing but (n, policy, seed, epoch): not on
-the device, the chunk size, workers or restarts. Then images that get the same operation are grouped and go through one
-batched kernel. The published pipeline (torchvision's transforms on PIL images) draws and computes image by image.
+All random numbers of an epoch are drawn first, on the CPU, so they depend on nothing but (n, policy, seed, epoch): not
+on the device, the chunk size, workers or restarts. Then images that get the same operation are grouped and go through
+one batched kernel. The published pipeline (torchvision's transforms on PIL images) draws and computes image by image.
 """
 
 import math
@@ -111,7 +111,7 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     )
 
 
-# The operations: RandAugment (arXiv:1909.13719), AutoAugment's CIFAR-10 policy (1805.09501), TrivialAugmentWide (2103.10158)
+# Operations: RandAugment (arXiv:1909.13719), AutoAugment for CIFAR-10 (1805.09501), TrivialAugmentWide (2103.10158)
 
 
 def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
@@ -136,8 +136,8 @@ def _operation_table(ops: str) -> tuple[tuple[tuple[str, float], ...], Tensor]:
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
     """What each magnitude bin of an operation means, as torchvision has it for 32x32 images.
 
-    Shear: the tangent of the angle; Translate: pixels; Rotate: degrees; Brightness to Sharpness: change of the factor 1;
-    Posterize: bits kept; Solarize: threshold. `wide`: TrivialAugmentWide's ranges.
+    Shear: the tangent of the angle; Translate: pixels; Rotate: degrees; Brightness to Sharpness: change of the
+    factor 1; Posterize: bits kept; Solarize: threshold. `wide`: TrivialAugmentWide's ranges.
     """
     top = {"Shear": (0.3, 0.99), "Translate": (150 / 331 * SIZE, 32.0), "Rotate": (30.0, 135.0)}
     if name in SIGNED:
@@ -278,7 +278,7 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
-    """`fill` inside each image's box (top, left, height, width) int64 (n, 4); what lies outside the image is cut off."""
+    """`fill` inside each image's box (top, left, height, width) int64 (n, 4); what lies outside the image is cut."""
     top, left, height, width = boxes.to(images.device)[:, :, None].unbind(1)
     pixel = torch.arange(SIZE, device=images.device)
     rows = (pixel >= top) & (pixel < top + height)  # (n, 32)

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
                 file.flush()
                 os.fsync(file.fileno())
             if keep is not None and path.exists():
-                os.replace(path, keep)
+                _second_name(path, keep)
             os.replace(scratch, path)
         except BaseException:
             scratch.unlink(missing_ok=True)
@@ -57,6 +58,21 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
         raise InputError(
             f"can't write {path} ({error.strerror}); nothing there was changed: choose another place or free the disk"
         ) from error
+
+
+def _second_name(path: Path, name: Path) -> None:
+    """Make `name` stand for the file at `path` too, so that at no moment there is no file at `path`."""
+    spare = name.with_name(f".{name.name}.tmp")
+    spare.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, spare)
+        os.replace(spare, name)
+    except BaseException:
+        spare.unlink(missing_ok=True)
+        raise
 
 
 class RunDirectory:

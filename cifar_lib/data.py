@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -148,20 +149,25 @@ def download_cifar10(root: Path, mirror: str | None = None, give_up_after: float
         try:
             with _time_limit(give_up_after):
                 download_and_extract_archive(url, scratch, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            raise InputError(f"CIFAR-10 could not be downloaded from {url} ({error}): {remedy}") from error
+        except (OSError, HTTPException, RuntimeError, EOFError, ValueError, _GaveUp) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"CIFAR-10 could not be downloaded from {url} ({reason}): {remedy}") from error
         target = root / FOLDER
         shutil.rmtree(target, ignore_errors=True)
         os.replace(Path(scratch) / FOLDER, target)
     return target
 
 
+class _GaveUp(Exception):
+    """The time is over. No OSError: torchvision takes those for a reason to try http after https."""
+
+
 @contextlib.contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError after `seconds` of wall clock (main thread on POSIX), or when a socket stalls (anywhere)."""
+    """Raise _GaveUp after `seconds` of wall clock (main thread on POSIX); a socket that stalls raises anywhere."""
 
     def give_up(*_):
-        raise TimeoutError(f"gave up after {seconds:.0f} s")
+        raise _GaveUp(f"gave up after {seconds:.0f} s")
 
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALL_SECONDS)

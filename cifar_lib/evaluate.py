@@ -129,14 +129,14 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence| over images' bins."""
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence| over images."""
     r = reliability(logits, labels, bins)
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float((gaps * r["count"]).sum() / r["count"].sum())
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:
-    """Everything measured on a labelled set, ready for JSON; accuracies are fractions, the interval is Wilson's 95 %."""
+    """Everything measured on a labelled set, ready for JSON; accuracy is a fraction, the interval Wilson's 95 %."""
     matrix = confusion_matrix(logits, labels)
     correct, n = int(matrix.trace()), len(labels)
     return {

@@ -15,14 +15,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes a CUDA or Apple GPU if there is one, else the CPU. Raises InputError for a device that isn't here."""
+    """`auto` takes a CUDA or Apple GPU if there is one, else the CPU. Raises InputError for one that isn't here."""
     if name == "auto":
         gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(gpu)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; got {name!r} ({reason}): "

@@ -104,7 +104,9 @@ def save_model(path: Path, model: ResNet, info: dict) -> None:
     """Write weights as safetensors with what is needed to use them: the shape of the network, and `info` (JSON)."""
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"model": json.dumps(shape), "info": json.dumps(info)}))
+    # One key: safetensors writes several in random order, and equal weights should be equal bytes.
+    metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
@@ -120,7 +122,8 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        shape, info = json.loads(metadata["model"]), json.loads(metadata["info"])
+        content = json.loads(metadata["cifar_lib"])
+        shape, info = content["model"], content["info"]
         model = ResNet(shape["blocks"], shape["channels"], shape["num_classes"])
         mean_std = [tuple(map(float, info[key])) for key in ("mean", "std")]
         if [len(values) for values in mean_std] != [3, 3]:

@@ -1,0 +1,31 @@
+# Two commands: `make run` and `make test`. Each sets up .venv first, from nothing if need be.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: run test notebooks address clean
+
+run: .venv/ready  ## the five notebooks as pages under runs/html, and the table published / this run
+	$(PY) notebooks/build.py
+
+test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q --nbmake notebooks --durations=5
+
+notebooks: .venv/ready  ## the full recipe into the committed notebooks, figures/ and results/; needs a GPU or a day
+	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
+
+address:  ## make address TO=you/your-repository: the address in pyproject.toml, and with it the badges everywhere
+	test -n "$(TO)"
+	from=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml); \
+	sed -i "s#$$from#$(TO)#g" pyproject.toml README.md notebooks/*.ipynb
+
+clean:
+	rm -rf .venv runs
+
+.venv/ready: requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@

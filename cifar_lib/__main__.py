@@ -1,0 +1,3 @@
+from cifar_lib.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,201 @@
+"""python -m cifar_lib: info, train, evaluate, predict, submit."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchinfo
+from PIL import Image, UnidentifiedImageError
+
+from cifar_lib import __version__
+from cifar_lib.data import CLASSES, channel_statistics, load_cifar10
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import VIEWS, predict, summarize
+from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
+from cifar_lib.kaggle import read_test_file, write_submission
+from cifar_lib.model import ResNet, load_model
+from cifar_lib.train import RECIPES, fit, learning_rates, recipe
+
+ADAPTATIONS = ("none", "normalize")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line and exit code 2, without the usage."""
+        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m cifar_lib", description="Train a small ResNet on CIFAR-10 and use it.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = _command(commands, "info", _info, "the network's size and a recipe's learning rates")
+    info.add_argument("--recipe", default="report", metavar="R", help=f"one of {', '.join(RECIPES)}")
+    info.add_argument("--json", action="store_true")
+
+    train = _command(commands, "train", _train, "train a recipe into a run directory, or go on with it")
+    train.set_defaults(go_on="the same command goes on from the last finished epoch")
+    train.add_argument("--recipe", required=True, metavar="R", help=f"one of {', '.join(RECIPES)}")
+    train.add_argument("--run", required=True, metavar="DIR", help="run directory; a run in it is gone on with")
+    train.add_argument("--seed", metavar="N")
+    train.add_argument("--epochs", metavar="N")
+    train.add_argument("--train-size", metavar="N", help="train on a stratified part of the images")
+    train.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig")
+    _device_options(train)
+    _data_option(train)
+
+    evaluate = _command(commands, "evaluate", _evaluate, "score weights on CIFAR-10's test images")
+    _weights_options(evaluate)
+    evaluate.add_argument("--json", action="store_true")
+    _data_option(evaluate)
+
+    classify = _command(commands, "predict", _predict, "the three likeliest classes of pictures of your own")
+    classify.add_argument("images", nargs="+", metavar="IMAGE")
+    _weights_options(classify)
+
+    submit = _command(commands, "submit", _submit, "label a competition's .pkl")
+    _weights_options(submit)
+    submit.add_argument("--test", required=True, metavar="FILE.pkl")
+    submit.add_argument("--out", required=True, metavar="FILE.csv")
+    submit.add_argument("--adapt", choices=ADAPTATIONS, default="normalize", help="normalize: by the file's statistics")
+    submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
+    return parser
+
+
+def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=function, go_on="nothing was written; the same command starts again")
+    return parser
+
+
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
+
+
+def _weights_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a model.safetensors")
+    parser.add_argument("--tta", nargs="?", const="flip-shift", default="none", choices=VIEWS, help="test-time views")
+    _device_options(parser)
+
+
+def _data_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="ROOT", help="the folder that holds cifar-10-batches-py")
+
+
+def _info(options: argparse.Namespace) -> None:
+    config = recipe(options.recipe)
+    summary = torchinfo.summary(ResNet(config.blocks, config.channels), (1, 3, 32, 32), verbose=0)
+    sizes = {
+        "parameters": summary.total_params,
+        "mult_adds_m": round(summary.total_mult_adds / 1e6, 2),
+        "params_mb": round(summary.total_param_bytes / 1e6, 2),
+        "forward_backward_mb": round(summary.total_output_bytes / 1e6, 2),
+        "total_mb": round((summary.total_input + summary.total_output_bytes + summary.total_param_bytes) / 1e6, 2),
+    }
+    if options.json:
+        print(json.dumps({"recipe": options.recipe, **sizes, "learning_rates": learning_rates(config)}))
+        return
+    print(summary)
+    rates = " ".join(f"{rate:.4g}" for rate in learning_rates(config))
+    print(f"learning rates of {options.recipe}, epoch by epoch: {rates}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    changes: dict[str, object] = {}
+    for text in options.set:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set: expected FIELD=VALUE, got {text!r}")
+        changes[field] = value
+    flags = ("seed", "epochs", "train_size", "precision")
+    changes |= {flag: getattr(options, flag) for flag in flags if getattr(options, flag) is not None}
+    config = recipe(options.recipe, **changes)
+    choose_device(options.device)  # before the data are read
+    metrics = fit(config, options.run, *load_cifar10(options.data), device=options.device)
+    _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
+
+
+def _print_score(score: dict, where: str) -> None:
+    low, high = score["interval"]
+    print(f"test accuracy {score['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {score['n']}); {where}")
+
+
+def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
+    """The weights on the device asked for, their `info`, and the precision."""
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    model, info = load_model(options.weights)
+    return model.to(device, memory_format=torch.channels_last), info, precision
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    model, info, precision = _load(options)
+    _, test = load_cifar10(options.data)
+    logits = predict(model, test.images, info["mean"], info["std"], precision, options.tta)
+    score = summarize(logits, test.labels)
+    if options.json:
+        print(json.dumps({"weights": str(options.weights), "tta": options.tta, "precision": precision, **score}))
+    else:
+        _print_score(score, f"test-time views: {options.tta}, precision {precision}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    images = torch.stack([_read_image(Path(name)) for name in options.images])
+    model, info, precision = _load(options)
+    probabilities = predict(model, images, info["mean"], info["std"], precision, options.tta).softmax(1)
+    for name, row in zip(options.images, probabilities, strict=True):
+        best = row.topk(3)
+        guesses = (f"{CLASSES[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        print(f"{name}: {', '.join(guesses)}")
+
+
+def _read_image(path: Path) -> torch.Tensor:
+    """Any picture as uint8 (3, 32, 32): its central square, scaled down with anti-aliasing."""
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"predict: expected a picture, found no file at {path}") from error
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"predict: {path} can't be read as a picture ({reason}): give a PNG or JPEG file") from error
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _submit(options: argparse.Namespace) -> None:
+    test = read_test_file(options.test)
+    model, info, precision = _load(options)
+    mean, std = info["mean"], info["std"]
+    if options.adapt == "normalize":
+        mean, std = channel_statistics(test.images)
+        if min(std) == 0:
+            raise InputError("submit: a channel of the test file is constant, normalize can't divide: use --adapt none")
+    labels = predict(model, test.images, tuple(mean), tuple(std), precision, options.tta).argmax(1)
+    write_submission(options.out, test.ids, labels.tolist(), options.label_column)
+    print(f"{len(labels)} labels in {options.out} (adaptation: {options.adapt}, test-time views: {options.tta})")

@@ -1,0 +1,201 @@
+"""What the five notebooks share: the profile, the data it gets, the run it trains, how figures and tables are shown."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torchinfo
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+
+from cifar_lib.checkpoint import write_atomically
+from cifar_lib.data import STAND_IN, ImageSet, generate_stand_in, load_cifar10, stratified_split
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import wilson_interval
+from cifar_lib.hardware import choose_device, choose_precision
+from cifar_lib.kaggle import generate_test_file, read_test_file
+from cifar_lib.model import ResNet, load_model
+from cifar_lib.plots import save_figure
+from cifar_lib.train import TrainConfig, fit, recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ROOT / "results" / "published"
+GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
+QUICK_TEST_IMAGES = 1000
+PUBLISHED_SYSTEM = {
+    "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
+    "gpu": "NVIDIA A100-SXM4-40GB",
+    "memory_gb": "82.9648",
+    "python": "3.9.18",
+    "cuda": "12.4",
+    "torch": "2.6.0+cu124",
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    """One notebook's profile and data.
+
+    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/ and goes on with generated
+    stand-in data where there is no CIFAR-10. `full` trains the report's recipe on real data only, and writes figures/
+    and results/.
+    """
+
+    profile: str
+    train: ImageSet
+    test: ImageSet
+    scored: ImageSet  # the part of `test` that this profile evaluates
+    config: TrainConfig
+
+    @classmethod
+    def open(cls) -> "Session":
+        """The session of `CIFAR_PROFILE` (quick or full; default quick)."""
+        profile = os.environ.get("CIFAR_PROFILE", "quick")
+        if profile not in ("quick", "full"):
+            raise InputError(f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick")
+        if profile == "full":
+            train, test = load_cifar10()
+            return cls(profile, train, test, test, recipe("report"))
+        try:
+            train, test = load_cifar10(give_up_after=GIVE_UP_AFTER)
+        except InputError as error:
+            if os.environ.get("CIFAR10_ROOT"):
+                raise  # a place was named: going on without it would hide the mistake
+            print(f"{error}\nGoing on with generated stand-in data, marked as such on every figure and table.")
+            train, test = generate_stand_in()
+        _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
+        return cls(profile, train, test, test[part], recipe("quick"))
+
+    @property
+    def stand_in(self) -> bool:
+        return self.train.source == STAND_IN
+
+    @property
+    def note(self) -> str | None:
+        """What every figure, table and file made from generated data says on its face."""
+        return "stand-in data: generated images, not CIFAR-10" if self.stand_in else None
+
+    @property
+    def folder(self) -> Path:
+        """Where this session writes what is no figure: runs/<profile>, or runs/<profile>-stand-in."""
+        return ROOT / "runs" / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
+
+    @property
+    def run(self) -> Path:
+        """The run directory of this session's configuration; another configuration gets another one."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{self.config.recipe}-seed{self.config.seed}-{digest[:8]}"
+
+    def fit(self) -> dict:
+        """Train this session's configuration, or go on with it, or read what it came to; returns its metrics."""
+        metrics = fit(self.config, self.run, self.train, self.scored)
+        if self.profile == "full":
+            results = ROOT / "results" / f"{self.config.recipe}-seed{self.config.seed}"
+            results.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "environment.json", "history.csv", "timing.csv", "metrics.json"):
+                shutil.copyfile(self.run / name, results / name)
+        return metrics
+
+    def trained_model(self) -> tuple[ResNet, dict]:
+        """This session's trained network on the best device, trained now if it isn't yet, and its `info`."""
+        if not (self.run / "metrics.json").exists():
+            print("No trained network yet: training one as in notebook 3.")
+        self.fit()
+        model, info = load_model(self.run / "model.safetensors")
+        return model.to(self.device, memory_format=torch.channels_last), info
+
+    @property
+    def device(self) -> torch.device:
+        return choose_device()
+
+    @property
+    def precision(self) -> str:
+        return choose_precision("auto", self.device)
+
+    @property
+    def test_file(self) -> Path:
+        """The competition's file: the one that `CIFAR_TEST_FILE` names, else the generated one of `custom_test`."""
+        named = os.environ.get("CIFAR_TEST_FILE")
+        return Path(named) if named else self.folder / "custom_test.pkl"
+
+    def custom_test(self) -> ImageSet:
+        """The images of `test_file`, read as what it is: a stranger's pickle.
+
+        Where none is named it is generated from the scored test images; only then there are labels.
+        """
+        if os.environ.get("CIFAR_TEST_FILE"):
+            return read_test_file(self.test_file)
+        known = generate_test_file(self.test_file, self.scored)
+        return replace(read_test_file(self.test_file), labels=known.labels)
+
+    def curves(self, quantity: str) -> dict[str, tuple[range, pd.Series]]:
+        """`loss` or `accuracy` by epoch, on training and on watched images, of the published run and of this one."""
+        published, ours = published_history(), pd.read_csv(self.run / "history.csv")
+        watched = "test" if self.config.watch_test else "validation"
+        lines = {f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")}
+        lines |= {f"{part}, this run": ours[f"{part}_{quantity}"] for part in ("train", watched)}
+        return {name: (range(len(values)), values) for name, values in lines.items()}
+
+    def comparison(self) -> pd.DataFrame:
+        """The report's Table 2 beside this session's finished run, and why they differ; written as comparison.csv."""
+        size = torchinfo.summary(ResNet(self.config.blocks, self.config.channels), (1, 3, 32, 32), verbose=0)
+        megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
+        metrics = json.loads((self.run / "metrics.json").read_text())
+        test, images = metrics["test"], metrics["train_images"]
+        theirs, ours = published_history().iloc[-1], pd.read_csv(self.run / "history.csv").iloc[-1]
+        correct = int(published_confusion().to_numpy().trace())
+        their_interval = "{:.2%} to {:.2%}".format(*wilson_interval(correct, 10_000))
+        our_interval = "{:.2%} to {:.2%}".format(*test["interval"])
+        as_published = self.config == recipe("report") and not self.stand_in
+        why = "another seed and machine"
+        if not as_published:
+            why = f"recipe {self.config.recipe}: {self.config.epochs} epochs of {images:,} images"
+        data = "" if as_published else f"profile {self.profile}"
+        rows = [
+            ("parameters", "4,916,284", f"{size.total_params:,}", ""),
+            ("multiply-adds (M)", "769.05", f"{size.total_mult_adds / 1e6:.2f}", ""),
+            ("size (MB)", "34.01", f"{megabytes:.2f}", ""),
+            ("epochs", "60", f"{self.config.epochs}", "" if as_published else data),
+            ("training images", "50,000", f"{images:,}", "" if as_published else data),
+            ("last train accuracy", f"{theirs.train_accuracy:.2%}", f"{ours.train_accuracy:.2%}", why),
+            ("test accuracy", f"{theirs.test_accuracy:.2%}", f"{test['accuracy']:.2%}", why),
+            ("its 95 % interval", their_interval, our_interval, f"n = 10,000 and {test['n']:,}"),
+            ("test data", "CIFAR-10", self.test.source, self.note or ""),
+        ]
+        table = pd.DataFrame(rows, columns=["quantity", "published", "this run", "why they differ"])
+        write_atomically(self.folder / "comparison.csv", table.to_csv(index=False).encode())
+        return table
+
+    def specifications(self) -> pd.DataFrame:
+        """The report's system specifications, and those of the machine that this session's run was trained on."""
+        ours = json.loads((self.run / "environment.json").read_text())
+        rows = {name: [PUBLISHED_SYSTEM.get(name, "–"), str(value or "–")] for name, value in ours.items()}
+        return pd.DataFrame(rows, index=["published", "this run"]).T
+
+    def show(self, figure: Figure, name: str, alt: str) -> None:
+        """Save the figure as `name`.png, in figures/ in the full profile, and show it; `alt` says what it shows."""
+        folder = ROOT / "figures" if self.profile == "full" else self.folder / "figures"
+        display(Image(save_figure(figure, folder / f"{name}.png", self.note), alt=alt))
+
+    def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
+        """The frame with its caption, and where the data come from if they aren't CIFAR-10."""
+        note = f" ({self.note})" if self.note else ""
+        styles = [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"}]
+        return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
+
+
+def published_history() -> pd.DataFrame:
+    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test set."""
+    history = pd.read_csv(PUBLISHED / "history.csv")
+    return history.assign(train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100)
+
+
+def published_confusion() -> pd.DataFrame:
+    """The published confusion matrix, rows true, columns predicted, 1000 images a row."""
+    return pd.read_csv(PUBLISHED / "confusion_matrix.csv", index_col=0)

@@ -1,0 +1,306 @@
+"""Arrays in, Figure out, in one look. Colours are Okabe and Ito's, told apart by the colour-blind and in grey print."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from PIL import Image
+
+from cifar_lib.checkpoint import write_atomically
+from cifar_lib.data import CLASSES
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
+STYLE = {
+    "axes.grid": True,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.dpi": 100,
+    "figure.titlesize": 12,
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+}
+_in_style = matplotlib.rc_context(STYLE)  # a decorator: titles and legends take their look when they are made
+
+
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Figure, np.ndarray]:
+    """A Figure that belongs to no global state, and its axes (rows, columns)."""
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+@_in_style
+def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
+    """The figure as PNG; `note` is written across its foot, for figures that must say what they are made from."""
+    if note:
+        figure.supxlabel(note, fontsize=10, color=COLOURS[5], weight="bold")
+    drawn, packed = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=dpi)
+    Image.open(drawn).convert("RGB").save(packed, format="png", optimize=True)  # an eighth smaller, the same pixels
+    return packed.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, note: str | None = None) -> bytes:
+    """Write the figure as PNG to `path`, whole or not at all; returns the picture."""
+    png = to_png(figure, note)
+    write_atomically(path, png)
+    return png
+
+
+def _show(axes: Axes, image: np.ndarray, title: str = "", size: float = 8, colour: str = "black") -> None:
+    axes.imshow(image, interpolation="nearest", vmin=0, vmax=255)
+    axes.set_title(title, fontsize=size, loc="center", pad=3, color=colour)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+@_in_style
+def image_grid(
+    images: np.ndarray,
+    columns: int,
+    titles: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    title: str = "",
+    scale: float = 0.85,
+) -> Figure:
+    """Pictures uint8 (n, H, W, 3), row by row, with a title each or a label a row; `scale`: inches a picture."""
+    rows = -(-len(images) // columns)
+    width = columns * scale + (0.9 if len(row_labels) else 0)
+    lines = max((t.count("\n") + 1 for t in titles), default=0)
+    figure, axes = _figure(rows, columns, (max(width, 4), rows * (scale + 0.17 * lines) + (0.4 if title else 0)))
+    figure.suptitle(title)
+    for i, ax in enumerate(axes.flat):
+        if i < len(images):
+            _show(ax, images[i], titles[i] if len(titles) else "")
+        else:
+            ax.set_axis_off()
+    for ax, label in zip(axes[:, 0], row_labels, strict=False):
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+@_in_style
+def class_counts(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
+    """Bars of images a class, a colour for each set: {set: (10,)}."""
+    figure, axes = _figure(size=(9.5, 3.4))
+    ax, width = axes[0, 0], 0.86 / len(counts)
+    for i, (name, values) in enumerate(counts.items()):
+        places = np.arange(len(CLASSES)) + (i - (len(counts) - 1) / 2) * width
+        bars = ax.bar(places, values, width, label=name)
+        ax.bar_label(bars, fontsize=7, padding=1)
+    ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=30, ha="right")
+    ax.set(ylabel="images", title=title)
+    ax.grid(axis="x", visible=False)
+    ax.margins(y=0.12)
+    if len(counts) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@_in_style
+def channel_histograms(histograms: Mapping[str, np.ndarray], title: str) -> Figure:
+    """How often each value occurs in each channel, a panel for each set: {set: (3, 256)}."""
+    figure, axes = _figure(1, len(histograms), (4.5 * len(histograms), 3.2))
+    figure.suptitle(title)
+    for ax, (name, counts) in zip(axes[0], histograms.items(), strict=True):
+        for channel, (colour, hexadecimal) in zip(counts, CHANNEL_COLOURS.items(), strict=True):
+            ax.plot(channel / channel.sum(), color=hexadecimal, label=colour, linewidth=1.2)
+        ax.set(xlabel="pixel value", ylabel="share of pixels", title=name)
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    top = max(ax.get_ylim()[1] for ax in axes[0])
+    for ax in axes[0]:
+        ax.set_ylim(0, top)
+    axes[0, -1].legend()
+    return figure
+
+
+@_in_style
+def channel_dots(values: Mapping[str, Sequence[float]], title: str, xlabel: str) -> Figure:
+    """A row for each set, a dot for each channel: {set: (3,)}."""
+    figure, axes = _figure(size=(7.5, 1.1 + 0.38 * len(values)))
+    ax = axes[0, 0]
+    for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
+        marker = "osD"[channel]
+        dots = [row[channel] for row in values.values()]
+        ax.plot(dots, range(len(values)), marker, color=hexadecimal, label=colour, markersize=7)
+    ax.set_yticks(range(len(values)), values.keys())
+    ax.invert_yaxis()
+    ax.margins(y=0.2)
+    ax.set(title=title, xlabel=xlabel)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@_in_style
+def curves(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    percent: bool = False,
+) -> Figure:
+    """A line for each (x, y); a name that ends in "(published)" is dashed and grey."""
+    figure, axes = _figure(size=(7.5, 4))
+    ax = axes[0, 0]
+    greys = iter(("#444444", "#888888", "#bbbbbb"))
+    for name, (x, y) in series.items():
+        published = name.endswith("(published)")
+        look = {"color": next(greys), "linestyle": "--"} if published else {"marker": "o" if len(x) < 12 else None}
+        ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if percent:
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if len(series) > 1:
+        ax.legend()
+    return figure
+
+
+@_in_style
+def frequencies(measured: Mapping[str, float], expected: float, title: str) -> Figure:
+    """How often each thing happened, as bars, against one expected share."""
+    figure, axes = _figure(size=(8, 3.2))
+    ax = axes[0, 0]
+    ax.bar(range(len(measured)), measured.values())
+    ax.axhline(expected, color=COLOURS[5], linestyle="--", label=f"expected {expected:.2%}")
+    ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.grid(axis="x", visible=False)
+    ax.set(title=title, ylabel="share of draws")
+    ax.legend(loc="lower right", frameon=True)
+    return figure
+
+
+@_in_style
+def confusion(matrices: Mapping[str, np.ndarray], kind: str, title: str) -> Figure:
+    """Confusion matrices (10, 10) side by side, rows true, columns predicted.
+
+    kind: `counts`; `rows` (each row a share of its class); `difference` (signed). Colours leave the diagonal out, which
+    would drown the mistakes.
+    """
+    figure, axes = _figure(1, len(matrices), (5.6 * len(matrices) + 0.4, 5.4))
+    figure.suptitle(title)
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        shown = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if kind == "rows" else matrix
+        texts = np.vectorize({"counts": str, "rows": _percent, "difference": _signed}[kind], otypes=[object])(shown)
+        colours = np.where(np.eye(len(matrix), dtype=bool), np.nan, shown.astype(float))
+        limit = max(np.nanmax(np.abs(colours)), 1e-9)
+        palette = "PuOr" if kind == "difference" else "Blues"
+        span = (-limit, limit) if kind == "difference" else (0, limit)
+        look = {"annot": texts, "fmt": "", "square": True, "cbar": False, "linewidths": 0.5, "annot_kws": {"size": 8}}
+        sns.heatmap(colours, ax=ax, cmap=palette, vmin=span[0], vmax=span[1], **look)
+        for i in range(len(matrix)):
+            ax.text(i + 0.5, i + 0.5, texts[i, i], ha="center", va="center", fontsize=8, weight="bold")
+        ax.set_xticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=45, ha="right")
+        ax.set_yticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=0)
+        ax.set(title=name, xlabel="predicted", ylabel="true")
+    return figure
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}" if share else "0"
+
+
+def _signed(count: float) -> str:
+    return f"{count:+.0f}" if count else "0"
+
+
+@_in_style
+def class_scores(scores: Mapping[str, Sequence[float]], title: str, xlabel: str) -> Figure:
+    """A score of each class, a marker for each model: {model: (10,)}."""
+    figure, axes = _figure(size=(7.5, 4))
+    ax = axes[0, 0]
+    for i, (name, values) in enumerate(scores.items()):
+        ax.plot(values, range(len(CLASSES)), "osD^"[i], label=name, markersize=7)
+    ax.set_yticks(range(len(CLASSES)), CLASSES)
+    ax.invert_yaxis()
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(title=title, xlabel=xlabel)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@_in_style
+def confused_pairs(pairs: Sequence[tuple[str, str, int]], title: str) -> Figure:
+    """Bars of (true class, predicted class, images), most first."""
+    figure, axes = _figure(size=(7.5, 0.9 + 0.3 * max(len(pairs), 3)))
+    ax = axes[0, 0]
+    pets = {"cat", "dog"}
+    colours = [COLOURS[5] if {true, guess} == pets else COLOURS[0] for true, guess, _ in pairs]
+    bars = ax.barh(range(len(pairs)), [n for _, _, n in pairs], color=colours)
+    ax.bar_label(bars, padding=2, fontsize=8)
+    ax.set_yticks(range(len(pairs)), [f"{true} taken for {guess}" for true, guess, _ in pairs])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(title=title, xlabel="images")
+    return figure
+
+
+@_in_style
+def gallery(
+    images: np.ndarray, captions: Sequence[str], title: str, columns: int = 6, overlays: np.ndarray | None = None
+) -> Figure:
+    """Pictures uint8 (n, 32, 32, 3) with captions of two or three lines; `overlays` float (n, 32, 32) in [0, 1]: heat.
+
+    With no picture at all, the figure says so.
+    """
+    rows = max(-(-len(images) // columns), 1)
+    lines = max((c.count("\n") + 1 for c in captions), default=1)
+    figure, axes = _figure(rows, columns, (1.45 * columns, rows * (1.25 + 0.17 * lines) + 0.5))
+    figure.suptitle(title)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(images):
+            ax.set_axis_off()
+            continue
+        _show(ax, images[i], captions[i])
+        if overlays is not None:
+            ax.imshow(overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
+    if not len(images):
+        figure.text(0.5, 0.4, "no such image", ha="center")
+    return figure
+
+
+@_in_style
+def reliability_diagram(bins: Mapping[str, np.ndarray], error: float, title: str) -> Figure:
+    """Accuracy against confidence in equal bins (see `evaluate.reliability`), and how many images each bin holds."""
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    edges, width = bins["edges"], np.diff(bins["edges"])
+    top.bar(edges[:-1], np.nan_to_num(bins["accuracy"]), width, align="edge", edgecolor="white", label="accuracy")
+    top.plot([0, 1], [0, 1], "--", color="#444444", label="as sure as right")
+    top.plot(bins["confidence"], bins["accuracy"], "o", color=COLOURS[5], markersize=4, label="mean confidence")
+    top.set(ylabel="accuracy", title=f"{title}\nexpected calibration error {error:.2%}", ylim=(0, 1.02))
+    top.legend(loc="upper left")
+    bottom.bar(edges[:-1], bins["count"], width, align="edge", edgecolor="white", color="#888888")
+    bottom.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
+    for ax in (top.xaxis, top.yaxis):
+        ax.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+@_in_style
+def intervals(values: Mapping[str, tuple[float, float, float]], title: str, xlabel: str) -> Figure:
+    """A dot and its interval a row: {name: (value, low, high)}."""
+    figure, axes = _figure(size=(7.5, 1.1 + 0.42 * len(values)))
+    ax = axes[0, 0]
+    for i, (value, low, high) in enumerate(values.values()):
+        ax.errorbar(value, i, xerr=[[value - low], [high - value]], fmt="o", color=COLOURS[0], capsize=3)
+        ax.annotate(f"{value:.2%}", (value, i), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+    ax.set_yticks(range(len(values)), values.keys())
+    ax.invert_yaxis()
+    ax.margins(y=0.25)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.set(title=title, xlabel=xlabel)
+    return figure

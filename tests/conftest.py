@@ -1,0 +1,37 @@
+import os
+
+import pytest
+import torch
+
+from cifar_lib.data import ImageSet, generate_stand_in, load_cifar10
+
+torch.set_num_threads(1)  # on tensors this small, threads only wait for each other: ten times slower on busy cores
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> tuple[ImageSet, ImageSet]:
+    if not os.environ.get("CIFAR10_ROOT"):
+        pytest.skip("needs real CIFAR-10: CIFAR10_ROOT is unset")
+    return load_cifar10()
+
+
+@pytest.fixture(scope="session")
+def stand_in() -> tuple[ImageSet, ImageSet]:
+    return generate_stand_in(60, 30)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> torch.Tensor:
+    """A dozen images that real ones resemble in one way or another: uint8 (12, 3, 32, 32)."""
+    generator = torch.Generator().manual_seed(7)
+    ramp = torch.linspace(0, 255, 32)
+    across, down = ramp.expand(32, 32), ramp[:, None].expand(32, 32)
+    gradients = [
+        torch.stack([across, down, 255 - across]),
+        torch.stack([(across + down) / 2] * 3),  # grey
+        torch.stack([100 + across / 8, 90 + down / 8, 110 + across / 16]),  # low contrast, narrow histogram
+    ]
+    noise = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    flat = torch.tensor([200, 30, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    smooth = [image.to(torch.uint8)[None] for image in gradients]
+    return torch.cat([generate_stand_in(6, 0, seed=3)[0].images, *smooth, noise, flat])

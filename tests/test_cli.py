@@ -1,0 +1,153 @@
+"""The command line: what it prints, and one line and exit code 2 for a user's mistake."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cifar_lib import cli
+from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
+from cifar_lib.model import ResNet, save_model
+
+TINY = ["--set", "blocks=1,1", "--set", "channels=8,16", "--set", "validation_size=0", "--precision", "fp32"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "tiny.safetensors"
+    save_model(path, ResNet((1, 1), (8, 16)), {"recipe": "quick", "mean": CIFAR10_MEAN, "std": CIFAR10_STD})
+    return path
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """The stand-in where a command reads CIFAR-10, small."""
+    sets = generate_stand_in(200, 100)
+    monkeypatch.setattr(cli, "load_cifar10", lambda root: sets)
+    return sets
+
+
+def mistake(capsys, *arguments):
+    """The one line on stderr of a command that must end with 2."""
+    try:
+        code = cli.main([str(a) for a in arguments])
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_info_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["parameters"] == 4_916_284 and info["mult_adds_m"] == 769.05
+    assert (info["forward_backward_mb"], info["params_mb"], info["total_mb"]) == (14.33, 19.67, 34.01)
+    assert len(info["learning_rates"]) == 60 and info["learning_rates"][:2] == [0, 0.01]
+
+
+def test_info_of_another_recipe(capsys):
+    assert cli.main(["info", "--recipe", "quick"]) == 0
+    assert "4,916,284" in capsys.readouterr().out
+
+
+def test_train_then_evaluate_agree(tmp_path, capsys, data):
+    run = tmp_path / "a run with spaces, ü"
+    train = ["train", "--recipe", "quick", "--run", str(run), "--epochs", "1", "--train-size", "120", *TINY]
+    train += ["--set", "half_size_epochs=0", "--seed", "3", "--device", "cpu"]
+    assert cli.main(train) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert (config["seed"], config["epochs"], config["train_size"], config["blocks"]) == (3, 1, 120, [1, 1])
+    capsys.readouterr()
+    assert cli.main(train) == 0  # a finished run is read, not trained again
+    assert "epoch" not in capsys.readouterr().out
+    assert cli.main(["evaluate", "--weights", str(run / "model.safetensors"), "--json", "--precision", "fp32"]) == 0
+    score = json.loads(capsys.readouterr().out)
+    trained = json.loads((run / "metrics.json").read_text())["test"]
+    assert score["n"] == 100 and score["confusion_matrix"] == trained["confusion_matrix"]
+    assert score["accuracy"] == trained["accuracy"] == np.trace(score["confusion_matrix"]) / 100
+
+
+def test_predict_names_three_classes(tmp_path, capsys, weights):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)).save(tmp_path / "ä b.png")
+    assert cli.main(["predict", "--weights", str(weights), str(tmp_path / "ä b.png")]) == 0
+    assert capsys.readouterr().out.count("%") == 3
+
+
+@pytest.mark.parametrize("adapt", ["none", "normalize"])
+def test_submit_writes_a_row_an_image(tmp_path, weights, data, adapt):
+    images = data[1].images[:20].permute(0, 2, 3, 1).numpy()
+    (tmp_path / "t.pkl").write_bytes(pickle.dumps({"data": images, "ids": list(range(100, 120))}))
+    out = tmp_path / "new folder" / "s.csv"
+    command = ["submit", "--weights", weights, "--test", tmp_path / "t.pkl", "--out", out, "--adapt", adapt, "--tta"]
+    assert cli.main([str(c) for c in command] + ["--label-column", "Category"]) == 0
+    header, *rows = out.read_text().splitlines()
+    assert header == "ID,Category" and [row.split(",")[0] for row in rows] == [str(i) for i in range(100, 120)]
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
+    train = ["train", "--recipe", "quick", "--run", tmp_path / "run"]
+    assert "report, best, quick" in mistake(capsys, "info", "--recipe", "nope")
+    assert "--run" in mistake(capsys, "train", "--recipe", "quick")
+    assert "expected one of recipe" in mistake(capsys, *train, "--set", "nope=1")
+    assert "FIELD=VALUE" in mistake(capsys, *train, "--set", "epochs")
+    assert "policy.magnitude" in mistake(capsys, *train, "--set", "policy.magnitude=99")
+    assert "epochs" in mistake(capsys, *train, "--epochs", "many")
+    assert "epochs" in mistake(capsys, *train, "--epochs", "0")
+    assert "seed" in mistake(capsys, *train, "--seed", "-1")
+    assert "at most 200" in mistake(capsys, *train, "--train-size", "300")
+    assert "precision" in mistake(capsys, *train, "--precision", "fp8")
+    assert "device" in mistake(capsys, *train, "--device", "toaster")
+    assert "5,000,000" in mistake(
+        capsys, *train, "--set", "channels=66,132,512", "--set", "validation_size=0", "--set", "train_size=none"
+    )
+    assert "invalid choice" in mistake(
+        capsys, "submit", "--weights", weights, "--test", "t", "--out", "o", "--adapt", "x"
+    )
+    assert "found none" in mistake(capsys, "evaluate", "--weights", tmp_path / "none", "--json")
+    assert "found none" in mistake(capsys, "submit", "--weights", weights, "--test", tmp_path / "none", "--out", "o")
+    assert "no file" in mistake(capsys, "predict", "--weights", weights, tmp_path / "none.png")
+    (tmp_path / "not.png").write_text("no picture")
+    assert "picture" in mistake(capsys, "predict", "--weights", weights, tmp_path / "not.png")
+    (tmp_path / "file").write_text("")
+    blocked = ["train", "--recipe", "quick", "--run", tmp_path / "file" / "run", "--train-size", "100"]
+    assert "can't write" in mistake(capsys, *blocked, "--set", "validation_size=0")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
+def test_cuda_asked_for_and_absent(tmp_path, capsys, data):
+    assert "cuda" in mistake(capsys, "train", "--recipe", "quick", "--run", tmp_path / "r", "--device", "cuda")
+
+
+def test_missing_data_is_one_line(tmp_path, capsys, monkeypatch, weights):
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    assert "CIFAR10_ROOT" in mistake(capsys, "evaluate", "--weights", weights)
+    assert str(tmp_path / "x") in mistake(capsys, "evaluate", "--weights", weights, "--data", tmp_path / "x")
+
+
+def test_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
+    script = (
+        "import sys; from cifar_lib import cli; from cifar_lib.data import generate_stand_in; "
+        "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "train", "--recipe", "quick", "--run", str(tmp_path / "run"), *TINY]
+    command += ["--epochs", "10000", "--train-size", "100"]
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
+    assert process.stdout.readline().startswith("epoch 1/")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on" in err and "Traceback" not in err

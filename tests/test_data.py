@@ -1,0 +1,419 @@
+import hashlib
+import pickle
+import signal
+import socket
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+from torchvision.datasets import CIFAR10
+
+from cifar_lib import data
+from cifar_lib.data import (
+    CAT,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    CLASSES,
+    DOG,
+    FOLDER,
+    PUBLISHED_STD,
+    STAND_IN,
+    ImageSet,
+    channel_histogram,
+    channel_statistics,
+    download_cifar10,
+    find_cifar10,
+    generate_stand_in,
+    load_cifar10,
+    mean_of_image_stds,
+    normalize,
+    stratified_split,
+)
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import confusion_matrix
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch) -> Path:
+    """An empty working directory on a machine without CIFAR-10."""
+    for name in ("CIFAR10_ROOT", "CIFAR10_MIRROR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(data, "KAGGLE_INPUT", tmp_path / "kaggle")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tmp_path_factory, monkeypatch) -> Path:
+    """A CIFAR-10 of two images a file, in the real format, that torchvision takes for the real one."""
+    folder = tmp_path_factory.mktemp("tiny") / FOLDER
+    folder.mkdir()
+    listed: dict[str, str] = {}
+    for i, (name, _) in enumerate(data.FILES):
+        pixels = np.full((2, 3072), i, dtype=np.uint8)
+        pixels[:, 1] = 77  # row 0, column 1, red
+        content = {"label_names": list(CLASSES)} if name.endswith("meta") else {"data": pixels, "labels": [i, 9 - i]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        listed[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "FILES", tuple(listed.items()))
+    monkeypatch.setattr(CIFAR10, "train_list", [[n, m] for n, m in listed.items() if n.startswith("data_")])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", listed["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": listed["batches.meta"]})
+    return folder.parent
+
+
+@pytest.fixture
+def archive(tiny, monkeypatch) -> bytes:
+    path = tiny / "archive.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(tiny / FOLDER, FOLDER)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    return path.read_bytes()
+
+
+@pytest.fixture
+def serve():
+    """serve(answer) starts a server whose every GET is handled by `answer`, and gives its address."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Callable[[BaseHTTPRequestHandler], None]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.socket.close()
+
+
+@pytest.fixture
+def silence():
+    """A server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def send(content: bytes, length: int | None = None) -> Callable[[BaseHTTPRequestHandler], None]:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(length or len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    return answer
+
+
+def stall(request: BaseHTTPRequestHandler) -> None:
+    send(b"the beginning", length=1_000_000)(request)
+    request.wfile.flush()
+    time.sleep(3)
+
+
+def refused_download(root: Path, mirror: str, give_up_after: float | None = None) -> str:
+    """The message of a download that must fail, leave nothing behind and keep what was there."""
+    (root / FOLDER).mkdir(parents=True, exist_ok=True)
+    (root / FOLDER / "mine").write_text("mine")
+    with pytest.raises(InputError) as error:
+        download_cifar10(root, mirror, give_up_after)
+    assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) == [FOLDER, f"{FOLDER}/mine"]
+    message = str(error.value)
+    assert "\n" not in message and mirror in message and "CIFAR10_ROOT" in message
+    return message
+
+
+def place(folder: Path) -> Path:
+    (folder / FOLDER).mkdir(parents=True)
+    return folder / FOLDER
+
+
+# Where it is found
+
+
+def test_places_are_searched_in_order(nowhere, monkeypatch):
+    assert find_cifar10() is None
+    kaggle = place(nowhere / "kaggle" / "some-dataset" / "deep")
+    assert find_cifar10() == kaggle
+    place(nowhere / "work" / "data")
+    assert find_cifar10().resolve() == (nowhere / "work" / "data" / FOLDER).resolve()
+    variable = place(nowhere / "variable")
+    monkeypatch.setenv("CIFAR10_ROOT", str(variable.parent))
+    assert find_cifar10() == variable
+    explicit = place(nowhere / "explicit")
+    assert find_cifar10(explicit.parent) == explicit
+    assert find_cifar10(str(explicit)) == explicit  # the folder itself may be named too
+
+
+def test_a_named_place_without_it_is_an_error_even_if_another_has_it(nowhere, monkeypatch):
+    place(nowhere / "work" / "data")
+    (nowhere / "empty").mkdir()
+    monkeypatch.setenv("CIFAR10_ROOT", str(nowhere / "empty"))
+    with pytest.raises(InputError, match=rf"CIFAR10_ROOT: expected {FOLDER}/ in .*empty"):
+        load_cifar10()
+    monkeypatch.setenv("CIFAR10_ROOT", str(place(nowhere / "good").parent))
+    with pytest.raises(InputError, match="the given path: .*absent"):
+        load_cifar10(nowhere / "absent")
+
+
+def test_nothing_found_and_no_download_is_an_error(nowhere):
+    with pytest.raises(InputError, match="set CIFAR10_ROOT"):
+        load_cifar10(download=False)
+    assert not Path("data").exists()
+
+
+def test_files_are_read_as_channels_first_images(nowhere, tiny):
+    train, test = load_cifar10(tiny)
+    assert train.images.shape == (10, 3, 32, 32) and train.images.dtype == torch.uint8
+    assert train.images.is_contiguous()
+    assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and train.labels.dtype == torch.int64
+    assert test.labels.tolist() == [5, 4] and len(test) == 2
+    assert train.images[2:4].unique().tolist() == [1, 77]
+    assert (train.images == 77).nonzero()[:, 1:].unique(dim=0).tolist() == [[0, 0, 1]]
+    assert train.source == test.source == data.REAL
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_missing_or_damaged_file_is_named(nowhere, tiny, name):
+    path = tiny / FOLDER / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=rf"{name}: expected md5 [0-9a-f]{{32}}"):
+        load_cifar10(tiny)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        load_cifar10(tiny)
+
+
+# The download
+
+
+def test_what_is_not_found_is_downloaded_into_data_once(nowhere, archive, serve, monkeypatch):
+    monkeypatch.setenv("CIFAR10_MIRROR", serve(send(archive)) + "/")
+    train, _ = load_cifar10(give_up_after=20)
+    assert len(train) == 10
+    assert [p.name for p in Path("data").iterdir()] == [FOLDER]
+    monkeypatch.setenv("CIFAR10_MIRROR", "http://127.0.0.1:9")
+    assert torch.equal(load_cifar10()[0].images, train.images)
+
+
+def test_a_named_mirror_comes_before_the_variable(nowhere, archive, serve, monkeypatch):
+    monkeypatch.setenv("CIFAR10_MIRROR", "http://127.0.0.1:9")
+    assert len(load_cifar10(mirror=serve(send(archive)))[1]) == 2
+
+
+def test_a_wrong_archive_is_refused(nowhere, archive, serve):
+    assert "corrupted" in refused_download(nowhere / "root", serve(send(archive[:-10] + b"0123456789")))
+
+
+def test_a_connection_that_breaks_is_refused(nowhere, archive, serve):
+    refused_download(nowhere / "root", serve(send(archive[:100], length=len(archive))))
+
+
+def test_a_server_that_refuses_is_named(nowhere, serve):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert "refused" in refused_download(nowhere / "root", f"http://127.0.0.1:{port}")
+    assert "404" in refused_download(nowhere / "root", serve(lambda request: request.send_error(404)))
+
+
+def test_a_server_that_does_not_speak_http_is_refused(nowhere, serve):
+    refused_download(nowhere / "root", serve(lambda request: request.wfile.write(b"220 ftp ready\r\n\r\n")))
+
+
+def test_a_body_that_ends_early_is_refused(nowhere, serve):
+    def cut_short(request: BaseHTTPRequestHandler) -> None:
+        request.protocol_version = "HTTP/1.1"
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(b"ff\r\nnot 255 bytes")
+        request.close_connection = True
+
+    refused_download(nowhere / "root", serve(cut_short))
+
+
+@pytest.mark.parametrize("mirror", ["example.org/cifar", "http://127.0.0.1:9/my folder"])
+def test_a_malformed_mirror_is_refused(nowhere, mirror):
+    refused_download(nowhere / "root", mirror)
+
+
+def test_a_stalled_download_is_given_up_in_time(nowhere, serve):
+    handler = signal.getsignal(signal.SIGALRM)
+    start = time.perf_counter()
+    assert "gave up after 1 s" in refused_download(nowhere / "root", serve(stall), give_up_after=0.6)
+    assert time.perf_counter() - start < 2
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_stalled_socket_is_given_up_without_a_limit_and_in_any_thread(nowhere, serve, monkeypatch):
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
+    messages: list[str] = []
+    address = serve(stall)
+    thread = threading.Thread(target=lambda: messages.append(refused_download(nowhere / "root", address)))
+    thread.start()
+    thread.join(timeout=2.5)
+    assert "timed out" in messages[0]
+    assert socket.getdefaulttimeout() is None
+
+
+def test_the_time_limit_holds_where_torchvision_tries_http_after_https(nowhere, silence, monkeypatch):
+    monkeypatch.setattr(data, "STALL_SECONDS", 3.0)
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)  # as the origin: none
+    start = time.perf_counter()
+    refused_download(nowhere / "root", f"https://{silence}", give_up_after=0.3)
+    assert time.perf_counter() - start < 2
+
+
+def test_a_place_that_can_not_be_written_is_refused(nowhere):
+    (nowhere / "file").write_text("")
+    with pytest.raises(InputError, match="can't write CIFAR-10 into"):
+        download_cifar10(nowhere / "file" / "data", "http://127.0.0.1:9")
+
+
+# Splits and statistics
+
+
+def test_split_is_stratified_disjoint_and_by_seed():
+    labels = torch.arange(200) % 10
+    train, validation = stratified_split(labels, 50, seed=3)
+    assert train.dtype == torch.int64 and torch.cat([train, validation]).sort().values.tolist() == list(range(200))
+    assert labels[validation].bincount().tolist() == [5] * 10
+    assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(validation.tolist())
+    assert torch.equal(stratified_split(labels, 50, seed=3)[1], validation)
+    assert not torch.equal(stratified_split(labels, 50, seed=4)[1], validation)
+
+
+@pytest.mark.parametrize("n_validation", [0, 5, 200, 201, 195])
+def test_a_split_without_every_class_in_both_parts_is_refused(n_validation):
+    with pytest.raises(InputError, match=f"can't hold out {n_validation} of 200 images"):
+        stratified_split(torch.arange(200) % 10, n_validation, seed=0)
+
+
+@pytest.fixture(scope="module")
+def random_images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    top = torch.tensor([256, 100, 30]).view(3, 1, 1)
+    return (torch.rand(2100, 3, 4, 4, generator=generator) * top).to(torch.uint8)  # more than a chunk of 2000
+
+
+def test_channel_statistics_are_torchs_in_float64(random_images):
+    mean, std = channel_statistics(random_images)
+    pixels = random_images.double().transpose(0, 1).flatten(1) / 255
+    np.testing.assert_allclose(mean, pixels.mean(1), rtol=1e-13)
+    np.testing.assert_allclose(std, pixels.std(1, correction=0), rtol=1e-12)
+    assert mean.dtype == std.dtype == np.float64
+
+
+def test_channel_histogram_counts_every_pixel(random_images):
+    counts = channel_histogram(random_images)
+    assert counts.shape == (3, 256) and counts.sum(1).tolist() == [2100 * 16] * 3
+    assert counts[1, 42] == (random_images[:, 1] == 42).sum()
+
+
+def test_mean_of_image_stds_leaves_out_differences_between_images(random_images):
+    expected = (random_images.double() / 255).std(dim=(2, 3)).mean(0)
+    np.testing.assert_allclose(mean_of_image_stds(random_images), expected, rtol=1e-12)
+    flat = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 4, 4)
+    assert mean_of_image_stds(flat).tolist() == [0, 0, 0]
+    assert channel_statistics(flat)[1].min() > 0
+
+
+def test_normalize_is_channel_by_channel(random_images):
+    images, mean, std = random_images[:50], (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
+    before = images.clone()
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    result = normalize(images, mean, std)
+    torch.testing.assert_close(result.double(), expected, atol=1e-6, rtol=1e-6)
+    assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, before)
+
+
+# Image sets
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        (torch.tensor([3, 0, 3]), [3, 0, 3]),
+        (np.array([4, 1]), [4, 1]),
+        (slice(1, 4, 2), [1, 3]),
+        (torch.tensor([True, False, False, False, True]), [0, 4]),
+        (torch.tensor([], dtype=torch.int64), []),
+    ],
+)
+def test_indexing_carries_labels_and_ids(index, expected):
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 32, 32)
+    whole = ImageSet(images, torch.arange(5) * 10, ids=("a", "b", "c", "d", "e"), source="a file")
+    part = whole[index]
+    assert part.images[:, 0, 0, 0].tolist() == expected
+    assert part.labels.tolist() == [10 * i for i in expected]
+    assert part.ids == tuple("abcde"[i] for i in expected)
+    assert part.source == "a file" and len(part) == len(expected)
+
+
+def test_indexing_works_without_labels_and_ids():
+    part = ImageSet(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))[torch.tensor([1])]
+    assert part.labels is None and part.ids is None and len(part) == 1
+    assert part.to("cpu").labels is None
+
+
+# The stand-in
+
+
+def test_stand_in_is_deterministic_balanced_and_marked():
+    first, second = generate_stand_in(120, 40), generate_stand_in(120, 40)
+    for ours, again, n in zip(first, second, (120, 40), strict=True):
+        assert ours.images.shape == (n, 3, 32, 32) and ours.images.dtype == torch.uint8
+        assert ours.labels.dtype == torch.int64 and ours.labels.bincount().tolist() == [n // 10] * 10
+        assert torch.equal(ours.images, again.images) and torch.equal(ours.labels, again.labels)
+        assert ours.source == STAND_IN
+        assert len(ours.images.flatten(1).unique(dim=0)) == n
+    assert not torch.equal(generate_stand_in(120, 40, seed=1)[0].images, first[0].images)
+    assert not torch.equal(first[0].images[:40], first[1].images)
+
+
+def test_cat_and_dog_are_the_hardest_to_tell_apart_in_the_stand_in():
+    train, test = generate_stand_in(1200, 500)
+    coarse = [F.avg_pool2d(part.images.float(), 4).flatten(1).numpy() for part in (train, test)]
+    guesses = KNeighborsClassifier(5).fit(coarse[0], train.labels).predict(coarse[1])
+    matrix = confusion_matrix(F.one_hot(torch.tensor(guesses), 10), test.labels)
+    pairs = np.triu(matrix + matrix.T, k=1)
+    assert pairs[CAT, DOG] >= 10
+    assert pairs[CAT, DOG] > 2 * (pairs.sum() - pairs[CAT, DOG])
+    assert matrix.trace() > 0.8 * 500  # and yet it can be learnt
+
+
+# The real one
+
+
+def test_real_classes_are_balanced(cifar10):
+    for part, n in zip(cifar10, (50_000, 10_000), strict=True):
+        assert part.images.shape == (n, 3, 32, 32) and part.images.dtype == torch.uint8
+        assert part.labels.bincount().tolist() == [n // 10] * 10
+
+
+def test_constants_are_what_the_real_training_images_give(cifar10):
+    images = cifar10[0].images
+    mean, std = channel_statistics(images)
+    assert tuple(mean.round(4)) == CIFAR10_MEAN == (0.4914, 0.4822, 0.4465)
+    assert tuple(std.round(4)) == CIFAR10_STD == (0.2470, 0.2435, 0.2616)
+    assert tuple(mean_of_image_stds(images).round(4)) == PUBLISHED_STD == (0.2023, 0.1994, 0.2010)

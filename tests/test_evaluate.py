@@ -1,0 +1,229 @@
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import precision_recall_fscore_support
+from torch import nn
+
+from cifar_lib.data import CAT, CLASSES, DOG
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import (
+    accuracy,
+    calibration_error,
+    confusion_matrix,
+    most_confident_mistakes,
+    most_confused_pairs,
+    per_class,
+    predict,
+    reliability,
+    summarize,
+    wilson_interval,
+)
+from cifar_lib.hardware import autocast, choose_device, choose_precision, describe
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+
+
+@pytest.fixture
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 32 * 32, 10))
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (23, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def normalized(images: torch.Tensor) -> torch.Tensor:
+    return (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def logits_for(guesses: list[int], confidences: list[float] | None = None) -> torch.Tensor:
+    """Float64 logits whose softmax is `confidences` at `guesses` and the rest spread evenly."""
+    confidence = torch.tensor(confidences or [0.9] * len(guesses), dtype=torch.float64)[:, None]
+    probabilities = ((1 - confidence) / 9).repeat(1, 10).scatter_(1, torch.tensor(guesses)[:, None], confidence)
+    return probabilities.log()
+
+
+def test_predict_normalises_and_takes_ragged_batches(linear, images):
+    expected = linear.eval()(normalized(images))
+    for batch_size in (1, 10, 23, 100):
+        logits = predict(linear, images, MEAN, STD, batch_size=batch_size)
+        assert logits.shape == (23, 10) and logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert predict(linear, images[:0], MEAN, STD).shape == (0, 10)
+
+
+def test_predict_evaluates_and_leaves_the_model_in_its_mode(linear, images):
+    linear.train()
+    first, second = (predict(linear, images, MEAN, STD) for _ in range(2))
+    assert torch.equal(first, second)  # dropout was off
+    assert linear.training
+    linear.eval()
+    predict(linear, images, MEAN, STD)
+    assert not linear.training
+
+
+def test_predict_in_bf16_is_close_and_gives_float32(linear, images):
+    exact = predict(linear, images, MEAN, STD)
+    rough = predict(linear, images, MEAN, STD, precision="bf16")
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, atol=0.1, rtol=0.05)
+
+
+def test_flip_averages_the_image_and_its_mirror(linear, images):
+    plain, mirrored = (predict(linear, batch, MEAN, STD) for batch in (images, images.flip(3)))
+    assert not torch.allclose(plain, mirrored, atol=0.01)
+    torch.testing.assert_close(predict(linear, images, MEAN, STD, tta="flip"), (plain + mirrored) / 2)
+
+
+def test_flip_shift_weights_the_centre_half_and_two_corners_a_quarter_each(linear, images):
+    def view(dy: int, dx: int, mirrored: bool) -> torch.Tensor:
+        rows, columns = ([abs(i + d) if i + d < 32 else 30 for i in range(32)] for d in (dy, dx))
+        moved = images[:, :, rows][..., columns]
+        return predict(linear, moved.flip(3) if mirrored else moved, MEAN, STD)
+
+    weighted = [(1 / 2, 0), (1 / 4, -1), (1 / 4, 1)]
+    expected = sum(w * (view(d, d, False) + view(d, d, True)) / 2 for w, d in weighted)
+    torch.testing.assert_close(predict(linear, images, MEAN, STD, tta="flip-shift"), expected)
+
+
+def test_an_unknown_view_is_an_error(linear, images):
+    with pytest.raises(ValueError, match="flip-shift"):
+        predict(linear, images, MEAN, STD, tta="rotate")
+
+
+def test_accuracy_is_the_fraction_of_right_images():
+    assert accuracy(logits_for([1, 2, 3, 4]), torch.tensor([1, 2, 3, 5])) == 0.75
+
+
+@pytest.mark.parametrize(("correct", "n"), [(9556, 10_000), (0, 20), (20, 20), (1, 3)])
+def test_wilson_interval_is_the_closed_formula(correct, n):
+    z, p = 1.959963984540054, correct / n
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert wilson_interval(correct, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_confusion_matrix_has_true_classes_in_rows():
+    matrix = confusion_matrix(logits_for([DOG, DOG, CAT]), torch.tensor([CAT, CAT, CAT]))
+    assert matrix.shape == (10, 10) and matrix.sum() == 3
+    assert matrix[CAT, DOG] == 2 and matrix[CAT, CAT] == 1
+
+
+def test_per_class_agrees_with_scikit_learn():
+    generator = torch.Generator().manual_seed(2)
+    labels, guesses = torch.randint(0, 8, (2, 200), generator=generator)  # ship and truck occur in neither
+    labels[labels == 2] = 3  # bird is predicted, never true
+    ours = per_class(confusion_matrix(logits_for(guesses.tolist()), labels))
+    theirs = precision_recall_fscore_support(labels, guesses, labels=range(10), zero_division=0)
+    assert tuple(ours) == CLASSES
+    for key, expected in zip(("precision", "recall", "f1", "images"), theirs, strict=True):
+        assert [row[key] for row in ours.values()] == pytest.approx(expected.tolist())
+
+
+def test_most_confused_pairs_of_the_published_matrix_are_dog_and_cat():
+    rows = list(csv.reader((PUBLISHED / "confusion_matrix.csv").open()))[1:]
+    matrix = np.array([row[1:] for row in rows], dtype=np.int64)
+    assert matrix.trace() == 9556
+    assert most_confused_pairs(matrix, k=3) == [("dog", "cat", 55), ("cat", "dog", 45), ("cat", "bird", 20)]
+
+
+def test_most_confused_pairs_leave_out_hits_and_what_never_happened():
+    matrix = np.diag([50] * 10)
+    matrix[CAT, DOG] = 3
+    assert most_confused_pairs(matrix) == [("cat", "dog", 3)]
+
+
+def test_most_confident_mistakes_come_most_confident_first():
+    guesses = [DOG, DOG, CAT, DOG, 0, DOG]
+    confidences = [0.5, 0.9, 0.99, 0.7, 0.95, 0.8]
+    labels = torch.tensor([CAT, CAT, CAT, CAT, CAT, 1])
+    logits = logits_for(guesses, confidences)
+    assert most_confident_mistakes(logits, labels).tolist() == [4, 1, 5, 3, 0]
+    assert most_confident_mistakes(logits, labels, true=CAT).tolist() == [4, 1, 3, 0]
+    assert most_confident_mistakes(logits, labels, predicted=DOG).tolist() == [1, 5, 3, 0]
+    assert most_confident_mistakes(logits, labels, true=CAT, predicted=DOG).tolist() == [1, 3, 0]
+    assert most_confident_mistakes(logits, labels, true=DOG).tolist() == []
+
+
+def test_calibration_error_of_a_hand_made_set():
+    # bin (0.4, 0.5]: two images at 0.45, one right: gap 0.05; bin (0.8, 0.9]: three at 0.85, all wrong: gap 0.85
+    logits = logits_for([0] * 5, [0.45, 0.45, 0.85, 0.85, 0.85])
+    labels = torch.tensor([0, 1, 2, 2, 2])
+    assert calibration_error(logits, labels, bins=10) == pytest.approx((2 * 0.05 + 3 * 0.85) / 5)
+
+
+def test_confidence_of_exactly_one_belongs_to_the_last_bin():
+    logits = torch.zeros(4, 10)
+    logits[:, 3] = 1000.0  # softmax is exactly 1
+    result = reliability(logits, torch.tensor([3, 3, 3, 0]), bins=5)
+    assert result["count"].tolist() == [0, 0, 0, 0, 4]
+    assert result["accuracy"][-1] == 0.75 and result["confidence"][-1] == 1.0
+    assert np.isnan(result["accuracy"][:-1]).all()
+    assert calibration_error(logits, torch.tensor([3, 3, 3, 0]), bins=5) == 0.25
+
+
+def test_reliability_bins_are_open_below_and_closed_above():
+    logits = torch.log(torch.tensor([[0.5, 0.5], [0.75, 0.25]], dtype=torch.float64))
+    result = reliability(logits, torch.tensor([0, 0]), bins=4)
+    assert result["edges"].tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert result["count"].tolist() == [0, 1, 1, 0]
+
+
+def test_summary_goes_into_json_and_agrees_with_its_parts():
+    generator = torch.Generator().manual_seed(3)
+    logits, labels = torch.randn(50, 10, generator=generator), torch.randint(0, 10, (50,), generator=generator)
+    summary = json.loads(json.dumps(summarize(logits, labels)))
+    assert summary["n"] == 50
+    assert summary["accuracy"] == pytest.approx(accuracy(logits, labels))
+    assert summary["interval"][0] < summary["accuracy"] < summary["interval"][1]
+    assert summary["cross_entropy"] == pytest.approx(F.cross_entropy(logits, labels).item())
+    assert np.array(summary["confusion_matrix"]).sum(1).tolist() == labels.bincount(minlength=10).tolist()
+    assert summary["calibration_error"] == calibration_error(logits, labels)
+
+
+def test_the_cpu_is_always_there():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+
+
+@pytest.mark.parametrize("name", ["toaster", "", "meta", "cuda:99", "cuda:-1", "hpu", "privateuseone"])
+def test_a_device_that_is_not_here_is_refused_in_one_line(name):
+    with pytest.raises(InputError, match="^device: .*--device auto") as error:
+        choose_device(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_cuda_asked_for_and_absent_is_refused():
+    with pytest.raises(InputError, match="'cuda'"):
+        choose_device("cuda")
+
+
+def test_precision_is_taken_as_named_or_chosen():
+    cpu = torch.device("cpu")
+    assert [choose_precision(name, cpu) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert choose_precision("auto", cpu) in ("fp32", "bf16")
+    with pytest.raises(InputError, match="fp8"):
+        choose_precision("fp8", cpu)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_computes_in_the_precision(precision, dtype):
+    with autocast(torch.device("cpu"), precision):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_description_of_the_machine_goes_into_json():
+    described = json.loads(json.dumps(describe(torch.device("cpu"))))
+    assert described["gpu"] is None and described["cpu_cores"] >= 1 and described["memory_gb"] > 0
+    assert described["torch"] == torch.__version__

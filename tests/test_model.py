@@ -1,0 +1,171 @@
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchinfo
+
+from cifar_lib.errors import InputError
+from cifar_lib.model import ResNet, count_parameters, load_model, save_model
+
+PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
+INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+
+
+@pytest.fixture(scope="module")
+def summary() -> torchinfo.ModelStatistics:
+    return torchinfo.summary(ResNet(), (1, 3, 32, 32), verbose=0)
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "model.safetensors"
+    save_model(path, ResNet((1, 1), (4, 8)), INFO)
+    return path
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as error:
+        load_model(path)
+    message = str(error.value)
+    assert "\n" not in message and str(path) in message and "model.safetensors that" in message
+    return message
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """[type and depth, output shape, parameters] of every layer."""
+    lines = [line for line in text.splitlines() if line.endswith(tuple("-0123456789")) and "[" in line]
+    assert all(line.count("[") == 1 for line in lines)
+    rows = [line.replace("[", "|[").replace("]", "]|").split("|") for line in lines]
+    return [[cell.strip() for cell in "|".join(row).rsplit("|", 2)] for row in rows]
+
+
+def test_default_network_has_the_published_size(summary):
+    mb = (summary.total_output_bytes, summary.total_param_bytes)
+    assert summary.total_params == 4_916_284
+    assert round(summary.total_mult_adds / 1e6, 2) == 769.05
+    assert [round(size / 1e6, 2) for size in mb] == [14.33, 19.67]
+    assert round((summary.total_input + sum(mb)) / 1e6, 2) == 34.01
+
+
+def test_every_row_of_the_published_layer_table_comes_out_the_same(summary):
+    published = table_rows(PUBLISHED_TABLE.read_text())
+    assert len(published) == 68
+    assert table_rows(str(summary)) == published
+
+
+@pytest.mark.parametrize(
+    ("blocks", "channels", "num_classes"),
+    [((3, 4, 3), (66, 132, 264), 10), ((1,), (8,), 2), ((2, 1), (8, 8), 10), ((1, 3, 1, 2), (4, 8, 4, 6), 100)],
+)
+def test_count_parameters_is_the_real_count(blocks, channels, num_classes):
+    model = ResNet(blocks, channels, num_classes)
+    assert count_parameters(blocks, channels, num_classes) == sum(p.numel() for p in model.parameters())
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, num_classes)
+    assert len(model.stages) == len(blocks)
+
+
+def test_a_block_adds_its_input_even_where_its_convolutions_give_nothing():
+    model = ResNet((1,), (4,)).eval()
+    block = model.stages[0][0]
+    torch.nn.init.zeros_(block.bn2.weight)
+    x = torch.rand(2, 4, 8, 8)
+    assert torch.equal(block(x), x)
+
+
+def test_budget_error_names_both_numbers():
+    with pytest.raises(InputError, match=r"(?s)^(?!.*\n).*5,\d{3},\d{3} parameters.*budget of 5,000,000"):
+        ResNet((3, 4, 3), (67, 134, 268))
+    with pytest.raises(InputError, match=r"4,916,284.*4,916,283"):
+        ResNet(budget=4_916_283)
+    assert ResNet((1,), (4,), budget=count_parameters((1,), (4,))) is not None
+    assert ResNet((1,), (600,), budget=None) is not None
+
+
+@pytest.mark.parametrize(
+    ("blocks", "channels"), [((1, 1), (4,)), ((), ()), ((0,), (4,)), ((1,), (-4,)), ((1.5,), (4,)), (("1",), (4,))]
+)
+def test_malformed_shapes_are_refused(blocks, channels):
+    with pytest.raises(InputError, match="as many blocks as channels"):
+        ResNet(blocks, channels)
+
+
+def test_weights_come_back_with_their_shape_info_and_batch_statistics(tmp_path):
+    torch.manual_seed(1)
+    model = ResNet((1, 2), (4, 8), num_classes=7)
+    model(torch.rand(16, 3, 32, 32))  # moves the running statistics away from their start
+    save_model(tmp_path / "some.safetensors", model, INFO)
+    loaded, info = load_model(tmp_path / "some.safetensors")
+    assert info == INFO
+    assert (loaded.blocks, loaded.channels, loaded.num_classes) == ((1, 2), (4, 8), 7)
+    assert not loaded.training
+    x = torch.rand(3, 3, 32, 32)
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_equal_weights_are_equal_bytes(tmp_path):
+    model = ResNet((1,), (4,))
+    written = set()
+    for _ in range(12):
+        save_model(tmp_path / "m.safetensors", model, INFO)
+        written.add((tmp_path / "m.safetensors").read_bytes())
+    assert len(written) == 1
+
+
+def test_weights_of_a_channels_last_network_come_back(tmp_path):
+    torch.manual_seed(1)
+    model = ResNet((1,), (4,)).to(memory_format=torch.channels_last)
+    save_model(tmp_path / "m.safetensors", model, INFO)
+    loaded, _ = load_model(tmp_path / "m.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("blocks", "channels"), [((1, 1), (4, 6)), ((2, 1), (4, 8)), ((1,), (4,))])
+def test_weights_of_another_architecture_are_refused_naming_a_tensor(tmp_path, blocks, channels):
+    model = ResNet((1, 1), (4, 8))
+    model.blocks, model.channels = blocks, channels  # what the file will say, not what it holds
+    save_model(tmp_path / "m.safetensors", model, INFO)
+    assert "another architecture: layer" in refusal(tmp_path / "m.safetensors")
+
+
+def test_truncated_weights_are_refused(weights):
+    content = weights.read_bytes()
+    for size in (0, 7, 100, len(content) - 1):
+        weights.write_bytes(content[:size])
+        refusal(weights)
+
+
+def test_a_file_that_is_no_safetensors_is_refused(weights):
+    weights.write_bytes(b"ID,Labels\n0,3\n" * 50)
+    assert "no file of this package's weights" in refusal(weights)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [None, [], {}, {"mean": [0.5], "std": [0.2]}, {"mean": 0.5, "std": 0.2}, {"mean": "abc", "std": [1, 1, 1]}],
+)
+def test_weights_without_their_normalisation_are_refused(tmp_path, info):
+    save_model(tmp_path / "m.safetensors", ResNet((1,), (4,)), info)
+    refusal(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("blocks", [3, None, {"a": 1}, [[1]], ["1"], []])
+def test_weights_with_a_malformed_shape_are_refused(tmp_path, blocks):
+    model = ResNet((1,), (4,))
+    model.blocks = blocks
+    save_model(tmp_path / "m.safetensors", model, INFO)
+    with pytest.raises(InputError, match="^[^\n]*$"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def test_someone_elses_safetensors_is_refused(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    for metadata in (None, {"format": "pt"}, {"model": "not json", "info": "[1, 2]"}):
+        safetensors.torch.save_file({"weight": torch.zeros(3)}, path, metadata)
+        assert "no file of this package's weights" in refusal(path)
+
+
+def test_missing_weights_are_refused(tmp_path):
+    refusal(tmp_path / "none.safetensors")
+    refusal(tmp_path)

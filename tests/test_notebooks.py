@@ -1,0 +1,139 @@
+"""The notebooks as files: one skeleton, small cells, clean outputs; and what they share. nbmake runs them."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from cifar_lib.data import STAND_IN, generate_stand_in
+from cifar_lib.errors import InputError
+from cifar_lib.notebook import Session, published_confusion, published_history
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["01_data_statistics", "02_augmentation_preview", "03_training", "04_error_analysis", "05_kaggle_submission"]
+ADDRESS = re.search(r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text())[1]
+
+
+def cells(name, kind):
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_skeleton(name):
+    text = [cell.source for cell in cells(name, "markdown")]
+    code = [cell.source for cell in cells(name, "code")]
+    assert text[0].startswith(f"# {int(name[:2])} · ")
+    assert all(part in text[0] for part in ("**You will learn**", "**Reads**", "**Writes**"))
+    whole = "\n\n".join(text)
+    assert [h for h in re.findall(r"^## (\d+)\.", whole, re.M)] == [
+        str(i + 1) for i in range(len(re.findall(r"^## \d+\.", whole, re.M)))
+    ]
+    assert "## Takeaways" in whole and "## Exercises" in whole
+    at = NAMES.index(name)
+    before = f"[previous]({NAMES[at - 1]}.ipynb)" if at else "previous"
+    after = f"[next]({NAMES[at + 1]}.ipynb)" if at < 4 else "next"
+    assert text[-1].endswith(f"{before} | [contents](../README.md#notebooks) | {after}")
+    assert max(len(source.splitlines()) for source in code[1:]) <= 20
+    assert len(whole) >= sum(map(len, code)), "less prose than code"
+    assert any("session.show(" in source for source in code)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_set_up_is_the_same_and_names_the_one_address(name):
+    badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
+    assert badge in cells(name, "markdown")[0].source
+    set_up = [cells(each, "code")[0].source.split("sys.path.insert")[0] for each in (name, NAMES[0])]
+    assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
+    assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_outputs_are_clean(name):
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    outputs = [output for cell in cells(name, "code") for output in cell.outputs]
+    assert path.stat().st_size <= 1e6
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert str(ROOT) not in json.dumps(outputs)
+    counts = [cell.execution_count for cell in cells(name, "code")]
+    if outputs:
+        assert counts == list(range(1, len(counts) + 1)), "not one run from top to bottom"
+        assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+def test_readme_has_the_address_and_every_notebook():
+    readme = (ROOT / "README.md").read_text()
+    for name in NAMES:
+        assert f"{ADDRESS}/blob/main/notebooks/{name}.ipynb" in readme
+
+
+def test_the_kernel_is_this_environments_and_figures_come_out_even_under_agg(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from types import SimpleNamespace\nfrom pathlib import Path\nfrom cifar_lib import plots\n"
+        "from cifar_lib.notebook import Session\n"
+        f"place = SimpleNamespace(profile='quick', folder=Path({str(tmp_path)!r}), note=None)\n"
+        "Session.show(place, plots.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T'), 'f', 'a line')\n"
+        "print(sys.executable)"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=tmp_path)
+    outputs = notebook.cells[0].outputs
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) == 1 and pictures[0].metadata["image/png"]["alt"] == "a line"
+    assert (tmp_path / "figures" / "f.png").exists()
+    printed = "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+    assert os.path.realpath(printed.strip()) == os.path.realpath(sys.executable)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No CIFAR-10 anywhere, a small stand-in."""
+
+    def nothing(**_):
+        raise InputError("no CIFAR-10 here")
+
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    monkeypatch.delenv("CIFAR_PROFILE", raising=False)
+    monkeypatch.setattr("cifar_lib.notebook.load_cifar10", nothing)
+    monkeypatch.setattr("cifar_lib.notebook.generate_stand_in", lambda: generate_stand_in(1200, 1100))
+    monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
+
+
+def test_without_data_quick_goes_on_and_says_so_on_everything(offline, tmp_path, capsys):
+    session = Session.open()
+    assert "stand-in data" in capsys.readouterr().out and session.train.source == STAND_IN
+    assert "stand-in" in session.note and "stand-in" in str(session.folder) and "stand-in" in session.scored.source
+    assert "stand-in data" in session.table(published_confusion(), "counts").to_html()
+
+
+def test_full_refuses_anything_but_real_data(offline, monkeypatch, tmp_path):
+    monkeypatch.setenv("CIFAR_PROFILE", "full")
+    with pytest.raises(InputError):
+        Session.open()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_named_place_without_data_is_an_error_even_in_quick(offline, monkeypatch, tmp_path):
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    with pytest.raises(InputError):
+        Session.open()
+
+
+def test_an_unknown_profile_is_refused(monkeypatch):
+    monkeypatch.setenv("CIFAR_PROFILE", "fast")
+    with pytest.raises(InputError, match="quick or full"):
+        Session.open()
+
+
+def test_published_numbers_are_the_reports():
+    history, matrix = published_history(), published_confusion().to_numpy()
+    assert len(history) == 60 and history.test_accuracy.iloc[-1] == pytest.approx(0.9556)
+    assert matrix.sum() == 10_000 and matrix.trace() == 9556 and (matrix[3, 5], matrix[5, 3]) == (45, 55)

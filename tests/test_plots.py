@@ -1,0 +1,68 @@
+"""Figures: every function draws what it was given, and a figure says when it is made from generated data."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_lib import plots
+from cifar_lib.data import CLASSES
+
+MATRIX = np.diag(np.full(10, 90)) + np.arange(100).reshape(10, 10) % 7 * (1 - np.eye(10, dtype=int))
+PICTURES = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
+BINS = {
+    "edges": np.linspace(0, 1, 6),
+    "count": np.array([0, 3, 5, 8, 4]),
+    "confidence": np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
+    "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
+}
+FIGURES = {
+    "image_grid": lambda: plots.image_grid(PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"),
+    "class_counts": lambda: plots.class_counts({"train": range(10), "test": range(10)}, "T"),
+    "channel_histograms": lambda: plots.channel_histograms({"a": np.ones((3, 256)), "b": np.ones((3, 256))}, "T"),
+    "channel_dots": lambda: plots.channel_dots({"a": (0.1, 0.2, 0.3)}, "T", "x"),
+    "curves": lambda: plots.curves({"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True),
+    "frequencies": lambda: plots.frequencies({"a": 0.5, "b": 0.5}, 0.5, "T"),
+    "confusion": lambda: plots.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
+    "class_scores": lambda: plots.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
+    "confused_pairs": lambda: plots.confused_pairs([("cat", "dog", 5), ("dog", "cat", 4)], "T"),
+    "gallery": lambda: plots.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=np.zeros((7, 32, 32))),
+    "empty gallery": lambda: plots.gallery(PICTURES[:0], [], "T"),
+    "reliability_diagram": lambda: plots.reliability_diagram(BINS, 0.1, "T"),
+    "intervals": lambda: plots.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
+}
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_ink_and_the_note_adds_some(name):
+    plain, noted = pixels(plots.to_png(FIGURES[name]())), pixels(plots.to_png(FIGURES[name](), note="stand-in data"))
+    assert (plain != 255).any(axis=2).mean() > 0.002
+    note = np.abs(noted.astype(int) - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
+    assert note[-40:].sum() > 100, "the note is not at the foot of the figure"
+
+
+@pytest.mark.parametrize(
+    "kind, text", [("counts", "90"), ("rows", f"{9000 / MATRIX[3].sum():.1f}"), ("difference", "+90")]
+)
+def test_confusion_prints_every_cell(kind, text):
+    figure = plots.confusion({"a": MATRIX}, kind, "T")
+    texts = [t.get_text() for t in figure.axes[0].texts if t.get_text()]
+    assert len(texts) >= 100 and text in texts
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(CLASSES)
+    assert figure.axes[0].get_ylabel() == "true" and figure.axes[0].get_xlabel() == "predicted"
+
+
+def test_confusion_colours_the_mistakes_only():
+    (mesh,) = plots.confusion({"a": MATRIX}, "counts", "T").axes[0].collections
+    colours = np.ma.filled(mesh.get_array(), np.nan).reshape(10, 10)
+    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6 == mesh.get_clim()[1]
+
+
+def test_save_figure_writes_what_it_returns(tmp_path):
+    png = plots.save_figure(FIGURES["curves"](), tmp_path / "new" / "f.png")
+    assert (tmp_path / "new" / "f.png").read_bytes() == png
