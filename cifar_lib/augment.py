@@ -116,19 +116,24 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
 
 def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
     """The distinct (name, magnitude) pairs that images of this policy may go through; Draws.ops counts in it."""
-    return _operation_table(policy.ops)[0]
+    return _operation_table(policy.ops, policy.magnitude)[0]
 
 
 @lru_cache
-def _operation_table(ops: str) -> tuple[tuple[tuple[str, float], ...], Tensor]:
-    """All distinct (name, magnitude) pairs, and int64 (names, bins, 2) that leads from (name, bin, sign) into them."""
-    names, bins = {"randaugment": (OPS, 31), "trivialaugment": (OPS, 31), "autoaugment": (AUTO_OPS, 10)}[ops]
+def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float], ...], Tensor]:
+    """All distinct (name, magnitude) pairs, and int64 (names, bins, 2) that leads from (name, bin, sign) into them.
+
+    RandAugment uses one bin of its 31, which leaves 23 pairs: 14 operations, 9 of them with two signs.
+    """
+    names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
+    used = [magnitude] if ops == "randaugment" else range(bins)
     pairs: dict[tuple[str, float], int] = {}
-    lookup = torch.empty(len(names), bins, 2, dtype=torch.int64)
+    lookup = torch.empty(len(names), len(used), 2, dtype=torch.int64)
     for i, name in enumerate(names):
-        for k, magnitude in enumerate(magnitudes(name, bins, wide=ops == "trivialaugment")):
+        values = magnitudes(name, bins, wide=ops == "trivialaugment")
+        for k, value in enumerate(values[m] for m in used):
             for negative in (0, 1):
-                signed = -magnitude if negative and name in SIGNED else magnitude
+                signed = -value if negative and name in SIGNED else value
                 lookup[i, k, negative] = pairs.setdefault((name, signed), len(pairs))
     return tuple(pairs), lookup
 
@@ -156,12 +161,9 @@ def _draw_ops(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
     if policy.ops == "autoaugment":
         return _draw_autoaugment(n, generator)
     slots = policy.num_ops if policy.ops == "randaugment" else 1
-    _, lookup = _operation_table(policy.ops)
+    _, lookup = _operation_table(policy.ops, policy.magnitude)
     name = torch.randint(len(OPS), (n, slots), generator=generator)
-    if policy.ops == "trivialaugment":
-        magnitude = torch.randint(31, (n, slots), generator=generator)
-    else:
-        magnitude = torch.full((n, slots), policy.magnitude)
+    magnitude = torch.randint(lookup.shape[1], (n, slots), generator=generator)
     negative = torch.randint(2, (n, slots), generator=generator)
     return lookup[name, magnitude, negative]
 
@@ -172,7 +174,7 @@ def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
     name = torch.tensor([[AUTO_OPS.index(op) for op, _, _ in pair] for pair in policies])  # (25, 2)
     probability = torch.tensor([[p for _, p, _ in pair] for pair in policies])
     magnitude = torch.tensor([[k or 0 for _, _, k in pair] for pair in policies])
-    _, lookup = _operation_table("autoaugment")
+    _, lookup = _operation_table("autoaugment", 0)
     chosen = torch.randint(len(policies), (n,), generator=generator)
     negative = torch.randint(2, (n, 2), generator=generator)
     happens = torch.rand(n, 2, generator=generator) <= probability[chosen]

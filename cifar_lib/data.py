@@ -78,26 +78,27 @@ def load_cifar10(
     download: bool = True,
     mirror: str | None = None,
     give_up_after: float | None = None,
+    home: Path = Path("data"),
 ) -> tuple[ImageSet, ImageSet]:
     """The 50,000 training and 10,000 test images, each file checked by torchvision's md5.
 
-    Looked for in `root`, else in `CIFAR10_ROOT`, else in `data/`, else in Kaggle's input folder, else downloaded into
-    `data/` from `mirror` (the folder that holds the archive; default `CIFAR10_MIRROR`, else the origin) within
+    Looked for in `root`, else in `CIFAR10_ROOT`, else in `home`, else in Kaggle's input folder, else downloaded into
+    `home` from `mirror` (the folder that holds the archive; default `CIFAR10_MIRROR`, else the origin) within
     `give_up_after` seconds. Raises InputError where a place that was named holds no whole CIFAR-10, or none is found.
     """
-    folder = find_cifar10(root)
+    folder = find_cifar10(root, home)
     if folder is None:
         if not download:
             raise InputError(
-                "no CIFAR-10 in CIFAR10_ROOT, data/ or Kaggle's input folder: set CIFAR10_ROOT to the folder that "
+                f"no CIFAR-10 in CIFAR10_ROOT, {home} or Kaggle's input folder: set CIFAR10_ROOT to the folder that "
                 f"holds {FOLDER}/, or allow the download"
             )
-        folder = download_cifar10(Path("data"), mirror or os.environ.get("CIFAR10_MIRROR"), give_up_after)
+        folder = download_cifar10(home, mirror or os.environ.get("CIFAR10_MIRROR"), give_up_after)
     _check_files(folder)
     return _read(folder, train=True), _read(folder, train=False)
 
 
-def find_cifar10(root: str | os.PathLike | None = None) -> Path | None:
+def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
     """The folder with the batch files, or None. A place that was named (`root`, `CIFAR10_ROOT`) must hold it."""
     for name, place in (("the given path", root), ("CIFAR10_ROOT", os.environ.get("CIFAR10_ROOT"))):
         if place:
@@ -108,7 +109,7 @@ def find_cifar10(root: str | os.PathLike | None = None) -> Path | None:
                 )
             return folder
     on_kaggle = sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}")) if KAGGLE_INPUT.is_dir() else []
-    return _batches_in(Path("data")) or next(iter(on_kaggle), None)
+    return _batches_in(home) or next(iter(on_kaggle), None)
 
 
 def _batches_in(place: Path) -> Path | None:
@@ -145,16 +146,20 @@ def download_cifar10(root: Path, mirror: str | None = None, give_up_after: float
         workspace = tempfile.TemporaryDirectory(dir=root, prefix=".download-")
     except OSError as error:
         raise InputError(f"can't write CIFAR-10 into {root}: {error.strerror}: {remedy}") from error
-    with workspace as scratch:
-        try:
-            with _time_limit(give_up_after):
-                download_and_extract_archive(url, scratch, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
-        except (OSError, HTTPException, RuntimeError, EOFError, ValueError, _GaveUp) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"CIFAR-10 could not be downloaded from {url} ({reason}): {remedy}") from error
-        target = root / FOLDER
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(Path(scratch) / FOLDER, target)
+    try:
+        with workspace as scratch:
+            try:
+                with _time_limit(give_up_after):
+                    download_and_extract_archive(url, scratch, filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+            except (OSError, HTTPException, RuntimeError, EOFError, ValueError, _GaveUp) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f"CIFAR-10 could not be downloaded from {url} ({reason}): {remedy}") from error
+            target = root / FOLDER
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(Path(scratch) / FOLDER, target)
+    finally:
+        with contextlib.suppress(OSError):
+            root.rmdir()  # where nothing came, nothing stays: this works on an empty folder only
     return target
 
 

@@ -21,7 +21,7 @@ def predict(
     std: tuple[float, ...],
     precision: str = "fp32",
     tta: str = "none",
-    batch_size: int = 500,
+    batch_size: int = 250,
 ) -> Tensor:
     """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
 

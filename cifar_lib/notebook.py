@@ -60,10 +60,10 @@ class Session:
         if profile not in ("quick", "full"):
             raise InputError(f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick")
         if profile == "full":
-            train, test = load_cifar10()
+            train, test = load_cifar10(home=ROOT / "data")
             return cls(profile, train, test, test, recipe("report"))
         try:
-            train, test = load_cifar10(give_up_after=GIVE_UP_AFTER)
+            train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, home=ROOT / "data")
         except InputError as error:
             if os.environ.get("CIFAR10_ROOT"):
                 raise  # a place was named: going on without it would hide the mistake
@@ -186,7 +186,12 @@ class Session:
     def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
         """The frame with its caption, and where the data come from if they aren't CIFAR-10."""
         note = f" ({self.note})" if self.note else ""
-        styles = [{"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold"}]
+        styles = [
+            {
+                "selector": "caption",
+                "props": "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap",
+            }
+        ]
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
 
 

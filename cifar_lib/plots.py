@@ -123,7 +123,7 @@ def channel_histograms(histograms: Mapping[str, np.ndarray], title: str) -> Figu
     top = max(ax.get_ylim()[1] for ax in axes[0])
     for ax in axes[0]:
         ax.set_ylim(0, top)
-    axes[0, -1].legend()
+    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -266,7 +266,7 @@ def gallery(
             continue
         _show(ax, images[i], captions[i])
         if overlays is not None:
-            ax.imshow(overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
+            ax.imshow(overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest")
     if not len(images):
         figure.text(0.5, 0.4, "no such image", ha="center")
     return figure

@@ -135,7 +135,8 @@ def test_submission_has_the_files_ids_in_order(tmp_path):
     write_submission(tmp_path / "s.csv", IDS, [3, 5, 0, 9])
     assert (tmp_path / "s.csv").read_text() == "ID,Labels\n7,3\n3,5\n11,0\n0,9\n"
     write_submission(tmp_path / "s.csv", ["a,b"], [1], label_column="Category")
-    assert list(csv.reader(open(tmp_path / "s.csv"))) == [["ID", "Category"], ["a,b", "1"]]
+    rows = list(csv.reader((tmp_path / "s.csv").read_text().splitlines()))
+    assert rows == [["ID", "Category"], ["a,b", "1"]]
 
 
 @pytest.mark.parametrize("ids, labels", [([1, 2], [3, 10]), ([1, 1], [3, 4]), ([1, 2], [3, -1])])

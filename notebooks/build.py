@@ -1,0 +1,116 @@
+"""Run the five notebooks top to bottom: as HTML pages (`make run`), or in place (`make notebooks`).
+
+    python notebooks/build.py [--in-place] [NAME...]
+
+Which profile they run in is CIFAR_PROFILE's to say (quick, the default, or full).
+"""
+
+import argparse
+import html
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+from nbclient.exceptions import CellExecutionError
+from nbconvert import HTMLExporter
+from nbconvert.preprocessors import ExecutePreprocessor
+
+HERE = Path(__file__).resolve().parent
+PAGES = HERE.parent / "runs" / "html"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--in-place", action="store_true", help="write the outputs into the notebooks"
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="how their names begin; default: all"
+    )
+    options = parser.parse_args()
+    in_place = options.in_place
+    paths = [
+        path
+        for path in sorted(HERE.glob("0*.ipynb"))
+        if path.name.startswith(tuple(options.names or [""]))
+    ]
+    os.environ["JUPYTER_PATH"] = str(
+        Path(sys.prefix) / "share" / "jupyter"
+    )  # this environment's kernel, no other
+    os.environ["TQDM_DISABLE"] = "1"
+    titles = {}
+    for path in paths:
+        print(f"running {path.name}", flush=True)
+        notebook = nbformat.read(path, as_version=4)
+        titles[path.stem] = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+        try:
+            ExecutePreprocessor(timeout=None).preprocess(
+                notebook, {"metadata": {"path": str(HERE)}}
+            )
+        except CellExecutionError as error:
+            print(f"error: {path.name} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
+            return 1
+        if in_place:
+            _without_times(notebook)
+            nbformat.write(notebook, path)
+        else:
+            _write_page(path.stem, notebook)
+    if not in_place:
+        _write_index(titles)
+        print(f"\npages: {PAGES.relative_to(HERE.parent)}/index.html\n")
+        _print_comparison()
+    return 0
+
+
+def _without_times(notebook: nbformat.NotebookNode) -> None:
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+
+
+def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
+    PAGES.mkdir(parents=True, exist_ok=True)
+    page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": name}})
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+        if alt:  # nbconvert leaves a notebook's alternative texts out, and puts this in their place
+            page = page.replace(
+                "No description has been provided for this image", html.escape(alt), 1
+            )
+    for target in HERE.glob("0*.ipynb"):  # the pages point at each other as the notebooks do
+        page = page.replace(f'href="{target.name}"', f'href="{target.stem}.html"')
+    page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
+    (PAGES / f"{name}.html").write_text(page)
+
+
+def _write_index(titles: dict[str, str]) -> None:
+    items = "\n".join(
+        f'<li><a href="{name}.html">{html.escape(title)}</a></li>' for name, title in titles.items()
+    )
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'
+    style = "<style>body{font:18px/1.6 sans-serif;max-width:40em;margin:3em auto}</style>"
+    (PAGES / "index.html").write_text(
+        f"{head}{style}<h1>CIFAR-10 notebooks</h1><ul>{items}</ul></html>\n"
+    )
+
+
+def _print_comparison() -> None:
+    """The table that notebook 3 wrote last, if any: published, this run, why they differ."""
+    written = sorted(
+        (HERE.parent / "runs").glob("*/comparison.csv"), key=lambda path: path.stat().st_mtime
+    )
+    if not written:
+        return
+    with pd.option_context(
+        "display.width", 200, "display.max_colwidth", None, "display.max_columns", None
+    ):
+        print(
+            pd.read_csv(written[-1], dtype=str, keep_default_na=False).to_string(
+                index=False, justify="left"
+            )
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
