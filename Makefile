@@ -17,7 +17,7 @@ notebooks: .venv/ready  ## the full recipe into the committed notebooks, figures
 	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
 
 address:  ## make address TO=you/your-repository: the address in pyproject.toml, and with it the badges everywhere
-	test -n "$(TO)"
+	@test -n "$(TO)" || { echo "usage: make address TO=you/your-repository"; exit 2; }
 	from=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml); \
 	sed -i "s#$$from#$(TO)#g" pyproject.toml README.md notebooks/*.ipynb
 
