@@ -4,15 +4,18 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from cifar_lib.data import STAND_IN, generate_stand_in
+from cifar_lib import plots
+from cifar_lib.data import REAL, STAND_IN, generate_stand_in
 from cifar_lib.errors import InputError
 from cifar_lib.notebook import Session, published_confusion, published_history
+from cifar_lib.train import recipe
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["01_data_statistics", "02_augmentation_preview", "03_training", "04_error_analysis", "05_kaggle_submission"]
@@ -136,3 +139,24 @@ def test_published_numbers_are_the_reports():
     history, matrix = published_history(), published_confusion().to_numpy()
     assert len(history) == 60 and history.test_accuracy.iloc[-1] == pytest.approx(0.9556)
     assert matrix.sum() == 10_000 and matrix.trace() == 9556 and (matrix[3, 5], matrix[5, 3]) == (45, 55)
+
+
+@pytest.mark.parametrize("profile", ["quick", "full"])
+def test_only_the_full_profile_writes_figures_and_results(profile, monkeypatch, tmp_path):
+    monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
+    train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
+    tiny = recipe("report", blocks="1,1", channels="8,16", epochs=1, train_size=100, precision="fp32")
+    session = Session(profile, train, test, test, tiny)
+    metrics = session.fit()
+    session.show(plots.curves(session.curves("accuracy"), "epoch", "accuracy", "T"), "curves", "four curves")
+    table = session.comparison().set_index("quantity")
+    assert table.loc["test accuracy", "this run"] == f"{metrics['test']['accuracy']:.2%}"
+    assert table.loc["test accuracy", "published"] == "95.56%" and table.loc["epochs", "this run"] == "1"
+    assert session.specifications().loc["gpu", "published"] == "NVIDIA A100-SXM4-40GB"
+    model, info = session.trained_model()
+    assert info["seed"] == 42 and not model.training
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    outside_runs = {path for path in written if not path.startswith("runs/")}
+    results = {"config.json", "environment.json", "history.csv", "timing.csv", "metrics.json"}
+    full = {"figures/curves.png", *(f"results/report-seed42/{name}" for name in results)}
+    assert outside_runs == (full if profile == "full" else set())
