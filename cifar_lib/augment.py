@@ -187,11 +187,10 @@ def apply_ops(images: Tensor, table: tuple[tuple[str, float], ...], ops: Tensor)
     for slot in ops.unbind(1):
         order = slot.argsort(stable=True)
         counts = torch.bincount(slot, minlength=len(table)).tolist()
-        out = torch.empty_like(images)
-        for (name, magnitude), index in zip(table, order.to(images.device).split(counts), strict=True):
-            if len(index):
-                out[index] = apply_op(images[index], name, magnitude)
-        images = out
+        groups = images.index_select(0, order.to(images.device)).split(counts)
+        done = [apply_op(group, *pair) for group, pair in zip(groups, table, strict=True) if len(group)]
+        # Two gathers of whole images are ten times faster on a CPU than a gather and a scatter for each group.
+        images = torch.cat(done).index_select(0, order.argsort().to(images.device)) if done else images
     return images
 
 
@@ -199,8 +198,7 @@ def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
     """One operation at one magnitude on all images: uint8 (n, 3, 32, 32) -> the same; nearest pixel, black outside."""
     if name in GEOMETRIC:
         source = _source_pixels(name, magnitude).to(images.device)
-        inside = (source >= 0).to(torch.uint8)
-        return (images.flatten(2)[:, :, source.clamp(min=0)] * inside).view_as(images)
+        return _gather_pixels(images, source.clamp(min=0)).mul_((source >= 0).to(torch.uint8).view(SIZE, SIZE))
     colour: dict[str, Callable[[], Tensor]] = {
         "Identity": lambda: images,
         "Brightness": lambda: kernels.adjust_brightness(images, 1 + magnitude),
@@ -208,14 +206,20 @@ def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
         "Contrast": lambda: adjust_contrast(images, 1 + magnitude),
         "Sharpness": lambda: sharpen(images, 1 + magnitude),
         "Posterize": lambda: kernels.posterize(images, int(magnitude)),
-        "Solarize": lambda: kernels.solarize(images, magnitude),
+        "Solarize": lambda: solarize(images, magnitude),
         "AutoContrast": lambda: kernels.autocontrast(images),
-        "Equalize": lambda: kernels.equalize(images),
+        "Equalize": lambda: equalize(images),
         "Invert": lambda: kernels.invert(images),
     }
     if name not in colour:
         raise InputError(f"unknown operation {name!r}: expected one of {', '.join(AUTO_OPS)}")
     return colour[name]()
+
+
+def _gather_pixels(images: Tensor, source: Tensor) -> Tensor:
+    """Pixel `source[k]` of every image as its pixel k: int64 (1024,)."""
+    # gather with an expanded index: four times faster on a CPU than indexing
+    return images.flatten(2).gather(2, source.expand(*images.shape[:2], SIZE * SIZE)).view_as(images)
 
 
 @lru_cache(maxsize=512)
@@ -237,30 +241,52 @@ def _source_pixels(name: str, magnitude: float) -> Tensor:
     return torch.from_numpy(np.array(moved)).long().flatten() - 1
 
 
+# Operations of our own: where torchvision's tensor kernel isn't PIL's, or is slow on a CPU
+
+
 def adjust_contrast(images: Tensor, factor: float) -> Tensor:
     """PIL's Contrast: away from or towards the image's mean grey: uint8 (n, 3, H, W) -> the same.
 
     PIL rounds that mean to a whole grey level; torchvision's tensor kernel does not and is two levels off at factor 2.
     """
     grey = kernels.rgb_to_grayscale(images).flatten(1).float().mean(1).add_(0.5).floor_().view(-1, 1, 1, 1)
-    return (images - grey).mul_(factor).add_(grey).clamp_(0, 255).to(torch.uint8)
+    return images.float().sub_(grey).mul_(factor).add_(grey).clamp_(0, 255).to(torch.uint8)
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """PIL's Sharpness: away from (factor > 1) or towards a 3x3 smoothed image: uint8 (n, 3, H, W) -> the same.
+    """PIL's Sharpness: away from (factor > 1) or towards a 3x3 smoothed image: uint8 (n, 3, 32, 32) -> the same.
 
-    The smoothing kernel is (1 1 1, 1 5 1, 1 1 1) / 13, the border stays. In whole numbers: torchvision's tensor kernel
-    is a float convolution, at half the speed on a CPU.
+    The smoothing kernel is (1 1 1, 1 5 1, 1 1 1) / 13, the border stays. The sums run over whole images laid out as
+    rows of 1024 pixels, in whole numbers; what wraps around falls on the border and is dropped.
     """
-    wide = images.to(torch.int16)
-    columns = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
-    box = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]
-    inner = wide[..., 1:-1, 1:-1]
-    smooth = (box + 4 * inner + 6).div_(13, rounding_mode="trunc")
-    sharp = smooth.float().lerp_(inner.float(), factor).clamp_(0, 255)
+    rows = images.reshape(-1, SIZE * SIZE).to(torch.int16)
+    columns = (rows[:, : -2 * SIZE] + rows[:, SIZE:-SIZE]).add_(rows[:, 2 * SIZE :])
+    box = (columns[:, :-2] + columns[:, 1:-1]).add_(columns[:, 2:])  # around pixels 33, 34 ... of the image
+    inner = rows[:, SIZE + 1 : -SIZE - 1]
+    smooth = box.add_(inner, alpha=4).float().add_(6.5).mul_(1 / 13).floor_()  # (box + 4 inner + 6) // 13
+    sharp = smooth.lerp_(inner.float(), factor).clamp_(0, 255).to(torch.uint8)
     out = images.clone()
-    out[..., 1:-1, 1:-1] = sharp.to(torch.uint8)
+    out[..., 1:-1, 1:-1] = F.pad(sharp, (0, 2)).view(*images.shape[:2], SIZE - 2, SIZE)[..., :-2]
     return out
+
+
+def solarize(images: Tensor, threshold: float) -> Tensor:
+    """255 - x for every value x of at least `threshold`: uint8 -> the same."""
+    inverted = (images >= math.ceil(threshold)).view(torch.uint8).neg()  # 255 where true
+    return images ^ inverted
+
+
+def equalize(images: Tensor) -> Tensor:
+    """PIL's Equalize, which flattens each channel's histogram: uint8 (n, 3, 32, 32) -> the same."""
+    rows = images.reshape(-1, SIZE * SIZE)
+    start = torch.arange(0, 256 * len(rows), 256, dtype=torch.int32, device=images.device)[:, None]
+    count = torch.bincount((rows + start).view(-1), minlength=256 * len(rows)).view(-1, 256)
+    brightest = count.gather(1, rows.amax(1, keepdim=True).long())
+    step = (SIZE * SIZE - brightest) // 255  # 0: one value or nearly so, which PIL leaves alone
+    below = count.cumsum(1).sub_(count)
+    table = below.add_(step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
+    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
+    return table.gather(1, rows.long()).view_as(images)
 
 
 # Geometry of the frame: crop, flip, boxes
@@ -269,14 +295,19 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     """A 32x32 window at `offsets` int64 (n, 2) of each image padded with `padding` black pixels on every side."""
     windows = F.pad(images, (padding,) * 4).unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (n, 3, 2p+1, 2p+1, 32, 32) view
-    top, left = offsets.to(images.device).unbind(1)
+    top, left = offsets.unbind(1)
+    if images.device.type == "cpu":  # numpy copies whole rows of a window: three times as fast as torch here
+        return torch.from_numpy(windows.numpy()[np.arange(len(images)), :, top.numpy(), left.numpy()])
+    top, left = top.to(images.device), left.to(images.device)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     """Left and right exchanged where `mirrored` bool (n,) says so."""
-    index = mirrored.nonzero()[:, 0].to(images.device)
-    return images.index_copy(0, index, images[index].flip(3))
+    pixel = torch.arange(SIZE * SIZE, device=images.device)
+    mirror = _gather_pixels(images, pixel.view(SIZE, SIZE).flip(1).flatten())
+    order = torch.where(mirrored, len(images), 0) + torch.arange(len(images))
+    return torch.cat([images, mirror]).index_select(0, order.to(images.device))
 
 
 def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
