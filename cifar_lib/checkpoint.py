@@ -26,7 +26,7 @@ import torch
 
 from cifar_lib.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 

@@ -11,14 +11,15 @@ import torch
 import torchinfo
 from PIL import Image, UnidentifiedImageError
 
-from cifar_lib import __version__
+from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, channel_statistics, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import VIEWS, predict, summarize
 from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
 from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import ResNet, load_model
-from cifar_lib.train import RECIPES, fit, learning_rates, recipe
+from cifar_lib.recipes import RECIPES, learning_rates, recipe
+from cifar_lib.train import fit
 
 ADAPTATIONS = ("none", "normalize")
 
@@ -133,9 +134,15 @@ def _train(options: argparse.Namespace) -> None:
     flags = ("seed", "epochs", "train_size", "precision")
     changes |= {flag: getattr(options, flag) for flag in flags if getattr(options, flag) is not None}
     config = recipe(options.recipe, **changes)
-    choose_device(options.device)  # before the data are read
-    metrics = fit(config, options.run, *load_cifar10(options.data), device=options.device)
-    _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
+    device = ranks.join(options.device)
+    choose_device(device)  # before the data are read
+    try:
+        ranks.from_first(lambda: load_cifar10(options.data) and None)  # so that one rank downloads, if any must
+        metrics = fit(config, options.run, *load_cifar10(options.data), device=device)
+        if ranks.rank() == 0:
+            _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
+    finally:
+        ranks.leave()
 
 
 def _print_score(score: dict, where: str) -> None:

@@ -21,24 +21,25 @@ def predict(
     std: tuple[float, ...],
     precision: str = "fp32",
     tta: str = "none",
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
 
     The model computes where its weights lie, in evaluation mode. `tta`: the mean of the logits over test-time views of
     each image: `flip` takes it and its mirror image, `flip-shift` also both moved by a pixel towards two corners,
-    weighted 1/2 : 1/4 : 1/4 (Jordan 2024, arXiv:2404.00498).
+    weighted 1/2 : 1/4 : 1/4 (Jordan 2024, arXiv:2404.00498). `batch_size`: 250 on a CPU, 1000 elsewhere.
     """
     device = next(model.parameters()).device
+    batch_size = batch_size or (250 if device.type == "cpu" else 1000)
     was_training = model.training
     model.eval()
     logits = []
     for batch in images.split(batch_size):
         inputs = normalize(batch.to(device), mean, std)
         with autocast(device, precision):
-            logits.append(sum(weight * model(view).float() for weight, view in _views(inputs, tta)).cpu())
+            logits.append(sum(weight * model(view).float() for weight, view in _views(inputs, tta)))
     model.train(was_training)
-    return torch.cat(logits) if logits else torch.empty(0, len(CLASSES))
+    return torch.cat(logits).cpu() if logits else torch.empty(0, len(CLASSES))
 
 
 def _views(inputs: Tensor, tta: str) -> list[tuple[float, Tensor]]:

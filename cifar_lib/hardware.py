@@ -52,7 +52,8 @@ def _cpu_has_bf16() -> bool:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which forward passes compute in `precision` (fp32, bf16 or fp16)."""
-    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+    # No weight is used twice in a pass, and a CUDA graph must not remember a conversion that happened before it.
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
 
 
 def describe(device: torch.device) -> dict[str, str | float | int | None]:

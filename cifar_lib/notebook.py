@@ -22,7 +22,8 @@ from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.kaggle import generate_test_file, read_test_file
 from cifar_lib.model import ResNet, load_model
 from cifar_lib.plots import save_figure
-from cifar_lib.train import TrainConfig, fit, recipe
+from cifar_lib.recipes import TrainConfig, recipe
+from cifar_lib.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"

@@ -17,7 +17,7 @@ from cifar_lib import cli
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
 from cifar_lib.model import ResNet, save_model
 
-TINY = ["--set", "blocks=1,1", "--set", "channels=8,16", "--set", "validation_size=0", "--precision", "fp32"]
+TINY = ["--set", "blocks=1,1", "--set", "channels=16,32", "--set", "validation_size=0", "--precision", "fp32"]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cifar_lib import plots
 from cifar_lib.data import REAL, STAND_IN, generate_stand_in
 from cifar_lib.errors import InputError
 from cifar_lib.notebook import Session, published_confusion, published_history
-from cifar_lib.train import recipe
+from cifar_lib.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["01_data_statistics", "02_augmentation_preview", "03_training", "04_error_analysis", "05_kaggle_submission"]
@@ -145,7 +145,7 @@ def test_published_numbers_are_the_reports():
 def test_only_the_full_profile_writes_figures_and_results(profile, monkeypatch, tmp_path):
     monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
     train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
-    tiny = recipe("report", blocks="1,1", channels="8,16", epochs=1, train_size=100, precision="fp32")
+    tiny = recipe("report", blocks="1,1", channels="16,32", epochs=1, train_size=100, precision="fp32")
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(plots.curves(session.curves("accuracy"), "epoch", "accuracy", "T"), "curves", "four curves")

@@ -16,22 +16,13 @@ from cifar_lib.data import CLASSES, ImageSet, normalize
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.model import load_model
-from cifar_lib.train import (
-    RECIPES,
-    State,
-    TrainConfig,
-    epoch_batches,
-    fit,
-    learning_rate,
-    learning_rates,
-    recipe,
-    smooth_cross_entropy,
-    split,
-    train_one_epoch,
-)
+from cifar_lib.recipes import RECIPES, TrainConfig, learning_rate, learning_rates, recipe
+from cifar_lib.step import State, Step, smooth_cross_entropy
+from cifar_lib.train import epoch_batches, epoch_plan, fit, split, train_one_epoch
 
 CPU = torch.device("cpu")
-TINY = {"blocks": "1,1", "channels": "4,8", "precision": "fp32", "batch_size": 16, "epochs": 3, "warmup_epochs": 1}
+TINY = {"blocks": "1,1", "channels": "16,32", "batch_size": 16, "epochs": 3, "warmup_epochs": 1}
+TINY |= {"precision": "fp32", "step": "plain"}
 REPRODUCIBLE = ("checkpoint.pt", "checkpoint.previous.pt", "history.csv", "metrics.json", "model.safetensors")
 
 
@@ -49,7 +40,12 @@ def quiet(_: str) -> None:
 
 
 def train_quietly(state: State, train: ImageSet, config: TrainConfig) -> tuple[float, float]:
-    return train_one_epoch(state, train, config, config.precision, tqdm(disable=True))
+    plan = epoch_plan(config, len(train), state.epoch)
+    return train_one_epoch(Step(state, config), train, config, plan, tqdm(disable=True))
+
+
+def batches(train: ImageSet, config: TrainConfig, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return list(epoch_batches(train, config, epoch_plan(config, len(train), epoch)))
 
 
 def fit_killed_after(epoch: int, config: TrainConfig, path: Path, train: ImageSet, test: ImageSet) -> None:
@@ -103,7 +99,7 @@ def test_every_recipe_can_be_cut_to_one_epoch(name):
 def test_text_reads_as_the_type_of_the_field():
     texts = {
         "blocks": "3,4,3",
-        "channels": "(8, 16, 32)",
+        "channels": "(16, 32, 64)",
         "nesterov": "true",
         "decay_all": "False",
         "train_size": "none",
@@ -116,7 +112,7 @@ def test_text_reads_as_the_type_of_the_field():
         "policy.ops": "autoaugment",
     }
     config = recipe("quick", **texts)
-    assert config.blocks == (3, 4, 3) and config.channels == (8, 16, 32)
+    assert config.blocks == (3, 4, 3) and config.channels == (16, 32, 64)
     assert config.nesterov is True and config.decay_all is False
     assert config.train_size is None and config.validation_size == 500
     assert config.learning_rate == 0.01 and config.schedule == "cosine" and config.mean == (0.1, 0.2, 0.3)
@@ -148,6 +144,8 @@ def test_values_of_the_right_type_are_taken_too():
         ({"blocks": 3}, "blocks: expected"),
         ({"mean": "0.1,0.2"}, r"mean: \(0.1, 0.2\) is out of range"),
         ({"std": "0.1,0.2,0"}, "std: .* is out of range"),
+        ({"channels": "66,8"}, r"channels: \(66, 8\) is out of range"),
+        ({"step": "fast"}, "step: 'fast' is out of range"),
         ({"schedule": "linear"}, "schedule: 'linear' is out of range"),
         ({"train_size": "many"}, "train_size: expected a value of type int"),
         ({"seed": -1}, "seed: -1 is out of range"),
@@ -207,31 +205,47 @@ def numbered(train: ImageSet) -> ImageSet:
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 60, 100])
-def test_an_epoch_uses_every_image_once_augmented_and_normalised(stand_in, batch_size):
+def test_an_epoch_uses_every_image_once_augmented(stand_in, batch_size):
     train, config = numbered(stand_in[0]), tiny(batch_size=batch_size)
-    batches = list(epoch_batches(train, config, epoch=3))
-    sizes = [len(labels) for _, labels in batches]
+    epoch = batches(train, config, epoch=3)
+    sizes = [len(labels) for _, labels in epoch]
     assert sizes == [batch_size] * (60 // batch_size) + [60 % batch_size] * (60 % batch_size > 0)
-    order = torch.cat([labels for _, labels in batches])
+    order = torch.cat([labels for _, labels in epoch])
     assert order.sort().values.tolist() == list(range(60))
     augmented = augment_epoch(train.images, config.policy, config.seed, epoch=3)
-    expected = normalize(augmented[order], config.mean, config.std)
-    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+    assert torch.equal(torch.cat([images for images, _ in epoch]), augmented[order])
+
+
+def test_the_ranks_of_a_run_share_every_batch_of_one_process(stand_in):
+    train, config = numbered(stand_in[0]), tiny()
+    alone = batches(train, config, epoch=1)
+    shares = [
+        list(epoch_batches(train, replace(config, ranks=3), epoch_plan(config, 60, 1), rank)) for rank in range(3)
+    ]
+    for (images, labels), *parts in zip(alone, *shares, strict=True):
+        for rank, (share, names) in enumerate(parts):
+            assert torch.equal(names, labels[rank::3]) and torch.equal(share, images[rank::3])
 
 
 def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stand_in):
     config = tiny(half_size_epochs=2)
-    for epoch, size in ((1, 16), (2, 32)):
-        half, _ = next(epoch_batches(stand_in[0], config, epoch))
-        whole, _ = next(epoch_batches(stand_in[0], tiny(), epoch))
-        assert half.shape == (16, 3, size, size)
-        expected = whole.unflatten(3, (size, -1)).unflatten(2, (size, -1)).mean(dim=(3, 5))
-        torch.testing.assert_close(half, expected)
+    images, labels = batches(stand_in[0], config, epoch=1)[0]
+    whole = normalize(images, config.mean, config.std)
+    half = whole.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
+    for epoch, inputs in ((1, half), (2, whole)):  # the last epoch is on whole images
+        state, seen = State.new(config, CPU), []
+        state.model.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
+        state.epoch = epoch
+        train_quietly(state, stand_in[0], config)
+        if epoch == 2:
+            images, _ = batches(stand_in[0], config, epoch=2)[0]
+            inputs = normalize(images, config.mean, config.std)
+        torch.testing.assert_close(seen[0], inputs)
 
 
 def test_the_order_differs_by_epoch_and_seed_only(stand_in):
     def order(seed: int, epoch: int) -> list[int]:
-        return torch.cat([b for _, b in epoch_batches(numbered(stand_in[0]), tiny(seed=seed), epoch)]).tolist()
+        return torch.cat([b for _, b in batches(numbered(stand_in[0]), tiny(seed=seed), epoch)]).tolist()
 
     assert order(1, 0) == order(1, 0) != list(range(60))
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
@@ -239,23 +253,23 @@ def test_the_order_differs_by_epoch_and_seed_only(stand_in):
 
 def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_in):
     train, config = stand_in[0][torch.arange(33)], tiny()  # batches of 16, 16 and 1; epoch 0 trains at rate 0
-    model = State.new(config, CPU, "fp32").model
+    model = State.new(config, CPU).model
     losses, hits = [], 0
     with torch.no_grad():
-        for images, labels in epoch_batches(train, config, epoch=0):
-            logits = model(images)
+        for images, labels in batches(train, config, epoch=0):
+            logits = model(normalize(images, config.mean, config.std))
             losses += [smooth_cross_entropy(logits, labels, 0.05).item()] * len(labels)
             hits += (logits.argmax(1) == labels).sum().item()
     assert len(losses) == 33
     mean_of_batch_means = (losses[0] + losses[16] + losses[32]) / 3
     assert abs(mean_of_batch_means - sum(losses) / 33) > 1e-3
-    state = State.new(config, CPU, "fp32")
+    state = State.new(config, CPU)
     assert train_quietly(state, train, config) == pytest.approx((sum(losses) / 33, hits / 33), rel=1e-5)
 
 
 def test_an_epoch_at_rate_zero_leaves_the_weights_and_another_does_not(stand_in):
     config = tiny()
-    state, start = State.new(config, CPU, "fp32"), State.new(config, CPU, "fp32")
+    state, start = State.new(config, CPU), State.new(config, CPU)
     for epoch, same in ((0, True), (1, False)):
         state.epoch = epoch
         train_quietly(state, stand_in[0], config)
@@ -265,16 +279,15 @@ def test_an_epoch_at_rate_zero_leaves_the_weights_and_another_does_not(stand_in)
 
 def test_a_step_is_sgd_with_the_published_momentum_and_decay(stand_in):
     train, config = stand_in[0], tiny(batch_size=60, weight_decay=0.1)
-    state = State.new(config, CPU, "fp32")
-    reference = State.new(config, CPU, "fp32").model
+    state = State.new(config, CPU)
+    reference = State.new(config, CPU).model
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     for epoch in (1, 2):  # one step each
         state.epoch = epoch
         train_quietly(state, train, config)
-        images, labels = next(epoch_batches(train, config, epoch))
-        gradients = torch.autograd.grad(
-            smooth_cross_entropy(reference(images), labels, 0.05), list(reference.parameters())
-        )
+        images, labels = batches(train, config, epoch)[0]
+        logits = reference(normalize(images, config.mean, config.std))
+        gradients = torch.autograd.grad(smooth_cross_entropy(logits, labels, 0.05), list(reference.parameters()))
         with torch.no_grad():
             for p, v, g in zip(reference.parameters(), velocity, gradients, strict=True):
                 v.mul_(0.9).add_(g + 0.1 * p)
@@ -283,7 +296,7 @@ def test_a_step_is_sgd_with_the_published_momentum_and_decay(stand_in):
 
 
 def test_decay_can_leave_out_norms_and_biases(stand_in):
-    everything, exempting = (State.new(tiny(decay_all=d, weight_decay=0.1), CPU, "fp32") for d in (True, False))
+    everything, exempting = (State.new(tiny(decay_all=d, weight_decay=0.1), CPU) for d in (True, False))
     assert [group["weight_decay"] for group in everything.optimizer.param_groups] == [0.1]
     decayed, exempt = exempting.optimizer.param_groups
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0)
@@ -295,18 +308,18 @@ def test_decay_can_leave_out_norms_and_biases(stand_in):
 
 def test_weights_start_by_the_seed_whatever_was_drawn_before():
     torch.manual_seed(5)
-    first = State.new(tiny(seed=1), CPU, "fp32").model.conv1.weight
+    first = State.new(tiny(seed=1), CPU).model.conv1.weight
     before = torch.random.get_rng_state()
-    assert torch.equal(State.new(tiny(seed=1), CPU, "fp32").model.conv1.weight, first)
+    assert torch.equal(State.new(tiny(seed=1), CPU).model.conv1.weight, first)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert not torch.equal(State.new(tiny(seed=2), CPU, "fp32").model.conv1.weight, first)
+    assert not torch.equal(State.new(tiny(seed=2), CPU).model.conv1.weight, first)
 
 
 def test_a_small_network_overfits_one_batch(stand_in):
     batch = stand_in[0][torch.arange(16)]
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
-    config = tiny(channels="8,16", epochs=80, schedule="cosine", learning_rate=0.3, policy=nothing, label_smoothing=0.0)
-    state = State.new(config, CPU, "fp32")
+    config = tiny(channels="16,32", epochs=80, schedule="cosine", learning_rate=0.3, policy=nothing, label_smoothing=0.0)
+    state = State.new(config, CPU)
     first, _ = train_quietly(state, batch, config)
     for state.epoch in range(1, 80):
         last, correct = train_quietly(state, batch, config)
@@ -315,7 +328,7 @@ def test_a_small_network_overfits_one_batch(stand_in):
 
 def test_averaged_weights_follow_the_formula(stand_in):
     config = tiny(batch_size=60, ema_decay=0.75)
-    state = State.new(config, CPU, "fp32")
+    state = State.new(config, CPU)
     steps = []
     for state.epoch in (1, 2):  # one step each
         train_quietly(state, stand_in[0], config)
@@ -458,7 +471,7 @@ def started(stand_in, tmp_path_factory) -> Path:
     ("changes", "named"),
     [
         ({"learning_rate": 0.2, "epochs": 5}, ["learning_rate (0.1, now 0.2)", "epochs (3, now 5)"]),
-        ({"channels": "4,6"}, ["channels ((4, 8), now (4, 6))"]),
+        ({"channels": "16,24"}, ["channels ((16, 32), now (16, 24))"]),
         ({"policy.magnitude": 8}, ["policy"]),
         ({"precision": "bf16"}, ["precision ('fp32', now 'bf16')"]),
     ],
@@ -526,4 +539,4 @@ def test_an_unknown_device_or_precision_is_refused_before_anything_is_written(st
 
 
 def test_the_classes_of_the_network_are_cifars(stand_in):
-    assert State.new(tiny(), CPU, "fp32").model.num_classes == len(CLASSES) == 10
+    assert State.new(tiny(), CPU).model.num_classes == len(CLASSES) == 10
