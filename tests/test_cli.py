@@ -141,7 +141,7 @@ def test_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
         "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", script, "train", "--recipe", "quick", "--run", str(tmp_path / "run"), *TINY]
-    command += ["--epochs", "10000", "--train-size", "100"]
+    command += ["--epochs", "10000", "--train-size", "100", "--set", "step=plain"]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

@@ -318,7 +318,9 @@ def test_weights_start_by_the_seed_whatever_was_drawn_before():
 def test_a_small_network_overfits_one_batch(stand_in):
     batch = stand_in[0][torch.arange(16)]
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
-    config = tiny(channels="16,32", epochs=80, schedule="cosine", learning_rate=0.3, policy=nothing, label_smoothing=0.0)
+    config = tiny(
+        channels="16,32", epochs=80, schedule="cosine", learning_rate=0.3, policy=nothing, label_smoothing=0.0
+    )
     state = State.new(config, CPU)
     first, _ = train_quietly(state, batch, config)
     for state.epoch in range(1, 80):

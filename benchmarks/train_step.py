@@ -1,0 +1,89 @@
+"""Training, images a second, data included: the published loop, and ours.
+
+    python benchmarks/train_step.py [--device cuda] [--json]
+
+The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read after every step.
+Ours: the same network, loss, optimizer and distribution of images, in the precision and the kind of step that `fit`
+takes for 60 epochs; the other kinds of step beside it.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from bench import (
+    FLOP_PER_IMAGE,
+    hardware,
+    matrix_rate,
+    parse,
+    peak_memory,
+    publish,
+    ratio,
+    reset_peak_memory,
+    synchronize,
+    training_images,
+)
+from published import PublishedLoop
+from tqdm import tqdm
+
+from cifar_lib.data import ImageSet
+from cifar_lib.hardware import choose_precision
+from cifar_lib.recipes import TrainConfig, recipe
+from cifar_lib.step import State, Step, choose_step
+from cifar_lib.train import epoch_plan, train_one_epoch
+
+
+class Ours:
+    def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device):
+        self.train, self.config, self.device = train.to(device), config, device
+        self.step = Step(State.new(config, device), config)
+
+    def __call__(self) -> float:
+        state = self.step.state
+        synchronize(self.device)
+        start = time.perf_counter()
+        plan = epoch_plan(self.config, len(self.train), state.epoch)
+        train_one_epoch(self.step, self.train, self.config, plan, tqdm(disable=True))
+        synchronize(self.device)
+        state.epoch += 1
+        return len(self.train) / (time.perf_counter() - start)
+
+
+def main() -> None:
+    arguments, device = parse(__doc__, rounds=5)
+    n = {"cpu": (512, 512), "cuda": (12_800, 49_920)}.get(device.type, (2560, 2560))  # whole batches
+    n = (256, 256) if arguments.dry_run else n
+    train = training_images(max(n))
+    config = recipe("report", precision=choose_precision("auto", device))
+    chosen = choose_step(config, device, 50_000)
+    kinds = ["plain", *(["graph"] if device.type == "cuda" else []), *(["compiled"] if device.type != "mps" else [])]
+    loops = {"published": PublishedLoop(train[slice(n[0])], device)}
+    loops |= {kind: Ours(train[slice(n[1])], replace(config, step=kind), device) for kind in kinds}
+    peak = matrix_rate(device, config.precision)
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    memory = dict.fromkeys(loops, 0.0)
+    for _ in range(arguments.rounds + 1):
+        for name, loop in loops.items():
+            reset_peak_memory(device)
+            rates[name].append(loop())
+            memory[name] = max(memory[name], peak_memory(device))
+    measured = {name: values[1:] for name, values in rates.items()}
+    rows = [
+        {
+            "loop": name,
+            "precision": "fp32" if name == "published" else config.precision,
+            "images_per_second": statistics.median(values),
+            "ratio": ratio(measured["published"], values),
+            "share_of_matrix_rate": statistics.median(values) * FLOP_PER_IMAGE / peak,
+            "peak_memory_gb": memory[name],
+        }
+        for name, values in measured.items()
+    ]
+    result = {"hardware": hardware(device), "rounds": arguments.rounds, "images": {"published": n[0], "ours": n[1]}}
+    result |= {"matrix_gflops": peak / 1e9, "ours": chosen, "rows": rows, "rates": measured}
+    publish("train_step", {**result, "ratio": ratio(measured["published"], measured[chosen])}, arguments)
+
+
+if __name__ == "__main__":
+    main()
