@@ -60,10 +60,11 @@ def main() -> None:
     kinds = ["plain", *(["graph"] if device.type == "cuda" else []), *(["compiled"] if device.type != "mps" else [])]
     loops = {"published": PublishedLoop(train[slice(n[0])], device)}
     loops |= {kind: Ours(train[slice(n[1])], replace(config, step=kind), device) for kind in kinds}
-    peak = matrix_rate(device, config.precision)
     rates: dict[str, list[float]] = {name: [] for name in loops}
     memory = dict.fromkeys(loops, 0.0)
+    peak = 0.0
     for _ in range(arguments.rounds + 1):
+        peak = max(peak, matrix_rate(device, config.precision))
         for name, loop in loops.items():
             reset_peak_memory(device)
             rates[name].append(loop())

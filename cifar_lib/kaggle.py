@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from cifar_lib import pickles
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES, KAGGLE_MEAN, KAGGLE_STD, ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.shift import match_statistics
 
-MAX_BYTES = 1 << 30  # a test set of 10,000 images has 31 MB
+MAX_NAME = 200  # characters of an id
 
 
 def read_test_file(path: str | os.PathLike) -> ImageSet:
-    """The unlabelled images and ids of a pickled dict with `data` and `ids` (keys bytes or str), running no code in it.
+    """The unlabelled images and ids of a pickled dict with `data` and `ids` (keys bytes or str); no code in it runs.
 
     `data`: uint8 (N, 32, 32, 3), or flat (N, 3072) with the channels one after the other, told apart by the shape.
     `ids`: N different whole numbers or names. Raises InputError for anything else.
@@ -30,78 +31,17 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
     if not path.is_file():
         raise InputError(f"test file: expected a file, found none at {path}: {remedy}")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"test file: {path} has {path.stat().st_size:,} bytes, over {MAX_BYTES:,}: {remedy}")
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        with open(path, "rb") as file:
+            content = pickles.read(file.read(pickles.MAX_BYTES + 1))
         images, ids = _images(_entry(content, "data")), _ids(_entry(content, "ids"))
     except InputError as error:
         raise InputError(f"test file: {path}: {error}: {remedy}") from error
-    except Exception as error:  # a hostile pickle can raise anything; whatever it is, the file is refused
-        raise InputError(f"test file: {path} can't be read as a pickle ({_one_line(error)}): {remedy}") from error
+    except OSError as error:
+        raise InputError(f"test file: {path} can't be read ({error.strerror}): {remedy}") from error
     if len(images) != len(ids):
         raise InputError(f"test file: {path}: {len(images)} images, but {len(ids)} ids: {remedy}")
     return ImageSet(images, ids=ids, source=path.name)
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).splitlines()[0] if str(error) else ""
-    return f"{type(error).__name__}: {text[:200]}"
-
-
-def _empty_array(kind: object, shape: tuple, code: bytes | str) -> np.ndarray:
-    """numpy's `_reconstruct`, for the one call that numpy itself writes: an empty array, filled afterwards."""
-    if kind is not _ARRAY or shape != (0,):
-        raise InputError("it asks numpy for something else than an array")
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
-
-
-def _scalar(dtype: np.dtype, content: bytes | str) -> np.generic:
-    """numpy's `scalar`, without its object scalars."""
-    raw = content.encode("latin1") if isinstance(content, str) else content
-    if dtype.hasobject or dtype.itemsize != len(raw):
-        raise InputError("it holds a numpy scalar of another size than its type's")
-    return np.frombuffer(raw, dtype)[0]
-
-
-def _frombuffer(buffer: Any, dtype: np.dtype, shape: tuple, order: str) -> np.ndarray:
-    """numpy's `_frombuffer` (protocol 5)."""
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-def _dtype(code: str | bytes, align: bool = False, copy: bool = False) -> np.dtype:
-    """numpy's `dtype`, from the name of a simple type: no objects, records or dotted names."""
-    name = code.decode("ascii") if isinstance(code, bytes) else code
-    if not isinstance(name, str) or name.strip("<>|=")[:1] not in tuple("biufSU") or len(name) > 8:
-        raise InputError(f"it holds an array of type {str(name)[:20]!r}")
-    return np.dtype(name)
-
-
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """`_codecs.encode`, as Python 3 writes bytes in protocols 0 to 2."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise InputError(f"it asks to encode as {str(encoding)[:20]!r}")
-    return text.encode("latin1")
-
-
-_ARRAY = object()  # stands for numpy.ndarray, which is only ever named, never called
-_ALLOWED: dict[tuple[str, str], object] = {
-    ("numpy", "ndarray"): _ARRAY,
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
-    **{(f"{core}.multiarray", "_reconstruct"): _empty_array for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.multiarray", "scalar"): _scalar for core in ("numpy.core", "numpy._core")},
-    **{(f"{core}.numeric", "_frombuffer"): _frombuffer for core in ("numpy.core", "numpy._core")},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Finds the exact names above and no others; what it finds are stand-ins that do only what an array needs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise InputError(f"it wants to run {module[:60]}.{name[:60]}; nothing was run")
-        return _ALLOWED[module, name]
 
 
 def _entry(content: object, key: str) -> Any:
@@ -110,8 +50,15 @@ def _entry(content: object, key: str) -> Any:
     for name in (key, key.encode()):
         if name in content:
             return content[name]
-    found = ", ".join(repr(k)[:20] for k in list(content)[:5]) or "nothing"
+    found = ", ".join(_short(name) for name in list(content)[:5]) or "nothing"
     raise InputError(f"expected the key {key!r}, found {found}")
+
+
+def _short(value: object) -> str:
+    """A few characters of a value that can be long: a number of a million digits takes minutes to write out."""
+    if isinstance(value, (str, bytes)):
+        return repr(value[:20])
+    return str(value) if isinstance(value, int) and abs(value) < 10**20 else f"a {type(value).__name__}"
 
 
 def _images(data: object) -> torch.Tensor:
@@ -130,18 +77,22 @@ def _ids(values: object) -> tuple[int | str, ...]:
     if not isinstance(values, (list, tuple)):
         raise InputError(f"ids: expected a list or a flat array, got {type(values).__name__}")
     ids = tuple(_id(value) for value in values)
-    if len(set(ids)) != len(ids):
-        repeated = next(i for i in ids if ids.count(i) > 1)
-        raise InputError(f"ids: {repeated!r} stands for several images")
+    seen: set[int | str] = set()
+    for name in ids:
+        if name in seen:
+            raise InputError(f"ids: {_short(name)} stands for several images")
+        seen.add(name)
     return ids
 
 
 def _id(value: object) -> int | str:
     value = value.item() if isinstance(value, np.generic) else value
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    if type(value) is int or (isinstance(value, str) and value and value.isprintable()):
+    if type(value) is int and abs(value) < 10**20:
         return value
-    raise InputError(f"ids: expected whole numbers or names, got {str(value)[:20]!r}")
+    if isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable():
+        return value
+    raise InputError(f"ids: expected whole numbers or names of at most {MAX_NAME} characters, got {_short(value)}")
 
 
 def write_submission(

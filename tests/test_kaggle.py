@@ -57,6 +57,19 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path):
     assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
 
 
+def test_files_of_python_2s_default_protocol_are_read(tmp_path):
+    # protocol 0: text, with all bytes that aren't printable escaped inside of quotes
+    pixels = repr(HWC.tobytes())[1:].encode()
+    python_2 = (
+        b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\ntp5\nS'b'\np6\n"
+    )
+    python_2 += b"tp7\nRp8\n(I1\n(I%d\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\nI1\ntp12\nRp13\n" % N
+    python_2 += b"(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS" + pixels + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\n"
+    python_2 += b"I7\naI3\naI11\naI0\nas."
+    read = read_test_file(written(tmp_path, python_2))
+    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
+
+
 def test_names_as_ids_are_carried(tmp_path):
     assert read_test_file(written(tmp_path, {"data": HWC, "ids": [b"a", "b", "c", "d"]})).ids == ("a", "b", "c", "d")
 
