@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,20 +28,31 @@ ADAPTATIONS = ("none", "normalize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 or 143 when interrupted."""
     options = _parser().parse_args(arguments)
+    # As Ctrl-C; but a rank of several may be waiting for the others, where no handler would run: there it just ends.
+    if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         options.command(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, _Terminated) else 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         return 0
     return 0
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers and containers send it."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
 
 
 class _Parser(argparse.ArgumentParser):

@@ -131,7 +131,21 @@ def _check_files(folder: Path) -> None:
 def _read(folder: Path, train: bool) -> ImageSet:
     dataset = CIFAR10(folder.parent, train=train, download=False)
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(dataset.targets))
+    return with_labels(ImageSet(images, torch.tensor(dataset.targets)))
+
+
+def with_labels(images: ImageSet) -> ImageSet:
+    """The same, once it is sure that each image has a label from 0 to 9; else InputError."""
+    labels = images.labels
+    if labels is None or labels.shape != (len(images),):
+        found = "none" if labels is None else f"labels of shape {tuple(labels.shape)}"
+        raise InputError(f"{images.source}: expected a label for each of {len(images)} images, got {found}")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(CLASSES):
+        raise InputError(
+            f"{images.source}: expected labels from 0 to {len(CLASSES) - 1}, got {labels.min()} to {labels.max()}: "
+            "the files are not CIFAR-10's, copy or download them again"
+        )
+    return images
 
 
 def download_cifar10(root: Path, mirror: str | None = None, give_up_after: float | None = None) -> Path:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from cifar_lib import ranks
 from cifar_lib.augment import Draws, augment, draw, random_stream
 from cifar_lib.checkpoint import RunDirectory
-from cifar_lib.data import ImageSet, stratified_split
+from cifar_lib.data import ImageSet, stratified_split, with_labels
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe
@@ -92,8 +92,9 @@ def fit(
     """Train into a run directory, going on from its checkpoint if it has one, and evaluate; returns its metrics.json.
 
     A finished run is not trained again. Where `ranks.join` met other processes, all of them train this run and the
-    first one writes. Raises InputError where the directory holds another configuration or data.
+    first one writes. Raises InputError where the directory holds another configuration or data, or labels are missing.
     """
+    train, test = with_labels(train), with_labels(test)
     target = choose_device(device)
     config = replace(config, precision=choose_precision(config.precision, target), ranks=ranks.count())
     train_part, validation = split(train.to(target), config)

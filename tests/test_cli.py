@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cifar_lib import cli
+from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
 from cifar_lib.model import ResNet, save_model
 
@@ -135,7 +136,8 @@ def test_missing_data_is_one_line(tmp_path, capsys, monkeypatch, weights):
     assert str(tmp_path / "x") in mistake(capsys, "evaluate", "--weights", weights, "--data", tmp_path / "x")
 
 
-def test_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path, sent, code):
     script = (
         "import sys; from cifar_lib import cli; from cifar_lib.data import generate_stand_in; "
         "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); sys.exit(cli.main(sys.argv[1:]))"
@@ -148,6 +150,8 @@ def test_interrupt_ends_with_130_and_says_how_to_go_on(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
     )
     assert process.stdout.readline().startswith("epoch 1/")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on" in err and "Traceback" not in err
+    assert process.returncode == code and "goes on" in err and "Traceback" not in err
+    assert RunDirectory(tmp_path / "run").load()["epoch"] >= 1
+    assert not list((tmp_path / "run").glob(".*.tmp"))

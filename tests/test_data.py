@@ -6,6 +6,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -36,9 +37,12 @@ from cifar_lib.data import (
     mean_of_image_stds,
     normalize,
     stratified_split,
+    with_labels,
 )
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import confusion_matrix
+from cifar_lib.recipes import recipe
+from cifar_lib.train import fit
 
 
 @pytest.fixture
@@ -191,15 +195,38 @@ def test_files_are_read_as_channels_first_images(nowhere, tiny):
     assert train.source == test.source == data.REAL
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-def test_a_missing_or_damaged_file_is_named(nowhere, tiny, name):
+ALL_FILES = [name for name, _ in data.FILES]
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_a_missing_truncated_swapped_or_changed_file_is_named(nowhere, tiny, name):
     path = tiny / FOLDER / name
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=rf"{name}: expected md5 [0-9a-f]{{32}}"):
-        load_cifar10(tiny)
+    content = path.read_bytes()
+    other = tiny / FOLDER / next(other for other in ALL_FILES if other != name)
+    wrong_byte = bytearray(content)
+    wrong_byte[len(content) // 2] ^= 1
+    for damaged in (content[:-1], b"", bytes(wrong_byte), other.read_bytes()):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{name}: expected md5 [0-9a-f]{{32}}"):
+            load_cifar10(tiny)
     path.unlink()
     with pytest.raises(InputError, match=f"{name} is missing"):
         load_cifar10(tiny)
+    path.write_bytes(content)
+    assert len(load_cifar10(tiny)[0]) == 10
+
+
+def test_labels_that_are_no_class_are_refused():
+    train, _ = generate_stand_in(10, 0)
+    wrong = train.labels.clone()
+    wrong[3] = 10
+    with pytest.raises(InputError, match="stand-in data: expected labels from 0 to 9, got 0 to 10"):
+        with_labels(replace(train, labels=wrong))
+    with pytest.raises(InputError, match="expected a label for each of 10 images, got labels of shape"):
+        with_labels(replace(train, labels=train.labels[:9]))
+    with pytest.raises(InputError, match="expected a label for each of 10 images, got none"):
+        fit(recipe("quick"), "run", replace(train, labels=None), train)
+    assert with_labels(train) is train
 
 
 # The download
