@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test notebooks address clean
+.PHONY: run test notebooks benchmarks reliability address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the table published / this run
 	$(PY) notebooks/build.py
@@ -15,6 +15,12 @@ test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 
 notebooks: .venv/ready  ## the full recipe into the committed notebooks, figures/ and results/; needs a GPU or a day
 	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
+
+benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU
+	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
+
+reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
+	$(PY) tests/reliability.py --notebooks --write
 
 address:  ## make address TO=you/your-repository: the address in pyproject.toml, and with it the badges everywhere
 	@test -n "$(TO)" || { echo "usage: make address TO=you/your-repository"; exit 2; }

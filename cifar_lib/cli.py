@@ -155,6 +155,11 @@ def _train(options: argparse.Namespace) -> None:
         metrics = fit(config, options.run, *load_cifar10(options.data), device=device)
         if ranks.rank() == 0:
             _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
+    except RuntimeError as error:
+        if ranks.count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"ranks: another process went away ({reason}): start the same command again") from error
     finally:
         ranks.leave()
 
