@@ -35,6 +35,8 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
     Raises InputError where it can't write.
     """
+    if path.is_dir():
+        raise InputError(f"can't write {path}: it is a folder: name a file")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -38,6 +39,7 @@ KAGGLE_MEAN, KAGGLE_STD = (0.4765, 0.4808, 0.4958), (0.2303, 0.2267, 0.2268)
 KAGGLE_INPUT = Path("/kaggle/input")
 FOLDER = CIFAR10.base_folder
 FILES = (*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"]))  # (name, md5)
+PARTIAL, ABANDONED_SECONDS = ".download-", 3600
 STALL_SECONDS = 30.0  # a download that brings nothing for this long has stalled
 
 
@@ -157,7 +159,8 @@ def download_cifar10(root: Path, mirror: str | None = None, give_up_after: float
     remedy = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to another server's folder"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        workspace = tempfile.TemporaryDirectory(dir=root, prefix=".download-")
+        _remove_abandoned(root)
+        workspace = tempfile.TemporaryDirectory(dir=root, prefix=PARTIAL)
     except OSError as error:
         raise InputError(f"can't write CIFAR-10 into {root}: {error.strerror}: {remedy}") from error
     try:
@@ -175,6 +178,14 @@ def download_cifar10(root: Path, mirror: str | None = None, give_up_after: float
         with contextlib.suppress(OSError):
             root.rmdir()  # where nothing came, nothing stays: this works on an empty folder only
     return target
+
+
+def _remove_abandoned(root: Path) -> None:
+    """What a killed download left: nothing has been written there for an hour."""
+    for folder in root.glob(f"{PARTIAL}*"):
+        written = [path.stat().st_mtime for path in (folder, *folder.rglob("*"))]
+        if max(written) < time.time() - ABANDONED_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class _GaveUp(Exception):

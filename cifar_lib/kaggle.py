@@ -102,6 +102,8 @@ def write_submission(
 
     `labels`: class numbers 0 to 9. Raises InputError, and changes nothing, where the rows are no valid submission.
     """
+    if not label_column or not label_column.isprintable():
+        raise InputError(f"submission: expected a column's name, got {label_column[:20]!r}: use Labels or Category")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ID", label_column])

@@ -16,6 +16,7 @@ from PIL import Image
 from cifar_lib import cli
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
+from cifar_lib.kaggle import generate_test_file
 from cifar_lib.model import ResNet, save_model
 
 TINY = ["--set", "blocks=1,1", "--set", "channels=16,32", "--set", "validation_size=0", "--precision", "fp32"]
@@ -123,6 +124,68 @@ def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
     blocked = ["train", "--recipe", "quick", "--run", tmp_path / "file" / "run", "--train-size", "100"]
     assert "can't write" in mistake(capsys, *blocked, "--set", "validation_size=0")
     assert not (tmp_path / "o").exists()
+
+
+WRONG = [
+    ("info", "--recipe", "", "recipe: expected one of report, best, quick; got ''"),
+    ("train", "--recipe", "Report", "recipe: expected one of report, best, quick; got 'Report'"),
+    ("train", "--run", "blocked/run", "run directory: can't write into"),
+    ("train", "--seed", "1.5", "seed: expected a value of type int; got '1.5'"),
+    ("train", "--epochs", "-3", "epochs: -3 is out of range"),
+    ("train", "--train-size", "all", "train_size: expected a value of type int"),
+    ("train", "--set", "policy=strong", "policy: expected a value of type Policy; got 'strong'"),
+    ("train", "--set", "step=graph", "step: a CUDA graph needs a CUDA device"),
+    ("train", "--set", "=", "unknown field"),
+    ("train", "--device", "cuda:x", "device: expected auto, cpu, cuda, cuda:N or mps"),
+    ("train", "--precision", "", "precision: expected one of auto, fp32, bf16, fp16; got ''"),
+    ("evaluate", "--weights", "blocked", "weights: blocked is no file of this package's weights"),
+    ("evaluate", "--tta", "twice", "argument --tta: invalid choice: 'twice'"),
+    ("evaluate", "--device", "gpu", "device: expected auto, cpu, cuda, cuda:N or mps"),
+    ("evaluate", "--precision", "half", "precision: expected one of auto, fp32, bf16, fp16; got 'half'"),
+    ("predict", "--weights", "nowhere", "weights: expected a file, found none at nowhere"),
+    ("submit", "--test", "blocked", "test file: blocked: it can't be read as a pickle"),
+    ("submit", "--out", "blocked/out.csv", "can't write blocked/out.csv"),
+    ("submit", "--out", ".", "can't write"),
+    ("submit", "--adapt", "all", "argument --adapt: invalid choice: 'all'"),
+    ("submit", "--label-column", "", "submission: expected a column's name, got ''"),
+    ("submit", "--label-column", "a\nb", "submission: expected a column's name"),
+    ("submit", "--tta", "no", "argument --tta: invalid choice: 'no'"),
+]
+
+
+@pytest.mark.parametrize(("command", "flag", "value", "message"), WRONG)
+def test_every_flag_with_a_wrong_value_is_a_mistake_of_one_line(
+    tmp_path, monkeypatch, capsys, weights, data, command, flag, value, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("blocked").write_text("a file")
+    Image.new("RGB", (40, 30)).save("picture.png")
+    generate_test_file("test.pkl", generate_stand_in(0, 20)[1])
+    right = {
+        "info": {},
+        "train": {"--recipe": "quick", "--run": "run", "--train-size": "100", "--set": "validation_size=0"},
+        "evaluate": {"--weights": weights},
+        "predict": {"--weights": weights},
+        "submit": {"--weights": weights, "--test": "test.pkl", "--out": "out.csv"},
+    }[command]
+    before = sorted(tmp_path.rglob("*"))
+    words = [word for pair in right.items() for word in pair]
+    found = mistake(capsys, command, *(["picture.png"] if command == "predict" else []), *words, flag, value)
+    assert message in found
+    assert sorted(tmp_path.rglob("*")) == before and Path("blocked").read_text() == "a file"
+
+
+def test_paths_with_spaces_and_letters_that_are_no_ascii(tmp_path, monkeypatch, capsys, data):
+    folder = tmp_path / "ein Ordner für Übungen 演習"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    generate_test_file("täst file.pkl", generate_stand_in(0, 20)[1])
+    short = ["--epochs", "1", "--train-size", "100", *TINY]
+    assert cli.main(["train", "--recipe", "quick", "--run", "Läufe/erster lauf", *short]) == 0
+    weights = "Läufe/erster lauf/model.safetensors"
+    assert cli.main(["evaluate", "--weights", weights, "--json"]) == 0
+    assert cli.main(["submit", "--weights", weights, "--test", "täst file.pkl", "--out", "abgabe ü.csv"]) == 0
+    assert len(Path("abgabe ü.csv").read_text().splitlines()) == 21
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")

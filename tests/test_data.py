@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import signal
 import socket
@@ -239,6 +240,17 @@ def test_what_is_not_found_is_downloaded_into_data_once(nowhere, archive, serve,
     assert [p.name for p in Path("data").iterdir()] == [FOLDER]
     monkeypatch.setenv("CIFAR10_MIRROR", "http://127.0.0.1:9")
     assert torch.equal(load_cifar10()[0].images, train.images)
+
+
+def test_what_a_killed_download_left_is_removed_but_not_one_that_goes_on(nowhere, archive, serve):
+    killed, going_on = (nowhere / "data" / name for name in (".download-killed", ".download-going-on"))
+    for folder, written in ((killed, time.time() - 7200), (going_on, time.time())):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("")
+        for path in (folder / "half", folder):
+            os.utime(path, (written, written))
+    download_cifar10(nowhere / "data", serve(send(archive)))
+    assert sorted(path.name for path in (nowhere / "data").iterdir()) == [going_on.name, FOLDER]
 
 
 def test_a_named_mirror_comes_before_the_variable(nowhere, archive, serve, monkeypatch):
