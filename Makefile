@@ -10,7 +10,7 @@ run: .venv/ready  ## the five notebooks as pages under runs/html, and the table 
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n logical --dist loadgroup tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
 
 notebooks: .venv/ready  ## the full recipe into the committed notebooks, figures/ and results/; needs a GPU or a day

@@ -100,6 +100,8 @@ class RunDirectory:
             raise InputError(
                 f"run directory: process {holder} is training in {self.path}: wait for it, or choose another directory"
             ) from None
+        for scratch in self.path.glob(".*.tmp"):  # what a killed process was writing
+            scratch.unlink(missing_ok=True)
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()

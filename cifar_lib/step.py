@@ -146,6 +146,8 @@ class ZeroPadded(nn.Module):
 
 def _pad(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Zeros at the end of each dimension, up to `shape`."""
+    if tensor.shape == shape:
+        return tensor
     amounts = [n for old, new in zip(reversed(tensor.shape), reversed(shape), strict=True) for n in (0, new - old)]
     return F.pad(tensor, amounts)
 

@@ -44,7 +44,7 @@ def epoch_batches(
     for block in order.split(BLOCK[device.type] * config.batch_size):
         shares = [batch[rank :: config.ranks] for batch in block.split(config.batch_size)]
         chosen = torch.cat(shares)
-        part = train[chosen.to(device)]
+        part = train[chosen]
         images = augment(part.images, config.policy, draws[chosen])
         sizes = [len(share) for share in shares]
         yield from zip(images.split(sizes), part.labels.split(sizes), strict=True)

@@ -116,9 +116,15 @@ def kill_at(moment: str, nth: int) -> None:
     setattr(module, name, deadly)
 
 
-class HalfWritten(io.FileIO):
-    def __init__(self, file):
+class HalfWritten:
+    def __init__(self, file: io.BufferedWriter):
         self.file = file
+
+    def __enter__(self) -> "HalfWritten":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
 
     def write(self, content: bytes) -> None:
         self.file.write(content[: len(content) // 2])

@@ -197,6 +197,12 @@ def test_a_stale_lock_file_does_not_block_and_the_lock_is_given_back(tmp_path):
             assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
+def test_what_a_killed_process_was_writing_is_removed(run):
+    (run.path / ".timing.csv.tmp").write_text("half")
+    with run:
+        assert sorted(files(run.path)) == [".lock", "checkpoint.previous.pt", "checkpoint.pt"]
+
+
 def test_rows_become_csv_with_empty_fields_for_none(tmp_path):
     RunDirectory(tmp_path).write_rows("rows.csv", [{"epoch": 0, "loss": 0.1 + 0.2, "test": None}])
     assert (tmp_path / "rows.csv").read_bytes() == b"epoch,loss,test\n0,0.30000000000000004,\n"

@@ -17,6 +17,8 @@ from cifar_lib.errors import InputError
 from cifar_lib.recipes import recipe
 from cifar_lib.train import fit
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that `together` runs once
+
 ROOT = Path(__file__).parent.parent
 FIELDS = {"blocks": "1,1", "channels": "16,24", "batch_size": "15", "epochs": "3", "warmup_epochs": "1"}
 FIELDS |= {"precision": "fp32", "learning_rate": "0.02", "ema_decay": "0.5", "validation_size": "10"}
