@@ -72,9 +72,10 @@ def _second_name(path: Path, name: Path) -> None:
         except OSError:  # a file system without hard links
             shutil.copyfile(path, spare)
         os.replace(spare, name)
-    except BaseException:
+    finally:
+        # Also after a success: where `name` already was this very file, as after a kill at this point, rename does
+        # nothing and leaves both.
         spare.unlink(missing_ok=True)
-        raise
 
 
 class RunDirectory:

@@ -108,6 +108,14 @@ def test_a_kill_between_the_two_renames_loses_no_epoch(run):
         assert run.load()["epoch"] == 2
 
 
+def test_a_save_after_a_kill_between_the_two_renames_leaves_nothing_else(run):
+    (run.path / "checkpoint.previous.pt").unlink()
+    os.link(run.path / "checkpoint.pt", run.path / "checkpoint.previous.pt")
+    run.save(state(3))
+    assert sorted(files(run.path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert run.load()["epoch"] == 3
+
+
 def test_a_place_that_can_not_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write"):
