@@ -113,7 +113,7 @@ RECIPES = {
         std=CIFAR10_STD,
         test_mean=CIFAR10_MEAN,
         test_std=CIFAR10_STD,
-        train_size=3600,
+        train_size=3000,
         validation_size=400,
         watch_test=False,
     ),

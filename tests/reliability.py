@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 
-os.environ["TQDM_DISABLE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -403,7 +402,8 @@ def losses_that_are_not_finite(folder: Path, times: int, dice: random.Random) ->
                 "report", **dict(s.split("=") for s in SETTINGS.split()), precision="fp32"
             )
             expected = f"not finite at epoch {epoch}, step {step}"
-            refused(lambda: cifar_lib.train.fit(config, path, *DATA, device="cpu", log=lambda _: None), expected)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                refused(lambda: cifar_lib.train.fit(config, path, *DATA, device="cpu", log=lambda _: None), expected)
 
         in_fork(poisoned)
         saved = RunDirectory(path).load()
@@ -531,6 +531,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[""], help="campaigns whose name contains one of these")
     options = parser.parse_args()
+    # A background job of a shell ignores SIGINT, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     dice, times = random.Random(options.seed), max(options.kills // 2, 1)
     few = max(options.kills // 3, 1)
     campaigns: dict[str, Callable[[Path], object]] = {
