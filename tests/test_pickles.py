@@ -264,6 +264,14 @@ def test_honest_content_comes_back_as_pickle_would_read_it(protocol, value):
         np.testing.assert_equal(found[key], item)
 
 
+@pytest.mark.parametrize("protocol", range(4))
+def test_files_of_numpy_1_and_2_read_the_same(protocol):
+    names = (b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    two, one = names if names[0] in HONEST[protocol] else names[::-1]
+    assert HONEST[protocol].count(two) == 1
+    np.testing.assert_equal(read(HONEST[protocol].replace(two, one)), read(HONEST[protocol]))
+
+
 @settings(max_examples=300, deadline=5000, suppress_health_check=list(HealthCheck))
 @given(
     protocol=st.sampled_from(list(HONEST)),

@@ -18,6 +18,7 @@ ODD = (18, 20)  # channels that are no multiples of 8
 # Losses of the fast step and the plain one may differ by this factor after three epochs: sums run in another order,
 # and training multiplies rounding errors.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+ON_CUDA = {**TOLERANCE, "fp32": 5e-3}  # convolutions take TF32 there, and pick their algorithms anew
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -158,7 +159,7 @@ def test_on_cuda_fast_steps_train_to_the_losses_of_plain_ones(stand_in, kind, pr
     lines: list[str] = []
     fast = losses(tiny(step=kind, **changes), stand_in[0], CUDA, lines.append)
     assert lines == []
-    assert fast == pytest.approx(losses(tiny(**changes), stand_in[0], CUDA), rel=TOLERANCE[precision])
+    assert fast == pytest.approx(losses(tiny(**changes), stand_in[0], CUDA), rel=ON_CUDA[precision])
 
 
 @needs_cuda
