@@ -144,14 +144,16 @@ class RunDirectory:
     def load(self) -> dict | None:
         """The newest whole checkpoint, on the CPU; None where there is none yet.
 
-        A damaged one is passed over for the one before, with a warning, and set aside as checkpoint.damaged.pt, so
-        that the next save can't make it the one before; InputError where both are damaged.
+        A missing or damaged one is passed over for the one before, with a warning; a damaged one is set aside as
+        checkpoint.damaged.pt, so that the next save can't make it the one before. InputError where both are damaged.
         """
-        damage = []
+        damage: list[str] = []
+        missing: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
             try:
                 state = _read_checkpoint(self.path / name)
             except FileNotFoundError:
+                missing.append(name)
                 continue
             except (OSError, ValueError) as error:
                 damage.append(f"{name}: {error}")
@@ -159,6 +161,8 @@ class RunDirectory:
             if damage:
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
+            elif missing:  # a save never leaves it so
+                warnings.warn(f"{self.path}: {missing[0]} is missing; going on from {name}", stacklevel=2)
             return state
         if damage:
             raise InputError(
