@@ -14,7 +14,7 @@ done
 if [ "${1:-}" = --dry-run ]; then
   run=$(mktemp -d)
   trap 'rm -rf "$run"' EXIT
-  "$python" -m cifar_lib train --recipe report --run "$run/report" --epochs 1 --train-size 256
+  "$python" -m cifar_lib train --recipe report --run "$run/report" --epochs 1 --train-size 256 --set watch_test=false
   cat "$run/report/timing.csv"
 elif [ "$cuda" = 1 ]; then
   "$python" -m cifar_lib train --recipe report --run runs/report

@@ -29,11 +29,12 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--rounds", type=int, default=rounds, help="after one to warm up")
     parser.add_argument("--json", action="store_true", help="print the object that is written")
-    parser.add_argument("--dry-run", action="store_true", help="the same on few images, and nothing is written")
+    parser.add_argument("--dry-run", action="store_true", help="one round on few images, and nothing is written")
     arguments = parser.parse_args()
     try:
         if arguments.rounds < 1:
             raise InputError(f"--rounds: expected at least 1, got {arguments.rounds}")
+        arguments.rounds = 1 if arguments.dry_run else arguments.rounds
         return arguments, choose_device(arguments.device)
     except InputError as error:
         parser.exit(2, f"error: {error}\n")
