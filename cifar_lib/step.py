@@ -40,8 +40,8 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
     plain: as written. graph: the whole step replayed as one CUDA graph, as launching its kernels one by one takes
     longer than running them. compiled: forward and backward through torch.compile, then as a graph where that can be.
     `auto`: on CUDA compiled for runs of 2,000 steps or more, else a graph; elsewhere plain. On a CPU compiling takes
-    over a minute and a C++ compiler, for a gain between 1 and 25 % from one measurement to the next; MPS doesn't have
-    it, and several ranks run plain.
+    over a minute and a C++ compiler, for a gain within the noise of results/benchmarks; MPS doesn't have it, and
+    several ranks run plain.
     Raises InputError for a way that this device or number of ranks doesn't have.
     """
     if config.ranks > 1:
