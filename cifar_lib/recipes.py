@@ -17,7 +17,7 @@ from cifar_lib.data import (
 from cifar_lib.errors import InputError
 
 SCHEDULES = ("published", "cosine")
-STEPS = ("auto", "plain", "graph", "compiled")
+STEPS = ("auto", "plain", "graph", "compiled", "winograd")
 
 
 @dataclass(frozen=True)
