@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import cpp_extension
 
 TRANSFORM = torch.tensor(
     [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
     + [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 )  # G of the paper: the weights of 3 taps at 6 points
+TORCH = Path(torch.__file__).parent
 FLAGS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma"]}
 
 
@@ -26,14 +26,13 @@ def build() -> bool:
     compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"]
     compiler += FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     compiler += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    compiler += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    compiler += [f"-isystem{TORCH / 'include'}"]
     with tempfile.TemporaryDirectory() as folder:
         compiled, library = f"{folder}/winograd.o", f"{folder}/winograd.so"
         _run([*compiler, "-c", str(Path(__file__).with_suffix(".cpp")), "-o", compiled])
         # Linked without OpenMP's library: the one that torch brought is in the process, and a second one would keep
         # threads of its own waiting on the same cores.
-        folders = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _run([compiler[0], "-shared", compiled, "-o", library, *folders, "-lc10", "-ltorch_cpu"])
+        _run([compiler[0], "-shared", compiled, "-o", library, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"])
         try:
             torch.ops.load_library(library)
         except OSError as error:

@@ -1,5 +1,6 @@
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cifar_lib.model import ResNet
 from cifar_lib.recipes import TrainConfig, recipe
 from cifar_lib.step import State, Step, ZeroPadded, choose_step, smooth_cross_entropy
 from cifar_lib.train import epoch_plan, train_one_epoch
+from cifar_lib.winograd import build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ODD = (18, 20)  # channels that are no multiples of 8
@@ -82,10 +84,19 @@ def test_in_half_precision_the_step_computes_with_padded_channels(stand_in):
 def test_on_cuda_long_runs_are_compiled_and_a_graph_needs_cuda():
     long, short = tiny(step="auto", epochs=60, batch_size=128), tiny(step="auto")
     assert choose_step(long, CUDA, 50_000) == "compiled" and choose_step(short, CUDA, 1000) == "graph"
-    assert choose_step(long, CPU, 50_000) == choose_step(long, torch.device("mps"), 50_000) == "plain"
+    assert choose_step(short, CPU, 1000) == choose_step(long, torch.device("mps"), 50_000) == "plain"
     assert choose_step(tiny(step="compiled"), CPU, 100) == "compiled"
     with pytest.raises(InputError, match="a CUDA graph needs a CUDA device, got cpu"):
         choose_step(tiny(step="graph"), CPU, 1000)
+
+
+def test_on_a_cpu_long_runs_in_fp32_take_winograds_way():
+    long = tiny(step="auto", epochs=60, batch_size=128)
+    assert choose_step(long, CPU, 50_000) == "winograd"
+    assert choose_step(replace(long, precision="bf16"), CPU, 50_000) == "plain"
+    for device, precision in ((CUDA, "fp32"), (CPU, "bf16")):
+        with pytest.raises(InputError, match=f"winograd needs a CPU and fp32, got {device.type} and {precision}"):
+            choose_step(tiny(step="winograd", precision=precision), device, 100)
 
 
 def test_several_ranks_run_plain():
@@ -101,6 +112,25 @@ def test_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in):
     compiled = losses(tiny(step="compiled", **changes), stand_in[0], log=lines.append)
     assert lines == []  # it did compile
     assert compiled == pytest.approx(losses(tiny(**changes), stand_in[0]), rel=TOLERANCE["fp32"])
+
+
+@needs_compiler
+def test_a_winograd_step_trains_to_the_losses_of_the_plain_one(stand_in):
+    changes = {"ema_decay": 0.9, "schedule": "cosine", "nesterov": True, "half_size_epochs": 1}
+    lines: list[str] = []
+    ours = losses(tiny(step="winograd", **changes), stand_in[0], log=lines.append)
+    assert lines == []
+    assert ours == losses(tiny(step="winograd", **changes), stand_in[0])  # to the bit: a resumed run must be the same
+    assert ours == pytest.approx(losses(tiny(**changes), stand_in[0]), rel=TOLERANCE["fp32"])
+
+
+def test_without_a_compiler_a_winograd_step_is_the_plain_one(stand_in, monkeypatch):
+    monkeypatch.setattr("cifar_lib.step.build", build.__wrapped__)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    lines: list[str] = []
+    fallen_back = losses(tiny(step="winograd"), stand_in[0], log=lines.append)
+    assert "a winograd step doesn't work here (no C++ compiler" in lines[0]
+    assert fallen_back == losses(tiny(), stand_in[0])
 
 
 @pytest.mark.parametrize("moment", ["at once", "in the first step", "in the first backward pass"])
