@@ -15,16 +15,15 @@ import torchinfo
 from PIL import Image, UnidentifiedImageError
 
 from cifar_lib import __version__, ranks
-from cifar_lib.data import CLASSES, channel_statistics, load_cifar10
+from cifar_lib.data import CLASSES, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import VIEWS, predict, summarize
 from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
 from cifar_lib.kaggle import read_test_file, write_submission
-from cifar_lib.model import ResNet, load_model
+from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, learning_rates, recipe
+from cifar_lib.shift import ADAPTATIONS, adapt
 from cifar_lib.train import fit
-
-ADAPTATIONS = ("none", "normalize")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     _weights_options(submit)
     submit.add_argument("--test", required=True, metavar="FILE.pkl")
     submit.add_argument("--out", required=True, metavar="FILE.csv")
-    submit.add_argument("--adapt", choices=ADAPTATIONS, default="normalize", help="normalize: by the file's statistics")
+    submit.add_argument(
+        "--adapt", choices=ADAPTATIONS, default="normalize", help="what of the file's own statistics is used"
+    )
     submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
     return parser
 
@@ -111,7 +112,9 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _weights_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--weights", required=True, metavar="FILE", help="a model.safetensors")
+    parser.add_argument(
+        "--weights", default=PRETRAINED, metavar="FILE", help="a model.safetensors; default: those of the package"
+    )
     parser.add_argument("--tta", nargs="?", const="flip-shift", default="none", choices=VIEWS, help="test-time views")
     _device_options(parser)
 
@@ -217,11 +220,7 @@ def _read_image(path: Path) -> torch.Tensor:
 def _submit(options: argparse.Namespace) -> None:
     test = read_test_file(options.test)
     model, info, precision = _load(options)
-    mean, std = info["mean"], info["std"]
-    if options.adapt == "normalize":
-        mean, std = channel_statistics(test.images)
-        if min(std) == 0:
-            raise InputError("submit: a channel of the test file is constant, normalize can't divide: use --adapt none")
-    labels = predict(model, test.images, tuple(mean), tuple(std), precision, options.tta).argmax(1)
+    model, mean, std = adapt(options.adapt, model, test.images, info["mean"], info["std"], precision)
+    labels = predict(model, test.images, mean, std, precision, options.tta).argmax(1)
     write_submission(options.out, test.ids, labels.tolist(), options.label_column)
     print(f"{len(labels)} labels in {options.out} (adaptation: {options.adapt}, test-time views: {options.tta})")

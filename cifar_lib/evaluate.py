@@ -1,5 +1,8 @@
 """From images to logits, once, and from logits to every number: accuracy, confusion, calibration, mistakes."""
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from cifar_lib.data import CLASSES, normalize
 from cifar_lib.hardware import autocast
+from cifar_lib.model import ResNet
 
 VIEWS = ("none", "flip", "flip-shift")
 
@@ -29,17 +33,52 @@ def predict(
     each image: `flip` takes it and its mirror image, `flip-shift` also both moved by a pixel towards two corners,
     weighted 1/2 : 1/4 : 1/4 (Jordan 2024, arXiv:2404.00498). `batch_size`: 250 on a CPU, 1000 elsewhere.
     """
-    device = next(model.parameters()).device
-    batch_size = batch_size or (250 if device.type == "cpu" else 1000)
     was_training = model.training
     model.eval()
     logits = []
-    for batch in images.split(batch_size):
-        inputs = normalize(batch.to(device), mean, std)
-        with autocast(device, precision):
+    for inputs in batches(model, images, mean, std, batch_size):
+        with autocast(inputs.device, precision):
             logits.append(sum(weight * model(view).float() for weight, view in _views(inputs, tta)))
     model.train(was_training)
     return torch.cat(logits).cpu() if logits else torch.empty(0, len(CLASSES))
+
+
+def batches(
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    batch_size: int | None = None,
+    parts: bool = False,
+) -> Iterator[Tensor]:
+    """Normalised batches float32 (b, 3, 32, 32) of uint8 images, where the model's weights lie.
+
+    `parts`: all of nearly the same size instead of a small last one.
+    """
+    device = next(model.parameters()).device
+    batch_size = batch_size or (250 if device.type == "cpu" else 1000)
+    pieces = images.tensor_split(math.ceil(len(images) / batch_size)) if parts else images.split(batch_size)
+    for piece in pieces:
+        yield normalize(piece.to(device), mean, std)
+
+
+@torch.inference_mode()
+def features(
+    model: ResNet, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str = "fp32"
+) -> Tensor:
+    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels averaged over positions."""
+    was_training = model.training
+    model.eval()
+    rows: list[Tensor] = []
+    hook = model.pool.register_forward_hook(lambda _, __, output: rows.append(output.flatten(1).float().cpu()))
+    try:
+        for inputs in batches(model, images, mean, std):
+            with autocast(inputs.device, precision):
+                model(inputs)
+    finally:
+        hook.remove()
+        model.train(was_training)
+    return torch.cat(rows)
 
 
 def _views(inputs: Tensor, tta: str) -> list[tuple[float, Tensor]]:

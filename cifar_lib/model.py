@@ -1,5 +1,6 @@
 """The report's network: a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of stages."""
 
+import hashlib
 import json
 import os
 from itertools import pairwise
@@ -14,6 +15,8 @@ from cifar_lib.checkpoint import write_atomically
 from cifar_lib.errors import InputError
 
 PARAMETER_BUDGET = 5_000_000
+PRETRAINED = "pretrained"  # stands for the weights that come with the package
+SHIPPED = Path(__file__).parent / "weights" / "best.safetensors"
 
 
 class BasicBlock(nn.Module):
@@ -100,20 +103,43 @@ def count_parameters(blocks: tuple[int, ...], channels: tuple[int, ...], num_cla
     return total + (width_in + 1) * num_classes
 
 
-def save_model(path: Path, model: ResNet, info: dict) -> None:
-    """Write weights as safetensors with what is needed to use them: the shape of the network, and `info` (JSON)."""
+def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> None:
+    """Write weights as safetensors with what is needed to use them: the shape of the network, and `info` (JSON).
+
+    `half`: convolutions in half precision, which makes half the file.
+    """
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors = {name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()}
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
-def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
-    """The network of a file written by `save_model`, in evaluation mode on the CPU, and its `info`.
+def _check_shipped() -> None:
+    """The package's own weights are those that SHA256SUMS beside them lists."""
+    remedy = "get cifar_lib/weights of the repository again"
+    try:
+        listed = dict(line.split()[::-1] for line in (SHIPPED.parent / "SHA256SUMS").read_text().splitlines())
+        expected, found = listed[SHIPPED.name], hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"weights: the pretrained ones or their SHA256SUMS can't be read ({error}): {remedy}"
+        ) from error
+    if found != expected:
+        raise InputError(f"weights: {SHIPPED} should have sha256 {expected[:12]}..., it has {found[:12]}...: {remedy}")
 
+
+def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
+    """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and its `info`.
+
+    `pretrained` names the weights that come with the package, whose sha256 is checked.
     Raises InputError where the file is missing, damaged, or holds the weights of another architecture.
     """
+    if str(path) == PRETRAINED:
+        path = SHIPPED
+        _check_shipped()
     path = Path(path)
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
     if not path.is_file():

@@ -1,3 +1,5 @@
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -5,8 +7,11 @@ import safetensors.torch
 import torch
 import torchinfo
 
+from cifar_lib.data import stratified_split
 from cifar_lib.errors import InputError
-from cifar_lib.model import ResNet, count_parameters, load_model, save_model
+from cifar_lib.evaluate import accuracy, predict, wilson_interval
+from cifar_lib.model import SHIPPED, ResNet, count_parameters, load_model, save_model
+from cifar_lib.notebook import SHIPPED_RUN
 
 PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
 INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
@@ -169,3 +174,56 @@ def test_someone_elses_safetensors_is_refused(tmp_path):
 def test_missing_weights_are_refused(tmp_path):
     refusal(tmp_path / "none.safetensors")
     refusal(tmp_path)
+
+
+def test_half_precision_is_for_convolutions_only_and_halves_the_file(tmp_path):
+    torch.manual_seed(0)
+    model = ResNet((1, 1), (16, 32)).eval()
+    for name, half in (("whole", False), ("half", True)):
+        save_model(tmp_path / name, model, INFO, half)
+    sizes = [(tmp_path / name).stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    loaded, _ = load_model(tmp_path / "half")
+    for (name, theirs), ours in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+        wanted = ours.half().float() if ours.ndim == 4 else ours
+        assert theirs.dtype == ours.dtype and torch.equal(theirs, wanted), name
+
+
+def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_says():
+    model, info = load_model("pretrained")
+    assert sum(p.numel() for p in model.parameters()) == 4_916_284
+    assert next(model.parameters()).dtype == torch.float32 and not model.training
+    metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text())
+    assert all(metrics[name] == info[name] for name in ("recipe", "seed", "data", "epochs", "mean", "std"))
+    assert SHIPPED.stat().st_size == metrics["shipped"]["bytes"] <= 10e6
+
+
+def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):
+    model, info = load_model("pretrained")
+    test = cifar10[1]
+    shipped = json.loads((SHIPPED_RUN / "metrics.json").read_text())["shipped"]["tta_none"]
+    said = f"{shipped['accuracy']:.2%}".replace("%", " %")
+    for text in (Path(__file__).parents[1] / "README.md", SHIPPED.parent / "README.md"):
+        assert said in text.read_text(), text
+    _, part = stratified_split(test.labels, 400, seed=1)
+    right = accuracy(predict(model, test.images[part], info["mean"], info["std"]), test.labels[part])
+    low, high = wilson_interval(round(400 * right), 400, confidence=0.9999)
+    assert low < shipped["accuracy"] < high
+
+
+@pytest.mark.parametrize("damage", ["another byte", "no file", "no list", "not listed", "an odd list"])
+def test_damaged_weights_of_the_package_are_refused(tmp_path, monkeypatch, weights, damage):
+    monkeypatch.setattr("cifar_lib.model.SHIPPED", weights)
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{hashlib.sha256(weights.read_bytes()).hexdigest()}  {weights.name}\n")
+    assert load_model("pretrained")[1] == INFO
+    if damage == "another byte":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    elif damage == "no file":
+        weights.unlink()
+    elif damage == "no list":
+        sums.unlink()
+    else:
+        sums.write_text("0  other.safetensors\n" if damage == "not listed" else "one two three\n")
+    with pytest.raises(InputError, match=r"^weights: [^\n]*: get cifar_lib/weights of the repository again$"):
+        load_model("pretrained")

@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, KAGGLE_MEAN, KAGGLE_STD, channel_statistics, generate_stand_in
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import features, predict
+from cifar_lib.model import ResNet
+from cifar_lib.shift import (
+    ADAPTATIONS,
+    FAMILIES,
+    PRIOR,
+    SEVERITIES,
+    adapt,
+    channel_distance,
+    frechet_distance,
+    match_statistics,
+    shifted,
+)
+
+MEAN, STD = CIFAR10_MEAN, CIFAR10_STD
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    pictures = generate_stand_in(200, 0, seed=5)[0].images
+    return match_statistics(pictures, MEAN, STD)
+
+
+@pytest.fixture(scope="module")
+def model() -> ResNet:
+    """A network whose batch-norm statistics are those of nothing in particular."""
+    torch.manual_seed(0)
+    network = ResNet((1, 1), (16, 32)).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+    return network
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_shift_is_deterministic_and_grows_with_its_severity(family, images):
+    results = [shifted(images, family, severity) for severity in SEVERITIES]
+    assert all(r.shape == images.shape and r.dtype == torch.uint8 for r in results)
+    assert torch.equal(results[2], shifted(images, family, 3))
+    changes = [(r.float() - images.float()).abs().mean().item() for r in results]
+    assert changes[0] > 0.05 and changes == sorted(changes)
+    assert torch.equal(results[0][:50], shifted(images, family, 1)[:50])
+
+
+def test_the_seed_changes_the_noise_and_nothing_else(images):
+    assert not torch.equal(shifted(images, "noise", 1, seed=0), shifted(images, "noise", 1, seed=1))
+    moved = shifted(images, "noise", 5).float() - images.float()
+    inside = (images > 90) & (images < 165)  # where nothing is cut off
+    assert moved[inside].std().item() == pytest.approx(0.10 * 255, rel=0.02)
+
+
+def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(images):
+    mean, std = channel_statistics(shifted(images, "statistics", 1))
+    np.testing.assert_allclose(mean, KAGGLE_MEAN, atol=2e-3)
+    np.testing.assert_allclose(std, KAGGLE_STD, atol=2e-3)
+
+
+@pytest.mark.parametrize("severity", [0, 6, -1, 2.5, None])
+def test_a_severity_out_of_range_is_refused(images, severity):
+    with pytest.raises(InputError, match="severity: expected a whole number from 1 to 5, got"):
+        shifted(images, "blur", severity)
+
+
+def test_an_unknown_shift_is_refused_with_the_known_ones(images):
+    with pytest.raises(InputError, match="shift: expected one of statistics, brightness.*; got 'fog'"):
+        shifted(images, "fog", 1)
+
+
+# Measures
+
+
+def test_channel_distance_of_a_constant_move_is_the_move():
+    low = torch.randint(0, 200, (20, 3, 8, 8), dtype=torch.uint8)
+    high = low + torch.tensor([0, 10, 51], dtype=torch.uint8).view(1, 3, 1, 1)
+    np.testing.assert_allclose(channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
+
+
+def test_frechet_distance_is_the_formula():
+    torch.manual_seed(0)
+    a, b = torch.randn(300, 5), torch.randn(300, 5) @ torch.randn(5, 5) + 1
+    (m1, c1), (m2, c2) = ((x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b))
+    wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
+    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@torch.no_grad()
+def test_features_are_what_the_last_layer_sees(model, images):
+    rows = features(model, images, MEAN, STD)
+    assert rows.shape == (200, 32) and rows.dtype == torch.float32
+    torch.testing.assert_close(model.linear(rows), predict(model, images, MEAN, STD), atol=1e-5, rtol=1e-5)
+
+
+# Adaptation
+
+
+def test_normalize_undoes_gain_and_offset(model, images):
+    moved = match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
+    logits = {}
+    for method in ("none", "normalize"):
+        network, mean, std = adapt(method, model, moved, MEAN, STD)
+        logits[method] = predict(network, moved, mean, std)
+    reference = predict(model, images, MEAN, STD)
+    error = {name: (values - reference).abs().mean().item() for name, values in logits.items()}
+    assert error["normalize"] < 0.2 * error["none"]
+
+
+def test_none_changes_nothing(model, images):
+    assert adapt("none", model, images, MEAN, STD) == (model, MEAN, STD)
+
+
+def test_batchnorm_mixes_the_images_statistics_with_the_training_ones(model, images):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted, mean, std = adapt("batchnorm", model, images, MEAN, STD)
+    assert (mean, std) == (MEAN, STD) and not adapted.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name  # the network itself stays
+    inputs = model.conv1((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    weight = len(images) / (PRIOR + len(images))
+    own = {"running_mean": inputs.mean((0, 2, 3)), "running_var": inputs.var((0, 2, 3))}
+    for name, value in own.items():
+        wanted = weight * value + (1 - weight) * before[f"bn1.{name}"]
+        torch.testing.assert_close(getattr(adapted.bn1, name), wanted.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_batches_of_nearly_equal_size_count_alike(model, images):
+    """260 images are batches of 130 and 130, not of 250 and 10, whose statistics would count as much."""
+    twice = torch.cat([images, images[:60]])
+    adapted, *_ = adapt("batchnorm", model, twice, MEAN, STD)
+    inputs = model.conv1((twice / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    weight = 260 / (PRIOR + 260)
+    wanted = weight * inputs.mean((0, 2, 3)) + (1 - weight) * model.bn1.running_mean
+    torch.testing.assert_close(adapted.bn1.running_mean, wanted.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["batchnorm", "normalize+batchnorm"])
+def test_one_image_has_no_batch_statistics(model, images, method):
+    with pytest.raises(InputError, match="adapt: batchnorm .* give at least 2"):
+        adapt(method, model, images[:1], MEAN, STD)
+
+
+def test_an_unknown_adaptation_and_a_constant_channel_are_refused(model, images):
+    with pytest.raises(InputError, match=f"adapt: expected one of {', '.join(ADAPTATIONS)}".replace("+", "\\+")):
+        adapt("magic", model, images, MEAN, STD)
+    flat = images.clone()
+    flat[:, 1] = 7
+    with pytest.raises(InputError, match="a channel of these images is constant"):
+        adapt("normalize", model, flat, MEAN, STD)
