@@ -1,4 +1,4 @@
-"""python -m cifar_lib: info, train, evaluate, predict, submit."""
+"""python -m cifar_lib: info, train, tune, evaluate, predict, submit."""
 
 import argparse
 import json
@@ -24,6 +24,12 @@ from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, learning_rates, recipe
 from cifar_lib.shift import ADAPTATIONS, adapt
 from cifar_lib.train import fit
+
+# A trial of minutes on two cores: what --set changes. Every trial starts from the same validation split.
+TUNING = {
+    **{"schedule": "cosine", "epochs": 4, "half_size_epochs": 3, "train_size": 6000, "validation_size": 1000},
+    **{"watch_test": False, "policy.ops": "none", "policy.erasing": 0.0},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig")
     _device_options(train)
     _data_option(train)
+
+    tune = _command(commands, "tune", _tune, "search for Table 1's hyperparameters, with as many workers as you start")
+    tune.set_defaults(go_on="the trial waits to be run again; the same command goes on with the study")
+    tune.add_argument("--study", required=True, metavar="FILE_OR_URL", help="journal file (one host) or database URL")
+    tune.add_argument("--trials", required=True, type=_positive, metavar="N", help="of the whole study")
+    tune.add_argument("--recipe", default="report", metavar="R", help="what isn't searched comes from this recipe")
+    tune.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig")
+    tune.add_argument("--seed", type=_positive, default=1, metavar="N", help="of the sampler")
+    _device_options(tune)
+    _data_option(tune)
 
     evaluate = _command(commands, "evaluate", _evaluate, "score weights on CIFAR-10's test images")
     _weights_options(evaluate)
@@ -141,13 +157,40 @@ def _info(options: argparse.Namespace) -> None:
     print(f"learning rates of {options.recipe}, epoch by epoch: {rates}")
 
 
-def _train(options: argparse.Namespace) -> None:
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 10**9:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text[:20]!r}")
+    return int(text)
+
+
+def _changes(options: argparse.Namespace) -> dict[str, object]:
+    """What --set says."""
     changes: dict[str, object] = {}
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set: expected FIELD=VALUE, got {text!r}")
         changes[field] = value
+    return changes
+
+
+def _tune(options: argparse.Namespace) -> None:
+    # Here, as importing Optuna takes a second that the other commands need not wait.
+    import optuna
+
+    from cifar_lib.tune import objective, open_study, search_space, work
+
+    base = recipe(options.recipe, **{**TUNING, "precision": options.precision, **_changes(options)})
+    study = open_study(options.study, search_space(base), options.seed)
+    train, _ = load_cifar10(options.data)
+    work(study, options.trials, objective(train, base, options.device), one_host="://" not in options.study)
+    finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    best = f"{study.best_value:.2%} with {study.best_params}" if finished else "none, as all were pruned"
+    print(f"best on the validation split, of {options.trials} trials: {best}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    changes = _changes(options)
     flags = ("seed", "epochs", "train_size", "precision")
     changes |= {flag: getattr(options, flag) for flag in flags if getattr(options, flag) is not None}
     config = recipe(options.recipe, **changes)

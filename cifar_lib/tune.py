@@ -1,0 +1,231 @@
+"""Search for the hyperparameters of the report's Table 1, by several workers on one study, with Optuna."""
+
+import json
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+
+import optuna
+import psutil
+import sqlalchemy.exc
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+from tqdm import tqdm
+
+from cifar_lib.data import ImageSet
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import accuracy, predict
+from cifar_lib.hardware import choose_device, choose_precision
+from cifar_lib.recipes import TrainConfig
+from cifar_lib.step import State, Step, choose_step
+from cifar_lib.train import epoch_plan, split, train_one_epoch
+
+STUDY = "table-1"
+HEARTBEAT = 10  # seconds; a database takes a worker for dead after three without one
+# The report's network, and others that the same five million parameters buy.
+SHAPES = {
+    "3,4,3 of 66,132,264": ((3, 4, 3), (66, 132, 264)),
+    "2,2,2 of 85,170,340": ((2, 2, 2), (85, 170, 340)),
+    "2,2,4 of 63,126,252": ((2, 2, 4), (63, 126, 252)),
+    "5,6,5 of 50,100,200": ((5, 6, 5), (50, 100, 200)),
+}
+
+Objective = Callable[[Trial], float]
+
+
+def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
+    """`base` with the rows of Table 1 as the trial has them."""
+    shape = SHAPES[trial.suggest_categorical("shape", list(SHAPES))]
+    return replace(
+        base,
+        learning_rate=trial.suggest_float("learning_rate", 0.01, 0.4, log=True),
+        momentum=trial.suggest_float("momentum", 0.8, 0.98),
+        weight_decay=trial.suggest_float("weight_decay", 1e-5, 2e-3, log=True),
+        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.2),
+        warmup_epochs=trial.suggest_int("warmup_epochs", 0, max(1, base.epochs // 2)),
+        batch_size=trial.suggest_categorical("batch_size", [64, 128, 256]),
+        blocks=shape[0],
+        channels=shape[1],
+    )
+
+
+def search_space(base: TrainConfig) -> dict:
+    """What a study's trials have in common, as JSON: each parameter's distribution, and the configuration otherwise."""
+    trial = optuna.trial.FixedTrial(
+        {"shape": next(iter(SHAPES)), "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
+        | {"label_smoothing": 0.05, "warmup_epochs": 0, "batch_size": 128}
+    )
+    suggest(trial, base)
+    chosen = {"blocks", "channels", *trial.distributions}
+    fixed = {name: value for name, value in asdict(base).items() if name not in chosen}
+    space = {name: optuna.distributions.distribution_to_json(d) for name, d in trial.distributions.items()}
+    return json.loads(json.dumps({"space": space, "configuration": fixed}))
+
+
+def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Objective:
+    """The accuracy on the validation split after the last epoch; each epoch's decides whether a trial is pruned.
+
+    A training that diverges counts as pruned.
+    """
+    if not base.validation_size:
+        raise InputError("tune: expected a validation split to choose by, got none: use --validation-size")
+    target = choose_device(device)
+    base = replace(base, precision=choose_precision(base.precision, target))
+    part, validation = split(train.to(target), base)
+
+    def run(trial: Trial) -> float:
+        config = suggest(trial, base)
+        config = replace(config, step=choose_step(config, target, len(part)))
+        state = State.new(config, target)
+        step = Step(state, config)
+        score = 0.0
+        for state.epoch in range(config.epochs):
+            plan = epoch_plan(config, len(part), state.epoch)
+            try:
+                train_one_epoch(step, part, config, plan, tqdm(disable=True))
+            except InputError as error:
+                raise optuna.TrialPruned(str(error)) from error
+            logits = predict(state.final_model, validation.images, config.test_mean, config.test_std, config.precision)
+            score = accuracy(logits, validation.labels)
+            trial.report(score, state.epoch)
+            if state.epoch < config.epochs - 1 and trial.should_prune():
+                raise optuna.TrialPruned
+        return score
+
+    return run
+
+
+def open_study(where: str, space: dict, seed: int = 0, heartbeat: int = HEARTBEAT) -> optuna.Study:
+    """The study in a journal file (one host) or at a database URL (many), made if it isn't there yet.
+
+    Raises InputError where it can't be reached or read, or was made with another search space.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage = _storage(where, heartbeat)
+        study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True)
+        stored = study.user_attrs.get("space")
+        if stored is None:
+            study.set_user_attr("space", space)
+        began = len(study.trials)
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        raise InputError(f"study: {_shown(where)} can't be reached ({_reason(error)}): start the database") from error
+    except ImportError as error:
+        raise InputError(f"study: {_shown(where)} needs a driver ({_reason(error)}): pip install it") from error
+    except OSError as error:
+        raise InputError(f"study: {where} can't be written ({error.strerror}): choose another place") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"study: {_shown(where)} is no study ({_reason(error)}): name another file or URL") from error
+    if stored not in (None, space):
+        differing = [k for part in space for k in space[part] if stored.get(part, {}).get(k) != space[part][k]]
+        raise InputError(
+            f"study: {_shown(where)} was made with another search space (these differ: {', '.join(differing)}): "
+            "choose another place, or the same settings to go on"
+        )
+    study.sampler = optuna.samplers.TPESampler(seed=seed + began, constant_liar=True)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
+    return study
+
+
+def _storage(where: str, heartbeat: int) -> BaseStorage:
+    if "://" not in where:
+        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(where))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats have been that since 2021
+        return RDBStorage(
+            where,
+            heartbeat_interval=heartbeat,
+            grace_period=3 * heartbeat,
+            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+        )
+
+
+def _shown(where: str) -> str:
+    """A URL without its password."""
+    return re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", where)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def work(
+    study: optuna.Study, trials: int, objective: Objective, one_host: bool, log: Callable[[str], None] = print
+) -> None:
+    """Run trials until the study has this many that finished or were pruned, sharing them with other workers.
+
+    Two workers never run the same trial, and a dead worker's is taken up again with the same parameters: where all
+    workers are on `one_host` (a journal) as soon as its process is gone, else (a database) when its heartbeat stops.
+    """
+
+    def once(trial: Trial) -> float:
+        trial.set_user_attr("worker", _this_worker())
+        earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
+        if sum(t.state != TrialState.FAIL for t in earlier) >= trials:
+            raise _Surplus  # several workers asked for the last one at the same moment
+        return objective(trial)
+
+    def report(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.state == TrialState.PRUNED:
+            log(f"trial {trial.number}: pruned")
+        elif trial.state == TrialState.COMPLETE:
+            log(f"trial {trial.number}: {trial.value:.2%}  (best so far: {study.best_value:.2%})")
+
+    while True:
+        if one_host:
+            _take_up_dead(study)
+        else:
+            fail_stale_trials(study)
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        done = sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states)
+        if done >= trials:
+            return
+        if done + states.count(TrialState.RUNNING) >= trials:
+            time.sleep(0.5)  # there is nothing to do unless another worker dies
+            continue
+        try:
+            study.optimize(once, n_trials=1, catch=(_Surplus,), callbacks=[report])
+        except KeyboardInterrupt:
+            stopped = [t for t in study.get_trials() if t.user_attrs.get("worker") == _this_worker()][-1]
+            study.enqueue_trial(stopped.params, user_attrs={"again": stopped.number})
+            raise
+
+
+class _Surplus(Exception):
+    """One trial more than was asked for."""
+
+
+def _take_up_dead(study: optuna.Study) -> None:
+    """Trials of processes that died without a word wait again, under a new number."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not _is_dead(trial):
+            continue
+        try:
+            study.tell(trial.number, state=TrialState.FAIL)
+        except (ValueError, RuntimeError):  # another worker has just done it
+            continue
+        study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+
+
+def _this_worker() -> dict:
+    process = psutil.Process()
+    return {"host": platform.node(), "pid": process.pid, "started": process.create_time()}
+
+
+def _is_dead(trial: FrozenTrial) -> bool:
+    worker = trial.user_attrs.get("worker")
+    if worker is None:  # killed between two lines, unless it has just begun
+        return (datetime.now() - trial.datetime_start).total_seconds() > 60
+    if worker["host"] != platform.node():  # a file that came from another machine
+        return True
+    try:
+        return psutil.Process(worker["pid"]).create_time() != worker["started"]
+    except psutil.NoSuchProcess:
+        return True
