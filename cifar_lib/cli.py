@@ -9,13 +9,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchinfo
-from PIL import Image, UnidentifiedImageError
 
 from cifar_lib import __version__, ranks
-from cifar_lib.data import CLASSES, load_cifar10
+from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import VIEWS, predict, summarize
 from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
@@ -103,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     classify = _command(commands, "predict", _predict, "the three likeliest classes of pictures of your own")
     classify.add_argument("images", nargs="+", metavar="IMAGE")
+    classify.add_argument("--grad-cam", metavar="FOLDER", help="also write where the network looks, a PNG a picture")
     _weights_options(classify)
 
     submit = _command(commands, "submit", _submit, "label a competition's .pkl")
@@ -235,29 +234,32 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    images = torch.stack([_read_image(Path(name)) for name in options.images])
+    paths = [Path(name) for name in options.images]
+    images = torch.stack([read_picture(path) for path in paths])
+    if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
+        raise InputError("predict: --grad-cam names its pictures after yours, and two of these have the same name")
     model, info, precision = _load(options)
-    probabilities = predict(model, images, info["mean"], info["std"], precision, options.tta).softmax(1)
-    for name, row in zip(options.images, probabilities, strict=True):
+    logits = predict(model, images, info["mean"], info["std"], precision, options.tta)
+    probabilities = (logits / info.get("temperature", 1.0)).softmax(1)
+    lines = []
+    for row in probabilities:
         best = row.topk(3)
-        guesses = (f"{CLASSES[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))
-        print(f"{name}: {', '.join(guesses)}")
+        guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        lines.append(", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in guesses))
+    for path, line in zip(options.images, lines, strict=True):
+        print(f"{path}: {line}")
+    if options.grad_cam is None:
+        return
+    from cifar_lib.explain import grad_cam  # here, as captum and matplotlib take a second to import
+    from cifar_lib.plots import gallery, save_figure
 
-
-def _read_image(path: Path) -> torch.Tensor:
-    """Any picture as uint8 (3, 32, 32): its central square, scaled down with anti-aliasing."""
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"predict: expected a picture, found no file at {path}") from error
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"predict: {path} can't be read as a picture ({reason}): give a PNG or JPEG file") from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side)).resize((32, 32), Image.Resampling.BOX)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    heat = grad_cam(model, images, logits.argmax(1), info["mean"], info["std"])
+    for path, image, line, map_ in zip(paths, images, lines, heat, strict=True):
+        twice = image.permute(1, 2, 0).expand(2, -1, -1, -1).numpy()
+        overlays = torch.stack([torch.full_like(map_, torch.nan), map_]).numpy()  # nan: no heat over the first
+        captions = ("as the network sees it", f"what speaks for {line.split()[0]}")
+        figure = gallery(twice, captions, line.replace(", ", "\n"), columns=2, overlays=overlays)
+        save_figure(figure, Path(options.grad_cam) / f"{path.stem}.png")
 
 
 def _submit(options: argparse.Namespace) -> None:

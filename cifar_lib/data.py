@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10
@@ -273,6 +274,25 @@ def channel_histogram(images: Tensor) -> Tensor:
         for channel in range(3):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     return counts.cpu()
+
+
+def read_picture(path: str | os.PathLike) -> Tensor:
+    """Any picture file as a CIFAR-10 image, uint8 (3, 32, 32): its central square, scaled down with anti-aliasing.
+
+    Transparent parts become white. Raises InputError for a file that is no picture.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file).convert("RGBA")  # phones turn their pictures by a note in the file
+    except FileNotFoundError as error:
+        raise InputError(f"picture: expected a file, found no file at {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"picture: {path} can't be read as a picture ({reason}): give a PNG or JPEG file") from error
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    square = ImageOps.fit(picture, (32, 32), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:

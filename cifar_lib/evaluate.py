@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor, nn
@@ -173,6 +174,32 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     r = reliability(logits, labels, bins)
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float((gaps * r["count"]).sum() / r["count"].sum())
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The T that the logits, divided by it, have the smallest cross-entropy with (Guo et al. 2017): above 1 for a
+    network that is too sure of itself. Between e^-3 and e^3."""
+    labels = labels.cpu()
+    found = minimize_scalar(lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3))
+    return math.exp(found.x)
+
+
+def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Accuracy over the k most confident images, for k = 1 to N, and the share k / N: two float64 (N,).
+
+    What a network that may abstain gets right of what it answers.
+    """
+    confidence, guess = logits.softmax(1).max(1)
+    order = confidence.argsort(descending=True, stable=True)
+    right = (guess == labels.cpu())[order].double().numpy()
+    counts = np.arange(1, len(right) + 1)
+    return right.cumsum() / counts, counts / len(right)
+
+
+def nearest(queries: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarities and positions (N, k)."""
+    found = (F.normalize(queries, dim=1) @ F.normalize(others, dim=1).T).topk(k, dim=1)
+    return found.values, found.indices
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:

@@ -17,7 +17,8 @@ from cifar_lib import cli
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
 from cifar_lib.kaggle import generate_test_file
-from cifar_lib.model import ResNet, save_model
+from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.shift import ADAPTATIONS
 
 TINY = ["--set", "blocks=1,1", "--set", "channels=16,32", "--set", "validation_size=0", "--precision", "fp32"]
 
@@ -85,7 +86,30 @@ def test_predict_names_three_classes(tmp_path, capsys, weights):
     assert capsys.readouterr().out.count("%") == 3
 
 
-@pytest.mark.parametrize("adapt", ["none", "normalize"])
+def test_predict_writes_where_the_network_looks(tmp_path, capsys, weights):
+    for name in ("one", "two"):
+        Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+            tmp_path / f"{name}.jpg"
+        )
+    pictures = [str(tmp_path / "one.jpg"), str(tmp_path / "two.jpg")]
+    folder = tmp_path / "grad cam"
+    assert cli.main(["predict", "--weights", str(weights), "--grad-cam", str(folder), *pictures]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["one.png", "two.png"]
+    with Image.open(folder / "one.png") as file:
+        assert np.asarray(file.convert("L")).std() > 10
+    capsys.readouterr()
+    assert "same name" in mistake(capsys, "predict", "--weights", weights, "--grad-cam", folder, *pictures[:1] * 2)
+
+
+def test_probabilities_are_calibrated_by_the_temperature_in_the_weights(tmp_path, capsys, weights):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    model, info = load_model(weights)
+    save_model(tmp_path / "warm", model, info | {"temperature": 1000.0})
+    assert cli.main(["predict", "--weights", str(tmp_path / "warm"), str(tmp_path / "red.png")]) == 0
+    assert capsys.readouterr().out.count("10.0%") == 3
+
+
+@pytest.mark.parametrize("adapt", ADAPTATIONS)
 def test_submit_writes_a_row_an_image(tmp_path, weights, data, adapt):
     images = data[1].images[:20].permute(0, 2, 3, 1).numpy()
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"data": images, "ids": list(range(100, 120))}))

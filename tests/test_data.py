@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import CIFAR10
 
@@ -37,6 +38,7 @@ from cifar_lib.data import (
     load_cifar10,
     mean_of_image_stds,
     normalize,
+    read_picture,
     stratified_split,
     with_labels,
 )
@@ -456,3 +458,35 @@ def test_constants_are_what_the_real_training_images_give(cifar10):
     assert tuple(mean.round(4)) == CIFAR10_MEAN == (0.4914, 0.4822, 0.4465)
     assert tuple(std.round(4)) == CIFAR10_STD == (0.2470, 0.2435, 0.2616)
     assert tuple(mean_of_image_stds(images).round(4)) == PUBLISHED_STD == (0.2023, 0.1994, 0.2010)
+
+
+# Pictures of one's own
+
+
+def test_a_picture_becomes_its_central_square_averaged_down(tmp_path):
+    picture = np.zeros((64, 128, 3), np.uint8)
+    picture[:, :32], picture[:, 96:] = 255, 255  # cut off
+    picture[:32, 32:96] = (200, 100, 50)
+    Image.fromarray(picture).save(tmp_path / "a b.png")
+    image = read_picture(tmp_path / "a b.png")
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    assert image[:, :16].flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50] and image[:, 16:].max() == 0
+
+
+def test_a_picture_is_turned_as_its_camera_says_and_transparency_is_white(tmp_path):
+    picture = Image.new("RGB", (40, 40), "black")
+    picture.paste("white", (0, 0, 40, 20))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: white comes to lie on the right
+    picture.save(tmp_path / "turned.png", exif=exif)
+    turned = read_picture(tmp_path / "turned.png")
+    assert turned[:, :, 20:].min() == 255 and turned[:, :, :12].max() == 0
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_picture(tmp_path / "clear.png").min() == 255
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_a_file_that_is_no_picture_is_refused(tmp_path, content):
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(InputError, match="^picture: [^\n]*: give a PNG or JPEG file$"):
+        read_picture(tmp_path / "x.png")

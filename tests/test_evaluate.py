@@ -16,11 +16,14 @@ from cifar_lib.evaluate import (
     accuracy,
     calibration_error,
     confusion_matrix,
+    fit_temperature,
     most_confident_mistakes,
     most_confused_pairs,
+    nearest,
     per_class,
     predict,
     reliability,
+    selective_accuracy,
     summarize,
     wilson_interval,
 )
@@ -227,3 +230,25 @@ def test_description_of_the_machine_goes_into_json():
     described = json.loads(json.dumps(describe(torch.device("cpu"))))
     assert described["gpu"] is None and described["cpu_cores"] >= 1 and described["memory_gb"] > 0
     assert described["torch"] == torch.__version__
+
+
+def test_the_temperature_undoes_a_network_that_is_too_sure():
+    torch.manual_seed(0)
+    logits = torch.randn(20_000, 10) * 2
+    labels = torch.distributions.Categorical(logits=logits).sample()  # calibrated as they are
+    for factor in (0.5, 1.0, 3.0):
+        assert fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.03)
+
+
+def test_selective_accuracy_answers_the_surest_first():
+    logits = torch.eye(10)[:4] * torch.tensor([[4.0], [1.0], [3.0], [2.0]])  # surest: 0, 2, 3, 1
+    labels = torch.tensor([0, 1, 9, 3])
+    right, share = selective_accuracy(logits, labels)
+    assert right.tolist() == [1, 1 / 2, 2 / 3, 3 / 4] and share.tolist() == [0.25, 0.5, 0.75, 1]
+
+
+def test_nearest_goes_by_direction_not_by_length():
+    others = torch.tensor([[1.0, 0.0], [0.0, 5.0], [10.0, 1.0]])
+    similarity, position = nearest(torch.tensor([[2.0, 0.0], [0.0, 0.1]]), others, 2)
+    assert position.tolist() == [[0, 2], [1, 2]]
+    assert similarity[:, 0].tolist() == [1, 1] and similarity[0, 1].item() == pytest.approx(10 / 101**0.5)
