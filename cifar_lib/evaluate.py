@@ -197,7 +197,7 @@ def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.n
 
 
 def nearest(queries: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarities and positions (N, k)."""
+    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarity, position (N, k) each."""
     found = (F.normalize(queries, dim=1) @ F.normalize(others, dim=1).T).topk(k, dim=1)
     return found.values, found.indices
 
