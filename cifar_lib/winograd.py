@@ -1,6 +1,7 @@
 """3x3 convolutions on a CPU with a quarter of the multiplications (Winograd's F(4x4, 3x3), as in Lavin and Gray 2015,
 arXiv:1509.09308): forward and both gradients. PyTorch's CPU kernels compute them directly."""
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -59,6 +60,17 @@ class Winograd(TorchFunctionMode):
         if function is F.conv2d and not kwargs and _fits(*args):
             return _Convolution.apply(*args[:2])
         return function(*args, **kwargs or {})
+
+
+def where_it_helps(device: torch.device) -> contextlib.AbstractContextManager:
+    """`Winograd`, built, on a CPU; nothing on other devices and without a compiler."""
+    if device.type != "cpu":
+        return contextlib.nullcontext()
+    try:
+        build()
+    except RuntimeError:
+        return contextlib.nullcontext()
+    return Winograd()
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> bool:

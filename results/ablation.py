@@ -7,7 +7,6 @@ a CPU; they change no more than rounding does.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -30,7 +29,7 @@ from cifar_lib.shift import (
     frechet_distance,
     shifted,
 )
-from cifar_lib.winograd import Winograd, build
+from cifar_lib.winograd import where_it_helps
 
 FOLDER = Path(__file__).parent / "shift"
 VIEWS = ("none", "flip")
@@ -108,9 +107,7 @@ def main() -> None:
     for path, rows in paths:
         rows.extend(pd.read_csv(path).to_dict("records") if path.exists() else [])
     done = {(row["family"], row["severity"]) for row in measures}
-    with contextlib.ExitStack() as stack:
-        if device.type == "cpu" and build():
-            stack.enter_context(Winograd())
+    with where_it_helps(device):
         clean = features(model, test.images, info["mean"], info["std"])
         for family, severity in (CLEAN, *itertools.product(FAMILIES, SEVERITIES)):
             if (family, severity) in done:

@@ -11,12 +11,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import REAL, load_cifar10
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import predict, summarize
+from cifar_lib.evaluate import calibration_error, fit_temperature, predict, summarize
 from cifar_lib.hardware import choose_device
-from cifar_lib.model import SHIPPED, load_model, save_model
+from cifar_lib.model import SHIPPED, ResNet, load_model, save_model
+from cifar_lib.winograd import where_it_helps
 
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
 
@@ -31,17 +35,24 @@ def publish(run: Path) -> dict:
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
+
+    def logits(network: ResNet, tta: str = "none") -> Tensor:
+        with where_it_helps(device):
+            return predict(network.to(device), test.images, info["mean"], info["std"], tta=tta)
+
+    whole = logits(model)
+    info["temperature"] = round(fit_temperature(whole, test.labels), 4)
     weights = SHIPPED.with_name(f"{metrics['recipe']}.safetensors")
     save_model(weights, model, info, half=True)
     halved, _ = load_model(weights)
-    score = {}
-    for name, network, tta in (("run", model, "none"), ("none", halved, "none"), ("flip", halved, "flip")):
-        score[name] = predict(network.to(device), test.images, info["mean"], info["std"], tta=tta)
-    changed = int((score["run"].argmax(1) != score["none"].argmax(1)).sum())
+    plain = logits(halved)
+    changed = int((whole.argmax(1) != plain.argmax(1)).sum())
     shipped = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
-    for tta in ("none", "flip"):
-        summary = summarize(score[tta], test.labels)
-        shipped[f"tta_{tta}"] = {name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")}
+    for tta, values in (("none", plain), ("flip", logits(halved, "flip"))):
+        score = summarize(values, test.labels)
+        shipped[f"tta_{tta}"] = {name: score[name] for name in ("accuracy", "interval", "n", "calibration_error")}
+    shipped["temperature"] = info["temperature"]
+    shipped["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
     metrics["shipped"] = shipped
 
     folder = Path(__file__).parent / f"{metrics['recipe']}-seed{metrics['seed']}"
@@ -53,6 +64,15 @@ def publish(run: Path) -> dict:
     sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
     write_atomically(weights.parent / "SHA256SUMS", sums.encode())
     return metrics
+
+
+def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
+    """The calibration error when each half of the images is scaled by the temperature of the other one."""
+    halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
+    scaled = logits.clone()
+    for fitted, measured in (halves, halves[::-1]):
+        scaled[measured] /= fit_temperature(logits[fitted], labels[fitted])
+    return calibration_error(scaled, labels)
 
 
 if __name__ == "__main__":

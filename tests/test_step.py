@@ -114,6 +114,7 @@ def test_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in):
     assert compiled == pytest.approx(losses(tiny(**changes), stand_in[0]), rel=TOLERANCE["fp32"])
 
 
+@pytest.mark.xdist_group("winograd")
 @needs_compiler
 def test_a_winograd_step_trains_to_the_losses_of_the_plain_one(stand_in):
     changes = {"ema_decay": 0.9, "schedule": "cosine", "nesterov": True, "half_size_epochs": 1}

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from cifar_lib import winograd
 from cifar_lib.winograd import TRANSFORM, Winograd, build
 
-pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
+    pytest.mark.xdist_group("winograd"),  # one process builds it for all
+]
 
 
 def gradients(function, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
