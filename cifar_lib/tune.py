@@ -163,9 +163,12 @@ def work(
 
     Two workers never run the same trial, and a dead worker's is taken up again with the same parameters: where all
     workers are on `one_host` (a journal) as soon as its process is gone, else (a database) when its heartbeat stops.
+    Raises InputError where the database goes away.
     """
+    begun: list[Trial] = []
 
     def once(trial: Trial) -> float:
+        begun.append(trial)
         trial.set_user_attr("worker", _this_worker())
         earlier = [t for t in study.get_trials(deepcopy=False) if t.number < trial.number]
         if sum(t.state != TrialState.FAIL for t in earlier) >= trials:
@@ -178,24 +181,34 @@ def work(
         elif trial.state == TrialState.COMPLETE:
             log(f"trial {trial.number}: {trial.value:.2%}  (best so far: {study.best_value:.2%})")
 
-    while True:
-        if one_host:
-            _take_up_dead(study)
-        else:
-            fail_stale_trials(study)
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        done = sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states)
-        if done >= trials:
-            return
-        if done + states.count(TrialState.RUNNING) >= trials:
-            time.sleep(0.5)  # there is nothing to do unless another worker dies
-            continue
-        try:
-            study.optimize(once, n_trials=1, catch=(_Surplus,), callbacks=[report])
-        except KeyboardInterrupt:
-            stopped = [t for t in study.get_trials() if t.user_attrs.get("worker") == _this_worker()][-1]
-            study.enqueue_trial(stopped.params, user_attrs={"again": stopped.number})
-            raise
+    try:
+        while not _step(study, trials, once, one_host, report):
+            begun.clear()
+    except KeyboardInterrupt:
+        if begun:
+            study.enqueue_trial(begun[-1].params, user_attrs={"again": begun[-1].number})
+        raise
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise InputError(
+            f"study: the database went away ({_reason(error)}): start it, then the same command again"
+        ) from error
+
+
+def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, report: Callable) -> bool:
+    """Run a trial, or wait for others that do; True where nothing is left to do."""
+    if one_host:
+        _take_up_dead(study)
+    else:
+        fail_stale_trials(study)
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    done = sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states)
+    if done >= trials:
+        return True
+    if done + states.count(TrialState.RUNNING) >= trials:
+        time.sleep(0.5)  # there is nothing to do unless another worker dies
+    else:
+        study.optimize(once, n_trials=1, catch=(_Surplus,), callbacks=[report])
+    return False
 
 
 class _Surplus(Exception):

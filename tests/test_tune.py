@@ -161,6 +161,16 @@ def test_no_trial_is_lost_or_run_twice_when_a_worker_is_killed(tmp_path, kind, r
     assert {int(number) for number in ran} == {t.number for t in complete} | {int(lost.name.split("-")[1])}
 
 
+def test_a_database_that_goes_away_is_one_line(tmp_path):
+    study = open_study(f"sqlite:///{tmp_path / 'study.db'}", SPACE)
+
+    def gone(trial):
+        raise optuna.exceptions.StorageInternalError("connection lost\nlong story")
+
+    with pytest.raises(InputError, match=r"^study: the database went away \(connection lost\): start it"):
+        work(study, 1, gone, one_host=False)
+
+
 # Bad input
 
 
