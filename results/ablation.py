@@ -9,11 +9,14 @@ a CPU; they change no more than rounding does.
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
 from scipy.stats import binomtest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
 
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
+
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import REAL, load_cifar10
 from cifar_lib.errors import InputError
