@@ -199,7 +199,9 @@ def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, rep
     if one_host:
         _take_up_dead(study)
     else:
-        fail_stale_trials(study)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            fail_stale_trials(study)
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     done = sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states)
     if done >= trials:
