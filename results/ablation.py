@@ -2,7 +2,7 @@
 
     python results/ablation.py [--images N]
 
-Goes on after the shifts that results/shift/accuracy.csv already holds. Winograd's convolutions make it twice as fast on
+Goes on after the shifts that results/shift/measures.csv already holds. Winograd's convolutions make it twice as fast on
 a CPU; they change no more than rounding does.
 """
 
@@ -41,9 +41,8 @@ CLEAN = ("clean", 0)
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
 
 
-def mcnemar(right: torch.Tensor, reference: torch.Tensor) -> float:
+def mcnemar(gained: int, lost: int) -> float:
     """The exact p-value that two classifiers are equally often right, from the images on which only one of them is."""
-    gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
@@ -56,12 +55,12 @@ def score_shift(
         network, mean, std = adapt(method, model, images, info["mean"], info["std"])
         right = predict(network, images, mean, std, tta=tta).argmax(1) == test.labels
         reference = right if reference is None else reference
+        gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
         low, high = wilson_interval(int(right.sum()), len(right))
         rows.append(
             {"family": family, "severity": severity, "adapt": method, "tta": tta, "n": len(right)}
             | {"accuracy": right.double().mean().item(), "low": low, "high": high}
-            | {"gained": int((right & ~reference).sum()), "lost": int((reference & ~right).sum())}
-            | {"mcnemar_p": mcnemar(right, reference)}
+            | {"gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost)}
             | {"first_half": right[:half].double().mean().item(), "second_half": right[half:].double().mean().item()}
         )
     return rows
@@ -109,7 +108,8 @@ def main() -> None:
     paths = [(FOLDER / "accuracy.csv", accuracy), (FOLDER / "measures.csv", measures)]
     for path, rows in paths:
         rows.extend(pd.read_csv(path).to_dict("records") if path.exists() else [])
-    done = {(row["family"], row["severity"]) for row in measures}
+    done = {(row["family"], row["severity"]) for row in measures}  # written after the accuracies of a shift
+    accuracy[:] = [row for row in accuracy if (row["family"], row["severity"]) in done]
     with where_it_helps(device):
         clean = features(model, test.images, info["mean"], info["std"])
         for family, severity in (CLEAN, *itertools.product(FAMILIES, SEVERITIES)):
@@ -121,7 +121,9 @@ def main() -> None:
             for path, rows in paths:
                 write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g").encode())
             none, best = accuracy[-8], max(accuracy[-8:], key=lambda row: row["accuracy"])
-            print(f"{family} {severity}: {none['accuracy']:.1%}; best {best['accuracy']:.1%} by {best['adapt']}")
+            print(
+                f"{family} {severity}: {none['accuracy']:.1%}; best {best['accuracy']:.1%} by {best['adapt']}, views {best['tta']}"
+            )
     summary = {"weights": PRETRAINED, "n": options.images, "machine": describe(device)}
     summary |= verdict(pd.DataFrame(accuracy))
     write_atomically(FOLDER / "verdict.json", (json.dumps(summary, indent=2) + "\n").encode())
