@@ -121,9 +121,8 @@ def main() -> None:
             for path, rows in paths:
                 write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g").encode())
             none, best = accuracy[-8], max(accuracy[-8:], key=lambda row: row["accuracy"])
-            print(
-                f"{family} {severity}: {none['accuracy']:.1%}; best {best['accuracy']:.1%} by {best['adapt']}, views {best['tta']}"
-            )
+            way = f"{best['adapt']}, views {best['tta']}"
+            print(f"{family} {severity}: {none['accuracy']:.1%}; best {best['accuracy']:.1%} by {way}")
     summary = {"weights": PRETRAINED, "n": options.images, "machine": describe(device)}
     summary |= verdict(pd.DataFrame(accuracy))
     write_atomically(FOLDER / "verdict.json", (json.dumps(summary, indent=2) + "\n").encode())
