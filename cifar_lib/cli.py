@@ -15,7 +15,7 @@ import torchinfo
 from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import VIEWS, predict, summarize
+from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
 from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import PRETRAINED, ResNet, load_model
@@ -130,7 +130,7 @@ def _weights_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights", default=PRETRAINED, metavar="FILE", help="a model.safetensors; default: those of the package"
     )
-    parser.add_argument("--tta", nargs="?", const="flip-shift", default="none", choices=VIEWS, help="test-time views")
+    parser.add_argument("--tta", nargs="?", const="flip-shift", default="none", choices=TTA, help="test-time views")
     _device_options(parser)
 
 

@@ -1,5 +1,7 @@
 """From images to logits, once, and from logits to every number: accuracy, confusion, calibration, mistakes."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 from cifar_lib.data import CLASSES, normalize
 from cifar_lib.hardware import autocast
 from cifar_lib.model import ResNet
+from cifar_lib.winograd import where_it_helps
 
-VIEWS = ("none", "flip", "flip-shift")
+# Weights of each image's test-time views: itself and its mirror image, then both moved by a pixel towards two corners.
+TTA = {"none": (1.0,), "flip": (1 / 2, 1 / 2), "flip-shift": (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8)}
+MANY_IMAGES = 500  # from here on a CPU gains by compiling its convolutions
 
 
 @torch.inference_mode()
@@ -30,18 +35,46 @@ def predict(
 ) -> Tensor:
     """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
 
-    The model computes where its weights lie, in evaluation mode. `tta`: the mean of the logits over test-time views of
-    each image: `flip` takes it and its mirror image, `flip-shift` also both moved by a pixel towards two corners,
-    weighted 1/2 : 1/4 : 1/4 (Jordan 2024, arXiv:2404.00498). `batch_size`: 250 on a CPU, 1000 elsewhere.
+    The model computes where its weights lie, in evaluation mode. `tta`: the weighted mean of the logits over test-time
+    views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498). `batch_size`: 250 on a CPU, 1000 elsewhere.
     """
+    if tta not in TTA:
+        raise ValueError(f"tta: expected one of {', '.join(TTA)}; got {tta!r}")
+    return average_views(predict_views(model, images, mean, std, precision, len(TTA[tta]), batch_size), tta)
+
+
+@torch.inference_mode()
+def predict_views(
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    precision: str = "fp32",
+    count: int = 6,
+    batch_size: int | None = None,
+) -> Tensor:
+    """As `predict`, the logits of the first `count` views one by one: float32 (count, N, classes)."""
     was_training = model.training
     model.eval()
-    logits = []
-    for inputs in batches(model, images, mean, std, batch_size):
-        with autocast(inputs.device, precision):
-            logits.append(sum(weight * model(view).float() for weight, view in _views(inputs, tta)))
+    logits = [torch.empty(count, 0, len(CLASSES))]
+    with fast_convolutions(model, images, precision):
+        for inputs in batches(model, images, mean, std, batch_size):
+            with autocast(inputs.device, precision):
+                views = itertools.islice(_views(inputs), count)
+                logits.append(torch.stack([model(view).float() for view in views]).cpu())
     model.train(was_training)
-    return torch.cat(logits).cpu() if logits else torch.empty(0, len(CLASSES))
+    return torch.cat(logits, dim=1)
+
+
+def average_views(logits: Tensor, tta: str) -> Tensor:
+    """Logits (N, classes) of a way of TTA from those of the views (views, N, classes)."""
+    return sum(weight * view for weight, view in zip(TTA[tta], logits, strict=False))
+
+
+def fast_convolutions(model: nn.Module, images: Tensor, precision: str) -> contextlib.AbstractContextManager:
+    """The context for a pass over `images`: Winograd's convolutions where they pay for being built."""
+    worth = len(images) >= MANY_IMAGES and precision == "fp32"
+    return where_it_helps(next(model.parameters()).device) if worth else contextlib.nullcontext()
 
 
 def batches(
@@ -73,27 +106,22 @@ def features(
     rows: list[Tensor] = []
     hook = model.pool.register_forward_hook(lambda _, __, output: rows.append(output.flatten(1).float().cpu()))
     try:
-        for inputs in batches(model, images, mean, std):
-            with autocast(inputs.device, precision):
-                model(inputs)
+        with fast_convolutions(model, images, precision):
+            for inputs in batches(model, images, mean, std):
+                with autocast(inputs.device, precision):
+                    model(inputs)
     finally:
         hook.remove()
         model.train(was_training)
     return torch.cat(rows)
 
 
-def _views(inputs: Tensor, tta: str) -> list[tuple[float, Tensor]]:
-    """(weight, normalised images) of each test-time view; the weights add up to 1."""
-    if tta == "none":
-        return [(1.0, inputs)]
-    if tta == "flip":
-        return [(0.5, inputs), (0.5, inputs.flip(3))]
-    if tta != "flip-shift":
-        raise ValueError(f"tta: expected one of {', '.join(VIEWS)}; got {tta!r}")
+def _views(inputs: Tensor) -> Iterator[Tensor]:
+    """The test-time views of normalised images, in the order of TTA's weights."""
     padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
-    shifted = [padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]]
-    weighted = [(0.25, inputs), *((0.125, view) for view in shifted)]
-    return [(weight, view) for weight, image in weighted for view in (image, image.flip(3))]
+    for view in (inputs, padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]):
+        yield view
+        yield view.flip(3)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

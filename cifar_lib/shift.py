@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as kernels
 
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, KAGGLE_MEAN, KAGGLE_STD, channel_histogram, channel_statistics
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import batches
+from cifar_lib.evaluate import batches, fast_convolutions
 from cifar_lib.hardware import autocast
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -173,9 +173,10 @@ def _with_batch_statistics(
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over batches
         layer.train()
-    for inputs in batches(model, images, mean, std, parts=True):
-        with autocast(inputs.device, precision):
-            model(inputs)
+    with fast_convolutions(model, images, precision):
+        for inputs in batches(model, images, mean, std, parts=True):
+            with autocast(inputs.device, precision):
+                model(inputs)
     weight = n / (PRIOR + n)
     for layer, (old_mean, old_var) in zip(layers, trained, strict=True):
         layer.running_mean.lerp_(old_mean, 1 - weight)

@@ -22,6 +22,7 @@ from cifar_lib.winograd import Winograd, build
 
 T = TypeVar("T")
 MANY_STEPS = 2000  # from here on a minute of compiling pays for itself
+SOME_STEPS = 100  # and from here on 20 seconds
 WARM_UP = 3  # steps before a CUDA graph is captured: libraries choose their kernels in them
 ALIGNMENT = 8  # half-precision kernels read eight channels at once
 
@@ -41,9 +42,9 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
     plain: as written. graph: the whole step replayed as one CUDA graph, as launching its kernels one by one takes
     longer than running them. compiled: forward and backward through torch.compile, then as a graph where that can be.
     winograd: on a CPU in fp32, as written but for 3x3 convolutions with fewer multiplications, compiled in 20 seconds.
-    `auto`: on CUDA compiled for runs of 2,000 steps or more, else a graph; on a CPU in fp32 winograd for runs that
-    long; elsewhere plain. On a CPU `compiled` takes over a minute, for a gain within the noise of results/benchmarks;
-    MPS has none of them, and several ranks run plain.
+    `auto`: on CUDA compiled for runs of 2,000 steps or more, else a graph; on a CPU in fp32 winograd for runs of 100
+    steps or more; elsewhere plain. On a CPU `compiled` takes over a minute, for a gain within the noise of
+    results/benchmarks; MPS has none of them, and several ranks run plain.
     Raises InputError for a way that this device or number of ranks doesn't have.
     """
     if config.ranks > 1:
@@ -59,10 +60,10 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
         )
     if config.step != "auto":
         return config.step
-    many = config.epochs * math.ceil(images / config.batch_size) >= MANY_STEPS
+    steps = config.epochs * math.ceil(images / config.batch_size)
     if device.type == "cuda":
-        return "compiled" if many else "graph"
-    return "winograd" if on_cpu and many else "plain"
+        return "compiled" if steps >= MANY_STEPS else "graph"
+    return "winograd" if on_cpu and steps >= SOME_STEPS else "plain"
 
 
 @dataclass

@@ -3,6 +3,7 @@ arXiv:1509.09308): forward and both gradients. PyTorch's CPU kernels compute the
 
 import contextlib
 import functools
+import hashlib
 import os
 import subprocess
 import tempfile
@@ -23,14 +24,25 @@ FLAGS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx512f", "-mavx512vl", "-ma
 
 @functools.cache
 def build() -> bool:
-    """Compile winograd.cpp and load it, once a process, in about 20 seconds. Raises RuntimeError where that fails."""
+    """Load what winograd.cpp compiles to, once a process. Raises RuntimeError where that fails.
+
+    Compiling takes about 20 seconds; the result is kept in the user's cache folder for later processes.
+    """
     compiler = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-fPIC", "-fopenmp"]
     compiler += FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])
     compiler += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    compiler += [f"-isystem{TORCH / 'include'}"]
-    with tempfile.TemporaryDirectory() as folder:
+    source = Path(__file__).with_suffix(".cpp")
+    made_from = _digest(source.read_bytes() + repr((compiler, str(TORCH), torch.__version__)).encode())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_lib"
+    for kept in cache.glob(f"winograd-{made_from}-*.so"):
+        if kept.stem.endswith(_digest(kept.read_bytes())):  # loading a damaged one would end the process
+            torch.ops.load_library(kept)
+            return True
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache if os.access(cache, os.W_OK) else None) as folder:
         compiled, library = f"{folder}/winograd.o", f"{folder}/winograd.so"
-        _run([*compiler, "-c", str(Path(__file__).with_suffix(".cpp")), "-o", compiled])
+        _run([*compiler, f"-isystem{TORCH / 'include'}", "-c", str(source), "-o", compiled])
         # Linked without OpenMP's library: the one that torch brought is in the process, and a second one would keep
         # threads of its own waiting on the same cores.
         _run([compiler[0], "-shared", compiled, "-o", library, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu"])
@@ -38,7 +50,13 @@ def build() -> bool:
             torch.ops.load_library(library)
         except OSError as error:
             raise RuntimeError(str(error)) from error
+        with contextlib.suppress(OSError):  # on another file system, where the folder can't be written to
+            os.replace(library, cache / f"winograd-{made_from}-{_digest(Path(library).read_bytes())}.so")
     return True
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:

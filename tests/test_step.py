@@ -84,7 +84,7 @@ def test_in_half_precision_the_step_computes_with_padded_channels(stand_in):
 def test_on_cuda_long_runs_are_compiled_and_a_graph_needs_cuda():
     long, short = tiny(step="auto", epochs=60, batch_size=128), tiny(step="auto")
     assert choose_step(long, CUDA, 50_000) == "compiled" and choose_step(short, CUDA, 1000) == "graph"
-    assert choose_step(short, CPU, 1000) == choose_step(long, torch.device("mps"), 50_000) == "plain"
+    assert choose_step(short, CPU, 100) == choose_step(long, torch.device("mps"), 50_000) == "plain"
     assert choose_step(tiny(step="compiled"), CPU, 100) == "compiled"
     with pytest.raises(InputError, match="a CUDA graph needs a CUDA device, got cpu"):
         choose_step(tiny(step="graph"), CPU, 1000)
@@ -92,7 +92,8 @@ def test_on_cuda_long_runs_are_compiled_and_a_graph_needs_cuda():
 
 def test_on_a_cpu_long_runs_in_fp32_take_winograds_way():
     long = tiny(step="auto", epochs=60, batch_size=128)
-    assert choose_step(long, CPU, 50_000) == "winograd"
+    assert choose_step(long, CPU, 50_000) == choose_step(long, CPU, 200) == "winograd"
+    assert choose_step(long, CPU, 128) == "plain"  # 60 steps
     assert choose_step(replace(long, precision="bf16"), CPU, 50_000) == "plain"
     for device, precision in ((CUDA, "fp32"), (CPU, "bf16")):
         with pytest.raises(InputError, match=f"winograd needs a CPU and fp32, got {device.type} and {precision}"):

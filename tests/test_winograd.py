@@ -1,4 +1,8 @@
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +11,7 @@ import torch.nn.functional as F
 from cifar_lib import winograd
 from cifar_lib.winograd import TRANSFORM, Winograd, build
 
+ROOT = Path(__file__).parent.parent
 pytestmark = [
     pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler"),
     pytest.mark.xdist_group("winograd"),  # one process builds it for all
@@ -66,6 +71,23 @@ def test_the_transform_multiplies_as_the_points_0_1_2_and_their_negatives_do():
     """Row k of G holds the powers of a point, scaled: three taps as a polynomial, evaluated there."""
     for row, point in zip(TRANSFORM[:5], (0, 1, -1, 2, -2), strict=True):
         torch.testing.assert_close(row / row[0], torch.tensor([1.0, point, point**2]))
+
+
+def test_what_was_compiled_serves_later_processes_and_a_damaged_copy_does_not(tmp_path):
+    build()
+    code = "from cifar_lib import winograd; winograd.build(); print(winograd.torch.ops.cifar_lib.winograd_convolve)"
+
+    def without_a_compiler(cache: Path) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PATH": "", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    good = without_a_compiler(cache)
+    assert good.returncode == 0 and "winograd_convolve" in good.stdout, good.stderr
+    (tmp_path / "cifar_lib").mkdir()
+    for kept in (cache / "cifar_lib").glob("winograd-*.so"):
+        (tmp_path / "cifar_lib" / kept.name).write_bytes(kept.read_bytes()[:5000])
+    assert "no C++ compiler" in without_a_compiler(tmp_path).stderr
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
