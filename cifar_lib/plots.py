@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -308,4 +309,36 @@ def intervals(values: Mapping[str, tuple[float, float, float]], title: str, xlab
     ax.margins(y=0.25)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     ax.set(title=title, xlabel=xlabel)
+    return figure
+
+
+def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column of an ablation's rows as families (in their order) by severities."""
+    table = rows.pivot(index="family", columns="severity", values=column)
+    return table.loc[list(dict.fromkeys(rows.family))]
+
+
+@_in_style
+def severity_maps(
+    tables: Mapping[str, pd.DataFrame], title: str, sure: Mapping[str, pd.DataFrame] | None = None
+) -> Figure:
+    """Families by severities, a panel for each table of fractions; printed in percent.
+
+    With `sure` (bool, same shape) the tables are differences: signed, one colour scale around 0, bold where sure.
+    """
+    first = next(iter(tables.values()))
+    size = (1.6 + 3.1 * len(tables), 1.4 + 0.38 * len(first))
+    figure, axes = _figure(1, len(tables), (max(size[0], 6), size[1]))
+    figure.suptitle(title)
+    limit = max(table.abs().to_numpy().max() for table in tables.values())
+    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if sure else {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    for i, (ax, (name, table)) in enumerate(zip(axes[0], tables.items(), strict=True)):
+        texts = (100 * table).map(lambda value: f"{value:+.1f}" if sure else f"{value:.1f}")
+        sns.heatmap(table, ax=ax, annot=texts, fmt="", cbar=False, linewidths=0.5, annot_kws={"size": 8}, **look)
+        if sure:
+            for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
+                text.set_weight("bold" if bold else "normal")
+        ax.set(title=name, xlabel="severity", ylabel="")
+        ax.tick_params(length=0, labelleft=i == 0, labelrotation=0)
+        ax.grid(False)
     return figure

@@ -55,12 +55,17 @@ def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
     )
 
 
+def own_values(base: TrainConfig) -> dict:
+    """The parameters with which `suggest` gives `base` itself: a study's first trial, what all others compete with."""
+    shape = next((name for name, shape in SHAPES.items() if shape == (base.blocks, base.channels)), next(iter(SHAPES)))
+    numbers = ("learning_rate", "momentum", "weight_decay", "label_smoothing", "batch_size")
+    warm_up = {"warmup_epochs": min(base.warmup_epochs, max(1, base.epochs // 2))}
+    return {"shape": shape, **{name: getattr(base, name) for name in numbers}, **warm_up}
+
+
 def search_space(base: TrainConfig) -> dict:
     """What a study's trials have in common, as JSON: each parameter's distribution, and the configuration otherwise."""
-    trial = optuna.trial.FixedTrial(
-        {"shape": next(iter(SHAPES)), "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4}
-        | {"label_smoothing": 0.05, "warmup_epochs": 0, "batch_size": 128}
-    )
+    trial = optuna.trial.FixedTrial(own_values(base))
     suggest(trial, base)
     chosen = {"blocks", "channels", *trial.distributions}
     fixed = {name: value for name, value in asdict(base).items() if name not in chosen}

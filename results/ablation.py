@@ -1,22 +1,27 @@
-"""Every adaptation on every shift and severity, with the package's weights: results/shift/.
+"""Every adaptation and kind of test-time views on every shift and severity, with the package's weights: results/shift/.
 
     python results/ablation.py [--images N]
 
-Goes on after the shifts that results/shift/measures.csv already holds.
+Goes on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image) for each shift,
+true where the label was found; measures.csv, what can be seen of a shift without labels; and, of these, accuracy.csv
+with intervals and paired tests, verdict.json, and two pictures.
 """
 
 import argparse
+import io
 import itertools
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
 
+from cifar_lib import plots
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
 from cifar_lib.evaluate import TTA, average_views, features, predict_views, wilson_interval
@@ -33,63 +38,95 @@ from cifar_lib.shift import (
 )
 
 FOLDER = Path(__file__).parent / "shift"
-CLEAN = ("clean", 0)
+WAYS = tuple(itertools.product(ADAPTATIONS, TTA))  # the first is no adaptation and no views: what all are compared with
+CLEAN = "clean 0"
 # The default of `submit` is chosen on these shifts and the first half of the images, and confirmed on the others.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
 
 
-def mcnemar(gained: int, lost: int) -> float:
-    """The exact p-value that two classifiers are equally often right, from the images on which only one of them is."""
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-
-
-def score_shift(
-    family: str, severity: int, images: torch.Tensor, test: ImageSet, model: ResNet, info: dict
-) -> list[dict]:
-    """A row for each adaptation and kind of views."""
-    rows, reference, half = [], None, len(test) // 2
+def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np.ndarray:
+    """Whether each way finds each image's label: bool (ways, images)."""
+    rows = []
     for method in ADAPTATIONS:
         network, mean, std = adapt(method, model, images, info["mean"], info["std"])
         views = predict_views(network, images, mean, std)
-        for tta in TTA:
-            right = average_views(views, tta).argmax(1) == test.labels
-            reference = right if reference is None else reference
-            gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
-            low, high = wilson_interval(int(right.sum()), len(right))
+        rows += [average_views(views, tta).argmax(1) == test.labels for tta in TTA]
+    return torch.stack(rows).numpy()
+
+
+def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
+    """A row for each shift and way: accuracy, Wilson's interval, and the exact McNemar test against the first way."""
+    rows = []
+    for shift, table in right.items():
+        family, severity = shift.split()
+        for (method, tta), ours in zip(WAYS, table, strict=True):
+            low, high = wilson_interval(int(ours.sum()), len(ours))
+            gained, lost = int((ours & ~table[0]).sum()), int((table[0] & ~ours).sum())
+            p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
             rows.append(
-                {"family": family, "severity": severity, "adapt": method, "tta": tta, "n": len(right)}
-                | {"accuracy": right.double().mean().item(), "low": low, "high": high}
-                | {"gained": gained, "lost": lost, "mcnemar_p": mcnemar(gained, lost)}
-                | {"first_half": right[:half].double().mean().item()}
-                | {"second_half": right[half:].double().mean().item()}
+                {"family": family, "severity": int(severity), "adapt": method, "tta": tta, "n": len(ours)}
+                | {"accuracy": ours.mean(), "low": low, "high": high}
+                | {"gained": gained, "lost": lost, "mcnemar_p": p}
             )
-    return rows
+    return pd.DataFrame(rows)
 
 
-def measure_shift(
-    family: str, severity: int, images: torch.Tensor, test: ImageSet, model: ResNet, info: dict, clean: torch.Tensor
-) -> dict:
-    """What can be seen of a shift without labels; `clean`: the features of the images as they were."""
-    red, green, blue = channel_distance(images, test.images)
-    moved = features(model, images, info["mean"], info["std"])
-    return {"family": family, "severity": severity, "wasserstein_red": red, "wasserstein_green": green} | {
-        "wasserstein_blue": blue,
-        "frechet": frechet_distance(moved, clean),
+def gains(tables: list[np.ndarray]) -> dict[str, dict]:
+    """Mean accuracy of each way over shifts, and how much more it is than the first way's, in points.
+
+    The interval is Student's over images, each with its mean over the shifts: the same images are in all of them.
+    """
+    by_image = np.mean(tables, axis=0)  # (ways, images)
+    result = {}
+    for way, ours in zip(WAYS, by_image, strict=True):
+        gain = 100 * (ours - by_image[0])
+        interval = ttest_1samp(gain, 0).confidence_interval(0.95) if gain.any() else (0.0, 0.0)
+        result[" + ".join(way)] = {
+            "accuracy": round(float(ours.mean()), 4),
+            "gain": round(float(gain.mean()), 2),
+            "interval": [round(float(end), 2) for end in interval],
+        }
+    return result
+
+
+def verdict(right: dict[str, np.ndarray]) -> dict:
+    """Which adaptation is best where it is chosen, what it gives elsewhere, and the report's claim."""
+    half = right[CLEAN].shape[1] // 2
+    seen = [table[:, :half] for shift, table in right.items() if shift.split()[0] in CHOSEN_ON]
+    unseen = [table[:, half:] for shift, table in right.items() if shift.split()[0] not in (*CHOSEN_ON, "clean")]
+    chosen, confirmed = gains(seen), gains(unseen)
+    without_views = [" + ".join(way) for way in WAYS if way[1] == "none"]
+    best = max(without_views, key=lambda way: chosen[way]["accuracy"])
+    held = confirmed[best]["interval"][0] > 0
+    return {
+        "default": best.split(" + ")[0] if held else "none",
+        "chosen": best,
+        "confirmed": held,
+        "chosen_on": {"families": list(CHOSEN_ON), "images": half, "ways": chosen},
+        "confirmed_on": {"families": [f for f in FAMILIES if f not in CHOSEN_ON], "images": half, "ways": confirmed},
+        "clean": gains([right[CLEAN]]),
+        "statistics as in the report": gains([right["statistics 1"]]),
     }
 
 
-def verdict(accuracy: pd.DataFrame) -> dict:
-    """The adaptation that is best on the shifts and images it is chosen on, and what it gives on the others."""
-    labelled = accuracy.assign(method=accuracy["adapt"] + ", views: " + accuracy["tta"])
-    seen = labelled["family"].isin(CHOSEN_ON)
-    unseen = ~seen & (labelled["family"] != CLEAN[0])
-    chosen_on = labelled[seen].groupby("method")["first_half"].mean()
-    confirmed_on = labelled[unseen].groupby("method")["second_half"].mean()
-    clean = labelled[labelled["family"] == CLEAN[0]].set_index("method")["accuracy"]
+def draw(table: pd.DataFrame) -> dict[str, bytes]:
+    """The two pictures as PNG, by name."""
+    table = table.assign(gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first"))
+    plain = table[(table.family != "clean") & (table.tta == "none")]
+    clean = table[table.family == "clean"].iloc[0].accuracy
+    losses = {f"no adaptation (clean: {clean:.1%})": plots.by_severity(plain[plain.adapt == "none"], "accuracy")}
+    ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
+    ways["views: flip-shift"] = table[(table.family != "clean") & (table.adapt == "none") & (table.tta == "flip-shift")]
+    sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "chosen_on": {"families": list(CHOSEN_ON), "mean_accuracy": chosen_on.to_dict(), "best": chosen_on.idxmax()},
-        "confirmed_on": {"mean_accuracy": confirmed_on.to_dict(), "best": confirmed_on.idxmax()},
-        "clean": clean.to_dict(),
+        "losses.png": plots.to_png(plots.severity_maps(losses, "What a shift costs: accuracy in percent")),
+        "gains.png": plots.to_png(
+            plots.severity_maps(
+                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
+                "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
+                sure,
+            )
+        ),
     }
 
 
@@ -103,29 +140,42 @@ def main() -> None:
     _, test = load_cifar10()
     _, part = stratified_split(test.labels, options.images, seed=3)
     test = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
-    FOLDER.mkdir(exist_ok=True)
-    accuracy, measures = [], []
-    paths = [(FOLDER / "accuracy.csv", accuracy), (FOLDER / "measures.csv", measures)]
-    for path, rows in paths:
-        rows.extend(pd.read_csv(path).to_dict("records") if path.exists() else [])
-    done = {(row["family"], row["severity"]) for row in measures}  # written after the accuracies of a shift
-    accuracy[:] = [row for row in accuracy if (row["family"], row["severity"]) in done]
+    right: dict[str, np.ndarray] = {}
+    if (FOLDER / "measures.csv").exists():  # written after right.npz
+        with np.load(FOLDER / "right.npz") as stored:
+            right.update(stored)
+        measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
+    else:
+        measures = []
+    done = {f"{row['family']} {row['severity']}" for row in measures}
     clean = features(model, test.images, info["mean"], info["std"])
-    for family, severity in (CLEAN, *itertools.product(FAMILIES, SEVERITIES)):
-        if (family, severity) in done:
+    for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
+        shift = f"{family} {severity}"
+        if shift in done:
             continue
-        images = test.images if severity == 0 else shifted(test.images, family, severity)
-        scores = score_shift(family, severity, images, test, model, info)
-        accuracy += scores
-        measures.append(measure_shift(family, severity, images, test, model, info, clean))
-        for path, rows in paths:
-            write_atomically(path, pd.DataFrame(rows).to_csv(index=False, float_format="%.6g").encode())
-        best = max(scores, key=lambda row: row["accuracy"])
-        way = f"{best['adapt']}, views {best['tta']}"
-        print(f"{family} {severity}: {scores[0]['accuracy']:.1%}; best {best['accuracy']:.1%} by {way}", flush=True)
-    summary = {"weights": PRETRAINED, "n": options.images, "machine": describe(device)}
-    summary |= verdict(pd.DataFrame(accuracy))
-    write_atomically(FOLDER / "verdict.json", (json.dumps(summary, indent=2) + "\n").encode())
+        images = shifted(test.images, family, severity) if severity else test.images
+        right[shift] = score(images, test, model, info)
+        red, green, blue = channel_distance(images, test.images)
+        measures.append(
+            {"family": family, "severity": severity}
+            | {"wasserstein_red": red, "wasserstein_green": green, "wasserstein_blue": blue}
+            | {"frechet": frechet_distance(features(model, images, info["mean"], info["std"]), clean)}
+        )
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **right)
+        write_atomically(FOLDER / "right.npz", packed.getvalue())
+        table = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
+        write_atomically(FOLDER / "measures.csv", table.encode())
+        best = right[shift].mean(1).argmax()
+        print(
+            f"{shift}: {right[shift][0].mean():.1%}; best {right[shift][best].mean():.1%} by {WAYS[best]}", flush=True
+        )
+    table = accuracy_table(right)
+    write_atomically(FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    summary = {"weights": info | {"name": PRETRAINED}, "n": options.images, "machine": describe(device)}
+    write_atomically(FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode())
+    for name, picture in draw(table).items():
+        write_atomically(FOLDER / name, picture)
 
 
 if __name__ == "__main__":

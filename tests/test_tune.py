@@ -21,7 +21,7 @@ from optuna.trial import FixedTrial, TrialState
 from cifar_lib.errors import InputError
 from cifar_lib.model import PARAMETER_BUDGET, count_parameters
 from cifar_lib.recipes import recipe
-from cifar_lib.tune import SHAPES, objective, open_study, search_space, suggest, work
+from cifar_lib.tune import SHAPES, objective, open_study, own_values, search_space, suggest, work
 
 ROOT = Path(__file__).parent.parent
 TABLE_1 = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "label_smoothing": 0.05, "warmup_epochs": 1}
@@ -47,7 +47,7 @@ work(open_study(where, {}, heartbeat=1), int(trials), objective, one_host == "1"
 def test_the_reports_values_are_in_the_space_and_give_its_recipe():
     base = recipe("report")
     config = suggest(FixedTrial({**TABLE_1, "warmup_epochs": 10}), base)
-    assert config == base
+    assert config == base and own_values(base) == {**TABLE_1, "warmup_epochs": 10}
     assert all(count_parameters(*shape) <= PARAMETER_BUDGET for shape in SHAPES.values())
     assert all(count_parameters(*shape) > 0.9 * PARAMETER_BUDGET for shape in SHAPES.values())
 
