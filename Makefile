@@ -4,8 +4,9 @@ PY := .venv/bin/python
 
 .PHONY: run test notebooks benchmarks reliability address clean
 
-run: .venv/ready  ## the five notebooks as pages under runs/html, and the table published / this run
+run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
+	$(PY) results/publish.py --check
 
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .

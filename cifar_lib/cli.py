@@ -181,11 +181,11 @@ def _tune(options: argparse.Namespace) -> None:
     from cifar_lib.tune import objective, open_study, own_values, search_space, work
 
     base = recipe(options.recipe, **{**TUNING, "precision": options.precision, **_changes(options)})
+    score = objective(load_cifar10(options.data)[0], base, options.device)
     study = open_study(options.study, search_space(base), options.seed)
-    train, _ = load_cifar10(options.data)
     if not study.trials:
         study.enqueue_trial(own_values(base), skip_if_exists=True)
-    work(study, options.trials, objective(train, base, options.device), one_host="://" not in options.study)
+    work(study, options.trials, score, one_host="://" not in options.study)
     finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     best = f"{study.best_value:.2%} with {study.best_params}" if finished else "none, as all were pruned"
     print(f"best on the validation split, of {options.trials} trials: {best}")

@@ -135,6 +135,13 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     return float(interval.low), float(interval.high)
 
 
+def mcnemar(right: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> tuple[int, int, float]:
+    """Of two classifiers on the same images, bool (N,) each where they are right: images that only the first gets
+    right, those that only the reference does, and McNemar's exact p-value that both are equally often right."""
+    gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
+    return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
     """int64 (10, 10): rows are true classes, columns predicted ones."""
     return metrics.confusion_matrix(labels.cpu(), logits.argmax(1), labels=range(len(CLASSES)))

@@ -11,8 +11,10 @@ from datetime import datetime
 from pathlib import Path
 
 import optuna
+import pandas as pd
 import psutil
 import sqlalchemy.exc
+from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -138,9 +140,36 @@ def open_study(where: str, space: dict, seed: int = 0, heartbeat: int = HEARTBEA
     return study
 
 
+def trials_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A journal's trials that finished or were pruned, and how much of the differences each parameter explains.
+
+    The columns: number, accuracy (on the validation split after the trial's last epoch), epochs, complete (False:
+    pruned), seconds, and the parameters. The shares are PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255), of the
+    finished trials. Raises InputError where there is no journal.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"study: expected a journal, found none at {path}: run `cifar_lib tune --study {path}` first")
+    study = optuna.load_study(study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(path))))
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    rows = [
+        {"number": trial.number, "accuracy": trial.intermediate_values[trial.last_step], "epochs": trial.last_step + 1}
+        | {"complete": trial.state == TrialState.COMPLETE, "seconds": trial.duration.total_seconds(), **trial.params}
+        for trial in ended
+        if trial.last_step is not None  # else it diverged in its first epoch
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        shares = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    return pd.DataFrame(rows), shares
+
+
 def _storage(where: str, heartbeat: int) -> BaseStorage:
     if "://" not in where:
-        Path(where).parent.mkdir(parents=True, exist_ok=True)
+        path = Path(where)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:  # Optuna would append to whatever it is
+            with path.open("rb") as file:
+                json.loads(file.readline())["op_code"]
         return JournalStorage(JournalFileBackend(where))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats have been that since 2021

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest, ttest_1samp
+from scipy.stats import ttest_1samp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
 
 from cifar_lib import plots
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
-from cifar_lib.evaluate import TTA, average_views, features, predict_views, wilson_interval
+from cifar_lib.evaluate import TTA, average_views, features, mcnemar, predict_views, wilson_interval
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.shift import (
@@ -61,8 +61,7 @@ def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
         family, severity = shift.split()
         for (method, tta), ours in zip(WAYS, table, strict=True):
             low, high = wilson_interval(int(ours.sum()), len(ours))
-            gained, lost = int((ours & ~table[0]).sum()), int((table[0] & ~ours).sum())
-            p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+            gained, lost, p = mcnemar(ours, table[0])
             rows.append(
                 {"family": family, "severity": int(severity), "adapt": method, "tta": tta, "n": len(ours)}
                 | {"accuracy": ours.mean(), "low": low, "high": high}

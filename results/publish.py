@@ -1,8 +1,10 @@
-"""Take a finished run into the repository: its records, and its weights in half precision with what that changes.
+"""Take a finished run into the repository, or measure anew what the package's weights are said to score.
 
     python results/publish.py RUN_DIRECTORY
+    python results/publish.py --check
 
-Writes results/<recipe>-seed<k>/ and cifar_lib/weights/<recipe>.safetensors with its line in SHA256SUMS.
+The first writes results/<recipe>-seed<k>/ and cifar_lib/weights/<recipe>.safetensors, convolutions in half precision,
+with its line in SHA256SUMS. The second changes nothing, and is the end of `make run`.
 """
 
 import hashlib
@@ -17,13 +19,25 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
 
 from cifar_lib.checkpoint import write_atomically
-from cifar_lib.data import REAL, load_cifar10
+from cifar_lib.data import PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, REAL, ImageSet, load_cifar10
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import calibration_error, fit_temperature, predict, summarize
-from cifar_lib.hardware import choose_device
-from cifar_lib.model import SHIPPED, ResNet, load_model, save_model
+from cifar_lib.evaluate import (
+    accuracy,
+    average_views,
+    calibration_error,
+    fit_temperature,
+    mcnemar,
+    predict,
+    predict_views,
+    summarize,
+    wilson_interval,
+)
+from cifar_lib.hardware import choose_device, choose_precision
+from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
+from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIPPED_RUN
 
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
+TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns a few of 10,000 close calls
 
 
 def publish(run: Path) -> dict:
@@ -36,24 +50,15 @@ def publish(run: Path) -> dict:
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
-
-    def logits(network: ResNet, tta: str = "none") -> Tensor:
-        return predict(network.to(device), test.images, info["mean"], info["std"], tta=tta)
-
-    whole = logits(model)
+    whole = predict(model.to(device), test.images, info["mean"], info["std"])
     info["temperature"] = round(fit_temperature(whole, test.labels), 4)
     weights = SHIPPED.with_name(f"{metrics['recipe']}.safetensors")
     save_model(weights, model, info, half=True)
     halved, _ = load_model(weights)
-    plain = logits(halved)
+    scores, plain = score(halved.to(device), info, test)
     changed = int((whole.argmax(1) != plain.argmax(1)).sum())
-    shipped = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
-    for tta, values in (("none", plain), ("flip", logits(halved, "flip"))):
-        score = summarize(values, test.labels)
-        shipped[f"tta_{tta}"] = {name: score[name] for name in ("accuracy", "interval", "n", "calibration_error")}
-    shipped["temperature"] = info["temperature"]
-    shipped["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
-    metrics["shipped"] = shipped
+    sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
+    metrics["shipped"] = sizes | scores
 
     folder = Path(__file__).parent / f"{metrics['recipe']}-seed{metrics['seed']}"
     folder.mkdir(exist_ok=True)
@@ -66,6 +71,25 @@ def publish(run: Path) -> dict:
     return metrics
 
 
+def score(model: ResNet, info: dict, test: ImageSet, precision: str = "fp32") -> tuple[dict, Tensor]:
+    """What the card and the README say of weights, and the logits (N, 10) without views."""
+    views = predict_views(model, test.images, info["mean"], info["std"], precision, count=2)
+    scores = {}
+    for tta in ("none", "flip"):
+        summary = summarize(average_views(views, tta), test.labels)
+        scores[f"tta_{tta}"] = {name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")}
+    plain = average_views(views, "none")
+    scores["temperature"] = info["temperature"]
+    scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
+    published = predict(model, test.images, PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, precision)
+    gained, lost, p = mcnemar(published.argmax(1) == test.labels, plain.argmax(1) == test.labels)
+    scores["published_test_normalisation"] = {
+        "accuracy": accuracy(published, test.labels),
+        **{"gained": gained, "lost": lost, "mcnemar_p": p},
+    }
+    return scores, plain
+
+
 def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
     """The calibration error when each half of the images is scaled by the temperature of the other one."""
     halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
@@ -75,10 +99,46 @@ def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
     return calibration_error(scaled, labels)
 
 
+def check() -> bool:
+    """Measure the package's weights on all test images, print the numbers, and tell whether they are the recorded ones.
+
+    Without CIFAR-10 there is nothing to measure, and nothing to complain of.
+    """
+    try:
+        _, test = load_cifar10(give_up_after=GIVE_UP_AFTER, home=ROOT / "data")
+    except InputError as error:
+        print(f"The package's weights were not measured: {error}")
+        return True
+    device = choose_device()
+    model, info = load_model(PRETRAINED)
+    model = model.to(device, memory_format=torch.channels_last)
+    scores, _ = score(model, info, test, choose_precision("auto", device))
+    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["shipped"]
+    print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{SHIPPED_RUN.name})")
+    same = True
+    for name, label in (
+        ("tta_none", "accuracy"),
+        ("tta_flip", "accuracy, mirror image averaged in"),
+        ("published_test_normalisation", "accuracy, normalised as published"),
+    ):
+        now, then = scores[name]["accuracy"], recorded[name]["accuracy"]
+        same &= abs(now - then) <= TOLERANCE
+        low, high = wilson_interval(round(now * len(test)), len(test))
+        print(f"  {label:36} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
+    for name, now, then in (
+        ("calibration error", *(each["tta_none"]["calibration_error"] for each in (scores, recorded))),
+        ("  after temperature scaling", *(each["calibration_error_after_temperature"] for each in (scores, recorded))),
+    ):
+        print(f"  {name:36} {now:.2%}, recorded {then:.2%}")
+    return same
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     try:
+        if sys.argv[1] == "--check":
+            raise SystemExit(0 if check() else "error: these differ by more than rounding: see results/publish.py")
         print(json.dumps(publish(Path(sys.argv[1]))["shipped"], indent=2))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

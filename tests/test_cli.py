@@ -120,6 +120,25 @@ def test_submit_writes_a_row_an_image(tmp_path, weights, data, adapt):
     assert header == "ID,Category" and [row.split(",")[0] for row in rows] == [str(i) for i in range(100, 120)]
 
 
+def test_batchnorm_on_a_single_image_says_why_it_cant(tmp_path, capsys, weights):
+    generate_test_file(tmp_path / "one.pkl", generate_stand_in(0, 20)[1][:1])
+    submit = ["submit", "--weights", weights, "--test", tmp_path / "one.pkl", "--out", tmp_path / "s.csv"]
+    found = mistake(capsys, *submit, "--adapt", "normalize+batchnorm")
+    assert "batchnorm takes its statistics from the images themselves" in found and "--adapt none" in found
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_the_first_trial_of_a_search_is_the_recipe_itself(tmp_path, capsys, data, monkeypatch):
+    from cifar_lib import tune
+
+    monkeypatch.setitem(tune.SHAPES, "3,4,3 of 66,132,264", ((1,), (16,)))
+    sizes = ["--set", "train_size=200", "--set", "validation_size=50", "--set", "epochs=2"]
+    assert cli.main(["tune", "--study", str(tmp_path / "s.log"), "--trials", "2", *sizes]) == 0
+    assert "best on the validation split, of 2 trials" in capsys.readouterr().out
+    trials, _ = tune.trials_table(tmp_path / "s.log")
+    assert trials.loc[0, ["learning_rate", "momentum", "weight_decay", "batch_size"]].tolist() == [0.1, 0.9, 2e-4, 128]
+
+
 def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
     train = ["train", "--recipe", "quick", "--run", tmp_path / "run"]
     assert "report, best, quick" in mistake(capsys, "info", "--recipe", "nope")
@@ -174,6 +193,13 @@ WRONG = [
     ("submit", "--label-column", "", "submission: expected a column's name, got ''"),
     ("submit", "--label-column", "a\nb", "submission: expected a column's name"),
     ("submit", "--tta", "no", "argument --tta: invalid choice: 'no'"),
+    ("tune", "--study", "blocked", "study: blocked is no study"),
+    ("tune", "--study", "blocked/study.log", "study: blocked/study.log can't be written"),
+    ("tune", "--study", "postgresql+psycopg://me:secret@127.0.0.1:1/x", "@127.0.0.1:1/x can't be reached"),
+    ("tune", "--trials", "0", "argument --trials: expected a whole number of at least 1, got '0'"),
+    ("tune", "--recipe", "Table 1", "recipe: expected one of report, best, quick; got 'Table 1'"),
+    ("tune", "--set", "validation_size=0", "tune: expected a validation split to choose by, got none"),
+    ("tune", "--set", "train_size=201", "train_size: expected at most 200 images, got 201"),
 ]
 
 
@@ -185,12 +211,14 @@ def test_every_flag_with_a_wrong_value_is_a_mistake_of_one_line(
     Path("blocked").write_text("a file")
     Image.new("RGB", (40, 30)).save("picture.png")
     generate_test_file("test.pkl", generate_stand_in(0, 20)[1])
+    monkeypatch.setattr(cli, "TUNING", cli.TUNING | {"train_size": 100, "validation_size": 20})
     right = {
         "info": {},
         "train": {"--recipe": "quick", "--run": "run", "--train-size": "100", "--set": "validation_size=0"},
         "evaluate": {"--weights": weights},
         "predict": {"--weights": weights},
         "submit": {"--weights": weights, "--test": "test.pkl", "--out": "out.csv"},
+        "tune": {"--study": "study.log", "--trials": "1"},
     }[command]
     before = sorted(tmp_path.rglob("*"))
     words = [word for pair in right.items() for word in pair]

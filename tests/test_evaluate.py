@@ -10,18 +10,22 @@ import torch.nn.functional as F
 from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 
-from cifar_lib.data import CAT, CLASSES, DOG
+from cifar_lib.data import CAT, CLASSES, DOG, generate_stand_in
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
+    TTA,
     accuracy,
+    average_views,
     calibration_error,
     confusion_matrix,
     fit_temperature,
+    mcnemar,
     most_confident_mistakes,
     most_confused_pairs,
     nearest,
     per_class,
     predict,
+    predict_views,
     reliability,
     selective_accuracy,
     summarize,
@@ -252,3 +256,26 @@ def test_nearest_goes_by_direction_not_by_length():
     similarity, position = nearest(torch.tensor([[2.0, 0.0], [0.0, 0.1]]), others, 2)
     assert position.tolist() == [[0, 2], [1, 2]]
     assert similarity[:, 0].tolist() == [1, 1] and similarity[0, 1].item() == pytest.approx(10 / 101**0.5)
+
+
+def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():
+    reference = np.array([True] * 50 + [False] * 50)
+    right = np.array([True] * 40 + [False] * 10 + [True] * 30 + [False] * 20)
+    gained, lost, p = mcnemar(right, reference)
+    assert (gained, lost) == (30, 10)
+    # two-sided exact binomial: 2 P(X <= 10 | 40, 1/2)
+    assert p == pytest.approx(2 * sum(math.comb(40, k) for k in range(11)) / 2**40)
+    assert mcnemar(torch.tensor(right), torch.tensor(right)) == (0, 0, 1.0)
+
+
+def test_views_are_those_that_a_way_of_tta_averages():
+    images, network = (
+        generate_stand_in(20, 0)[0].images,
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)),
+    )
+    views = predict_views(network, images, MEAN, STD)
+    assert views.shape == (6, 20, 10)
+    for tta, weights in TTA.items():
+        assert sum(weights) == 1
+        torch.testing.assert_close(average_views(views, tta), predict(network, images, MEAN, STD, tta=tta))
+    assert predict_views(network, images[:0], MEAN, STD, count=2).shape == (2, 0, 10)

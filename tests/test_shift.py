@@ -1,3 +1,6 @@
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +157,36 @@ def test_an_unknown_adaptation_and_a_constant_channel_are_refused(model, images)
     flat[:, 1] = 7
     with pytest.raises(InputError, match="a channel of these images is constant"):
         adapt("normalize", model, flat, MEAN, STD)
+
+
+# What the ablation makes of its measurements
+
+
+def ablation():
+    path = Path(__file__).parent.parent / "results" / "ablation.py"
+    spec = importlib.util.spec_from_file_location("ablation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("helped", "default"), [("all", "batchnorm"), ("chosen on", "none"), ("nothing", "none")])
+def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(helped, default):
+    script = ablation()
+    dice = np.random.default_rng(0)
+    right = {}
+    for shift in ("clean 0", *(f"{f} {s}" for f in FAMILIES for s in SEVERITIES)):
+        family = shift.split()[0]
+        base = dice.random(200) < 0.6
+        better = base | (dice.random(200) < 0.3)
+        helps = helped == "all" or (helped == "chosen on" and family in script.CHOSEN_ON)
+        right[shift] = np.array([better if helps and way[0] == "batchnorm" else base for way in script.WAYS])
+    verdict = script.verdict(right)
+    assert verdict["default"] == default and verdict["confirmed"] == (helped == "all")
+    table = script.accuracy_table(right)
+    assert len(table) == len(right) * len(script.WAYS)
+    row = table.query("family == 'noise' and severity == 2 and adapt == 'batchnorm' and tta == 'none'").iloc[0]
+    assert row.accuracy == right["noise 2"][script.WAYS.index(("batchnorm", "none"))].mean()
+    assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
+    pictures = script.draw(table)
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
