@@ -27,6 +27,7 @@ from cifar_lib.train import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
+SEARCH = ROOT / "results" / "tuning" / "study.log"  # a search's journal
 SHIPPED_RUN = ROOT / "results" / "best-seed42"  # the records of the run that the package's weights are from
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000

@@ -18,6 +18,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 
 HERE = Path(__file__).resolve().parent
+WIDGET = "application/vnd.jupyter.widget-view+json"
 PAGES = HERE.parent / "runs" / "html"
 
 
@@ -52,8 +53,8 @@ def main() -> int:
         except CellExecutionError as error:
             print(f"error: {path.name} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
+        _tidy(notebook)
         if in_place:
-            _without_times(notebook)
             nbformat.write(notebook, path)
         else:
             _write_page(path.stem, notebook)
@@ -64,9 +65,13 @@ def main() -> int:
     return 0
 
 
-def _without_times(notebook: nbformat.NotebookNode) -> None:
+def _tidy(notebook: nbformat.NotebookNode) -> None:
+    """Without times and progress bars: tqdm's notebook version ignores TQDM_DISABLE."""
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
 def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
