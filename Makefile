@@ -14,7 +14,7 @@ test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m pytest -q -n logical --dist loadgroup tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
 
-notebooks: .venv/ready  ## the full recipe into the committed notebooks, figures/ and results/; needs a GPU or a day
+notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/, on a GPU also results/
 	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
 
 benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU

@@ -118,8 +118,10 @@ def features(
 
 def _views(inputs: Tensor) -> Iterator[Tensor]:
     """The test-time views of normalised images, in the order of TTA's weights."""
+    yield inputs
+    yield inputs.flip(3)
     padded = F.pad(inputs, (1, 1, 1, 1), mode="reflect")
-    for view in (inputs, padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]):
+    for view in (padded[:, :, :-2, :-2], padded[:, :, 2:, 2:]):
         yield view
         yield view.flip(3)
 

@@ -35,9 +35,10 @@ def build() -> bool:
     made_from = _digest(source.read_bytes() + repr((compiler, str(TORCH), torch.__version__)).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_lib"
     for kept in cache.glob(f"winograd-{made_from}-*.so"):
-        if kept.stem.endswith(_digest(kept.read_bytes())):  # loading a damaged one would end the process
-            torch.ops.load_library(kept)
-            return True
+        with contextlib.suppress(OSError):  # one that can't be read is made anew
+            if kept.stem.endswith(_digest(kept.read_bytes())):  # loading a damaged one would end the process
+                torch.ops.load_library(kept)
+                return True
     with contextlib.suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache if os.access(cache, os.W_OK) else None) as folder:
