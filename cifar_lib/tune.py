@@ -115,7 +115,7 @@ def open_study(where: str, space: dict, seed: int = 0, heartbeat: int = HEARTBEA
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        storage = _storage(where, heartbeat)
+        storage = _patient(_storage, where, heartbeat)
         study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True)
         stored = study.user_attrs.get("space")
         if stored is None:
@@ -179,6 +179,18 @@ def _storage(where: str, heartbeat: int) -> BaseStorage:
             grace_period=3 * heartbeat,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
         )
+
+
+def _patient(connect: Callable, *args, attempts: int = 10) -> BaseStorage:
+    """`connect(*args)`, again where another worker makes the same tables at the same moment: Optuna doesn't wait."""
+    for attempt in range(1, attempts):
+        try:
+            return connect(*args)
+        except sqlalchemy.exc.DBAPIError as error:
+            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(error):
+                raise
+            time.sleep(0.1 * attempt)
+    return connect(*args)
 
 
 def _shown(where: str) -> str:

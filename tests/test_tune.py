@@ -9,13 +9,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import FixedTrial, TrialState
 
 from cifar_lib.errors import InputError
@@ -159,6 +162,29 @@ def test_no_trial_is_lost_or_run_twice_when_a_worker_is_killed(tmp_path, kind, r
     ran = [path.name.split("-")[1] for path in runs.iterdir()]
     assert len(ran) == len(set(ran)) == trials + 1
     assert {int(number) for number in ran} == {t.number for t in complete} | {int(lost.name.split("-")[1])}
+
+
+@pytest.mark.xdist_group("postgres")
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_workers_that_start_together_make_one_study(tmp_path, kind, request):
+    if kind == "postgres":
+        server = request.getfixturevalue("postgres")
+        with sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT").connect() as connection:
+            connection.execute(sqlalchemy.text("CREATE DATABASE together"))
+        where = server.rpartition("/")[0] + "/together"
+    else:
+        where = f"sqlite:///{tmp_path / 'study.db'}"
+    workers = 6
+    barrier = threading.Barrier(workers)
+
+    def open_together(_) -> optuna.Study:
+        barrier.wait()
+        return open_study(where, SPACE)
+
+    with ThreadPoolExecutor(workers) as pool:
+        studies = list(pool.map(open_together, range(workers)))
+    assert len({study._study_id for study in studies}) == 1
+    assert open_study(where, SPACE).user_attrs["space"] == SPACE
 
 
 def test_a_database_that_goes_away_is_one_line(tmp_path):
