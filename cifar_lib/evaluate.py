@@ -36,7 +36,7 @@ def predict(
     """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
 
     The model computes where its weights lie, in evaluation mode. `tta`: the weighted mean of the logits over test-time
-    views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498). `batch_size`: 250 on a CPU, 1000 elsewhere.
+    views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498). `batch_size`: 100 on a CPU, 1000 elsewhere.
     """
     if tta not in TTA:
         raise ValueError(f"tta: expected one of {', '.join(TTA)}; got {tta!r}")
@@ -90,7 +90,7 @@ def batches(
     `parts`: all of nearly the same size instead of a small last one.
     """
     device = next(model.parameters()).device
-    batch_size = batch_size or (250 if device.type == "cpu" else 1000)
+    batch_size = batch_size or (100 if device.type == "cpu" else 1000)
     pieces = images.tensor_split(math.ceil(len(images) / batch_size)) if parts else images.split(batch_size)
     for piece in pieces:
         yield normalize(piece.to(device), mean, std)

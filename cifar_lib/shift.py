@@ -18,6 +18,7 @@ from cifar_lib.hardware import autocast
 SEVERITIES = (1, 2, 3, 4, 5)
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
 PRIOR = 16  # images that the training statistics count for: Schneider et al. found 8 to 32 for sets of any size
+STATISTICS_BATCH = 250  # images; the variance between batches is not in the statistics
 
 
 def _statistics(images: Tensor, severity: int, seed: int) -> Tensor:
@@ -174,7 +175,7 @@ def _with_batch_statistics(
         layer.momentum = None  # the plain mean over batches
         layer.train()
     with fast_convolutions(model, images, precision):
-        for inputs in batches(model, images, mean, std, parts=True):
+        for inputs in batches(model, images, mean, std, STATISTICS_BATCH, parts=True):
             with autocast(inputs.device, precision):
                 model(inputs)
     weight = n / (PRIOR + n)
