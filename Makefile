@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: run test notebooks benchmarks reliability address clean
+.PHONY: run test full notebooks benchmarks reliability address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
@@ -13,6 +13,12 @@ test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q -n logical --dist loadgroup tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
+
+full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
+	set -e; for seed in 42 0 1; do for recipe in report best; do \
+	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
+	  $(PY) results/publish.py runs/$$recipe-seed$$seed; \
+	done; done
 
 notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/, on a GPU also results/
 	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place

@@ -3,13 +3,15 @@
     python results/publish.py RUN_DIRECTORY
     python results/publish.py --check
 
-The first writes results/<recipe>-seed<k>/ and cifar_lib/weights/<recipe>.safetensors, convolutions in half precision,
-with its line in SHA256SUMS. The second changes nothing, and is the end of `make run`.
+The first writes results/<recipe>-seed<k>/ and says what the recipe's seeds come to. Of seed 42, which was chosen before
+any was run, it also writes cifar_lib/weights/<recipe>.safetensors, convolutions in half precision, with its line in
+SHA256SUMS. The second changes nothing, and is the end of `make run`.
 """
 
 import hashlib
 import json
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -36,12 +38,15 @@ from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
 from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIPPED_RUN
 
+RESULTS = Path(__file__).parent
+WEIGHTS = SHIPPED.parent
+SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
 TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns a few of 10,000 close calls
 
 
 def publish(run: Path) -> dict:
-    """Returns what is written as metrics.json: the run's own, and under `shipped` what the weights file scores."""
+    """Returns what is written as metrics.json: the run's own, and under `shipped` what the halved weights score."""
     if not (run / "metrics.json").is_file():
         raise InputError(f"publish: expected a finished run, found no metrics.json in {run}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text())
@@ -52,7 +57,8 @@ def publish(run: Path) -> dict:
     model, info = load_model(run / "model.safetensors")
     whole = predict(model.to(device), test.images, info["mean"], info["std"])
     info["temperature"] = round(fit_temperature(whole, test.labels), 4)
-    weights = SHIPPED.with_name(f"{metrics['recipe']}.safetensors")
+    shipped = metrics["seed"] == SHIPPED_SEED
+    weights = WEIGHTS / f"{metrics['recipe']}.safetensors" if shipped else run / "half.safetensors"
     save_model(weights, model, info, half=True)
     halved, _ = load_model(weights)
     scores, plain = score(halved.to(device), info, test)
@@ -60,15 +66,32 @@ def publish(run: Path) -> dict:
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
     metrics["shipped"] = sizes | scores
 
-    folder = Path(__file__).parent / f"{metrics['recipe']}-seed{metrics['seed']}"
+    folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
         shutil.copyfile(run / name, folder / name)
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    files = sorted(weights.parent.glob("*.safetensors"))
-    sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
-    write_atomically(weights.parent / "SHA256SUMS", sums.encode())
+    if shipped:
+        files = sorted(WEIGHTS.glob("*.safetensors"))
+        sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+        write_atomically(WEIGHTS / "SHA256SUMS", sums.encode())
     return metrics
+
+
+def over_seeds(recipe: str) -> str:
+    """Mean and standard deviation of the test accuracy over the recipe's published runs of the same configuration."""
+    groups: dict[str, dict[int, float]] = {}
+    for folder in RESULTS.glob(f"{recipe}-seed*"):
+        config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        seed = config.pop("seed")
+        groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"]["accuracy"]
+    lines = []
+    for config, scores in groups.items():
+        spread = f" ± {statistics.stdev(scores.values()):.2%}" if len(scores) > 1 else ""
+        seeds = ", ".join(map(str, sorted(scores)))
+        mean = statistics.mean(scores.values())
+        lines.append(f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}")
+    return "\n".join(lines)
 
 
 def score(model: ResNet, info: dict, test: ImageSet, precision: str = "fp32") -> tuple[dict, Tensor]:
@@ -139,7 +162,9 @@ if __name__ == "__main__":
     try:
         if sys.argv[1] == "--check":
             raise SystemExit(0 if check() else "error: these differ by more than rounding: see results/publish.py")
-        print(json.dumps(publish(Path(sys.argv[1]))["shipped"], indent=2))
+        metrics = publish(Path(sys.argv[1]))
+        print(json.dumps(metrics["shipped"], indent=2))
+        print(over_seeds(metrics["recipe"]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

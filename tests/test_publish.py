@@ -1,0 +1,75 @@
+"""What makes of finished runs the records and weights of the repository."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cifar_lib.errors import InputError
+from cifar_lib.model import load_model
+from cifar_lib.recipes import recipe
+from cifar_lib.train import fit
+
+SMALL = {"blocks": "1", "channels": "16", "train_size": "60", "epochs": "1", "half_size_epochs": "0"}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, cifar10):
+    """results/publish.py with folders of its own, and 100 test images."""
+    path = Path(__file__).parent.parent / "results" / "publish.py"
+    spec = importlib.util.spec_from_file_location("publish", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name in ("RESULTS", "WEIGHTS"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(module, name, tmp_path / name)
+    train, test = cifar10
+    monkeypatch.setattr(module, "load_cifar10", lambda: (train, test[:100]))
+    return module
+
+
+def trained(folder: Path, cifar10, seed: int, **changes: str) -> Path:
+    train, test = cifar10
+    config = recipe("quick", **{**SMALL, "validation_size": "10", "seed": str(seed), **changes})
+    fit(config, folder / f"{seed}", train, test[:100], "cpu", log=lambda _: None)
+    return folder / f"{seed}"
+
+
+def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_path, cifar10):
+    run = trained(tmp_path, cifar10, 42)
+    metrics = script.publish(run)
+    weights = script.WEIGHTS / "quick.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (script.WEIGHTS / "SHA256SUMS").read_text() == f"{digest}  quick.safetensors\n"
+    model, info = load_model(weights)
+    whole, _ = load_model(run / "model.safetensors")
+    torch.testing.assert_close(model.conv1.weight, whole.conv1.weight.half().float(), rtol=0, atol=0)
+    assert info["temperature"] == metrics["shipped"]["temperature"] > 0
+    folder = script.RESULTS / "quick-seed42"
+    assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
+    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert metrics["test"] == json.loads((run / "metrics.json").read_text())["test"]
+
+
+def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):
+    scores = []
+    for seed in (0, 1):
+        metrics = script.publish(trained(tmp_path, cifar10, seed))
+        scores.append(100 * metrics["test"]["accuracy"])
+    assert not list(script.WEIGHTS.iterdir())
+    spread = abs(scores[0] - scores[1]) / 2**0.5
+    assert script.over_seeds("quick") == f"quick, 1 epochs, seed 0, 1: {sum(scores) / 2:.2f}% ± {spread:.2f}%"
+    script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
+    assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration is no other seed"
+
+
+def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10, stand_in):
+    with pytest.raises(InputError, match="publish: expected a finished run, found no metrics.json"):
+        script.publish(tmp_path)
+    run = trained(tmp_path, stand_in, 42, train_size="20")
+    with pytest.raises(InputError, match="publish: expected a run on"):
+        script.publish(run)
+    assert not list(script.WEIGHTS.iterdir()) and not list(script.RESULTS.iterdir())
