@@ -286,7 +286,8 @@ def reliability_diagram(bins: Mapping[str, np.ndarray], error: float, title: str
     edges, width = bins["edges"], np.diff(bins["edges"])
     top.bar(edges[:-1], np.nan_to_num(bins["accuracy"]), width, align="edge", edgecolor="white", label="accuracy")
     top.plot([0, 1], [0, 1], "--", color="#444444", label="as sure as right")
-    top.plot(bins["confidence"], bins["accuracy"], "o", color=COLOURS[5], markersize=4, label="mean confidence")
+    gap = {"color": COLOURS[5], "linewidth": 2.5, "label": "gap to the mean confidence"}
+    top.vlines(bins["confidence"], bins["accuracy"], bins["confidence"], **gap)
     top.set(ylabel="accuracy", title=f"{title}\nexpected calibration error {error:.2%}", ylim=(0, 1.02))
     top.legend(loc="upper left")
     bottom.bar(edges[:-1], bins["count"], width, align="edge", edgecolor="white", color="#888888")
