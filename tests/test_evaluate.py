@@ -1,6 +1,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,8 @@ from cifar_lib.evaluate import (
 from cifar_lib.hardware import autocast, choose_device, choose_precision, describe
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-PUBLISHED = Path(__file__).parents[1] / "results" / "published"
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / "results" / "published"
 
 
 @pytest.fixture
@@ -228,6 +231,14 @@ def test_precision_is_taken_as_named_or_chosen():
 def test_autocast_computes_in_the_precision(precision, dtype):
     with autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_large_tensors_ask_for_huge_pages():
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("needs Linux with transparent huge pages")
+    code = "import torch, cifar_lib; x = torch.ones(2**24); print(open('/proc/self/smaps').read())"
+    smaps = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert any("hg" in line.split() for line in smaps.splitlines() if line.startswith("VmFlags"))
 
 
 def test_description_of_the_machine_goes_into_json():
