@@ -3,11 +3,12 @@
     python results/ablation.py [--images N]
 
 Goes on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image) for each shift,
-true where the label was found; measures.csv, what can be seen of a shift without labels; and, of these, accuracy.csv
-with intervals and paired tests, verdict.json, and two pictures.
+true where the label was found, and the weights' sha256; measures.csv, what can be seen of a shift without labels; and,
+of these, accuracy.csv with intervals and paired tests, verdict.json, and two pictures.
 """
 
 import argparse
+import hashlib
 import io
 import itertools
 import json
@@ -24,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs
 from cifar_lib import plots
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
+from cifar_lib.errors import InputError
 from cifar_lib.evaluate import TTA, average_views, features, mcnemar, predict_views, wilson_interval
 from cifar_lib.hardware import choose_device, describe
-from cifar_lib.model import PRETRAINED, ResNet, load_model
+from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import (
     ADAPTATIONS,
     FAMILIES,
@@ -42,6 +44,24 @@ WAYS = tuple(itertools.product(ADAPTATIONS, TTA))  # the first is no adaptation 
 CLEAN = "clean 0"
 # The default of `submit` is chosen on these shifts and the first half of the images, and confirmed on the others.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
+
+
+def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dict]]:
+    """What results/shift/ already holds: which images were right on each shift, and the measures of each.
+
+    Raises InputError where that is of weights with another sha256 or of another number of images.
+    """
+    if not (FOLDER / "measures.csv").exists():  # written after right.npz
+        return {}, []
+    with np.load(FOLDER / "right.npz") as stored:
+        right = dict(stored)
+    before = str(right.pop("weights", "unknown")), len(right[CLEAN][0])
+    if before != (weights, images):
+        raise InputError(
+            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}..., found "
+            f"{before[1]} images by {before[0][:12]}...: move the folder away to measure anew"
+        )
+    return right, pd.read_csv(FOLDER / "measures.csv").to_dict("records")
 
 
 def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np.ndarray:
@@ -133,19 +153,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000, help="a stratified part of the test images")
     options = parser.parse_args()
+    weights = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    try:
+        right, measures = measured(weights, options.images)
+    except InputError as error:
+        parser.error(str(error))
     device = choose_device()
     model, info = load_model(PRETRAINED)
     model.to(device)
     _, test = load_cifar10()
     _, part = stratified_split(test.labels, options.images, seed=3)
     test = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
-    right: dict[str, np.ndarray] = {}
-    if (FOLDER / "measures.csv").exists():  # written after right.npz
-        with np.load(FOLDER / "right.npz") as stored:
-            right.update(stored)
-        measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
-    else:
-        measures = []
     done = {f"{row['family']} {row['severity']}" for row in measures}
     clean = features(model, test.images, info["mean"], info["std"])
     for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
@@ -161,7 +179,7 @@ def main() -> None:
             | {"frechet": frechet_distance(features(model, images, info["mean"], info["std"]), clean)}
         )
         packed = io.BytesIO()
-        np.savez_compressed(packed, **right)
+        np.savez_compressed(packed, weights=weights, **right)
         write_atomically(FOLDER / "right.npz", packed.getvalue())
         table = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", table.encode())
@@ -171,7 +189,8 @@ def main() -> None:
         )
     table = accuracy_table(right)
     write_atomically(FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode())
-    summary = {"weights": info | {"name": PRETRAINED}, "n": options.images, "machine": describe(device)}
+    shipped = info | {"name": PRETRAINED, "sha256": weights}
+    summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
     write_atomically(FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode())
     for name, picture in draw(table).items():
         write_atomically(FOLDER / name, picture)

@@ -190,3 +190,18 @@ def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(
     assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
     pictures = script.draw(table)
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+
+
+def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
+    script = ablation()
+    monkeypatch.setattr(script, "FOLDER", tmp_path)
+    assert script.measured("abc", 3) == ({}, [])
+    answers = np.ones((len(script.WAYS), 3), bool)
+    np.savez(tmp_path / "right.npz", weights="abc", **{script.CLEAN: answers})
+    (tmp_path / "measures.csv").write_text("family,severity,frechet\nclean,0,0\n")
+    right, measures = script.measured("abc", 3)
+    assert list(right) == [script.CLEAN] and np.array_equal(right[script.CLEAN], answers)
+    assert measures == [{"family": "clean", "severity": 0, "frechet": 0}]
+    for weights, images in (("abd", 3), ("abc", 4)):
+        with pytest.raises(InputError, match=r"expected measurements of .* found 3 images by abc.*: move the folder"):
+            script.measured(weights, images)
