@@ -181,9 +181,9 @@ def _storage(where: str, heartbeat: int) -> BaseStorage:
         )
 
 
-def _patient(connect: Callable, *args, attempts: int = 10) -> BaseStorage:
+def _patient(connect: Callable, *args) -> BaseStorage:
     """`connect(*args)`, again where another worker makes the same tables at the same moment: Optuna doesn't wait."""
-    for attempt in range(1, attempts):
+    for attempt in range(1, 10):
         try:
             return connect(*args)
         except sqlalchemy.exc.DBAPIError as error:
