@@ -46,7 +46,7 @@ TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns
 
 
 def publish(run: Path) -> dict:
-    """Returns what is written as metrics.json: the run's own, and under `shipped` what the halved weights score."""
+    """Returns what is written as metrics.json: the run's own, and under `half_precision` what the halved weights score."""
     if not (run / "metrics.json").is_file():
         raise InputError(f"publish: expected a finished run, found no metrics.json in {run}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text())
@@ -64,7 +64,7 @@ def publish(run: Path) -> dict:
     scores, plain = score(halved.to(device), info, test)
     changed = int((whole.argmax(1) != plain.argmax(1)).sum())
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
-    metrics["shipped"] = sizes | scores
+    metrics["half_precision"] = sizes | scores
 
     folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
     folder.mkdir(exist_ok=True)
@@ -136,7 +136,7 @@ def check() -> bool:
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=torch.channels_last)
     scores, _ = score(model, info, test, choose_precision("auto", device))
-    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["shipped"]
+    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{SHIPPED_RUN.name})")
     same = True
     for name, label in (
@@ -163,7 +163,7 @@ if __name__ == "__main__":
         if sys.argv[1] == "--check":
             raise SystemExit(0 if check() else "error: these differ by more than rounding: see results/publish.py")
         metrics = publish(Path(sys.argv[1]))
-        print(json.dumps(metrics["shipped"], indent=2))
+        print(json.dumps(metrics["half_precision"], indent=2))
         print(over_seeds(metrics["recipe"]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

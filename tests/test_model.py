@@ -195,13 +195,13 @@ def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_sa
     assert next(model.parameters()).dtype == torch.float32 and not model.training
     metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text())
     assert all(metrics[name] == info[name] for name in ("recipe", "seed", "data", "epochs", "mean", "std"))
-    assert SHIPPED.stat().st_size == metrics["shipped"]["bytes"] <= 10e6
+    assert SHIPPED.stat().st_size == metrics["half_precision"]["bytes"] <= 10e6
 
 
 def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):
     model, info = load_model("pretrained")
     test = cifar10[1]
-    shipped = json.loads((SHIPPED_RUN / "metrics.json").read_text())["shipped"]["tta_none"]
+    shipped = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]["tta_none"]
     said = f"{shipped['accuracy']:.2%}".replace("%", " %")
     for text in (Path(__file__).parents[1] / "README.md", SHIPPED.parent / "README.md"):
         assert said in text.read_text(), text

@@ -47,7 +47,7 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
     torch.testing.assert_close(model.conv1.weight, whole.conv1.weight.half().float(), rtol=0, atol=0)
-    assert info["temperature"] == metrics["shipped"]["temperature"] > 0
+    assert info["temperature"] == metrics["half_precision"]["temperature"] > 0
     folder = script.RESULTS / "quick-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
