@@ -46,7 +46,7 @@ TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns
 
 
 def publish(run: Path) -> dict:
-    """Returns what is written as metrics.json: the run's own, and under `half_precision` what the halved weights score."""
+    """Returns what is written as metrics.json: the run's own, and the halved weights' scores (`half_precision`)."""
     if not (run / "metrics.json").is_file():
         raise InputError(f"publish: expected a finished run, found no metrics.json in {run}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text())
