@@ -6,7 +6,15 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, KAGGLE_MEAN, KAGGLE_STD, channel_statistics, generate_stand_in
+from cifar_lib.data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    KAGGLE_MEAN,
+    KAGGLE_STD,
+    ImageSet,
+    channel_statistics,
+    generate_stand_in,
+)
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import features, predict
 from cifar_lib.model import ResNet
@@ -190,6 +198,16 @@ def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(
     assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
     pictures = script.draw(table)
     assert all(picture.startswith(b"\x89PNG") for picture in pictures.values())
+
+
+def test_the_ablation_scores_what_the_library_predicts(model, images):
+    script = ablation()
+    test = ImageSet(images, torch.arange(len(images)) % 10, "generated")
+    right = script.score(images, test, model, {"mean": MEAN, "std": STD})
+    for way in (("none", "flip-shift"), ("batchnorm", "flip")):
+        network, mean, std = adapt(way[0], model, images, MEAN, STD)
+        logits = predict(network, images, mean, std, tta=way[1])
+        assert np.array_equal(right[script.WAYS.index(way)], (logits.argmax(1) == test.labels).numpy())
 
 
 def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
