@@ -110,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--test", required=True, metavar="FILE.pkl")
     submit.add_argument("--out", required=True, metavar="FILE.csv")
     submit.add_argument(
-        "--adapt", choices=ADAPTATIONS, default="normalize", help="what of the file's own statistics is used"
+        "--adapt",
+        choices=ADAPTATIONS,
+        default="normalize+batchnorm",  # by results/shift/verdict.json
+        help="what of the file's own statistics is used; default: %(default)s",
     )
     submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
     return parser

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 SEARCH = ROOT / "results" / "tuning" / "study.log"  # a search's journal
 SHIPPED_RUN = ROOT / "results" / "best-seed42"  # the records of the run that the package's weights are from
+SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
 PUBLISHED_SYSTEM = {

@@ -18,6 +18,7 @@ from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
 from cifar_lib.kaggle import generate_test_file
 from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.notebook import SHIFT
 from cifar_lib.shift import ADAPTATIONS
 
 TINY = ["--set", "blocks=1,1", "--set", "channels=16,32", "--set", "validation_size=0", "--precision", "fp32"]
@@ -118,6 +119,14 @@ def test_submit_writes_a_row_an_image(tmp_path, weights, data, adapt):
     assert cli.main([str(c) for c in command] + ["--label-column", "Category"]) == 0
     header, *rows = out.read_text().splitlines()
     assert header == "ID,Category" and [row.split(",")[0] for row in rows] == [str(i) for i in range(100, 120)]
+
+
+def test_submit_adapts_by_what_the_ablation_chose(tmp_path, capsys, weights):
+    generate_test_file(tmp_path / "t.pkl", generate_stand_in(0, 20)[1])
+    command = ["submit", "--weights", weights, "--test", tmp_path / "t.pkl", "--out", tmp_path / "s.csv"]
+    assert cli.main([str(c) for c in command]) == 0
+    chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
+    assert f"(adaptation: {chosen}," in capsys.readouterr().out
 
 
 def test_batchnorm_on_a_single_image_says_why_it_cant(tmp_path, capsys, weights):
