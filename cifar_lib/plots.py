@@ -158,7 +158,8 @@ def curves(
     title: str,
     percent: bool = False,
 ) -> Figure:
-    """A line for each (x, y); a name that ends in "(published)" is dashed and grey."""
+    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and sets how high the frame reaches:
+    before batch norm has its statistics, a validation loss can be hundreds."""
     figure, axes = _figure(size=(7.5, 4))
     ax = axes[0, 0]
     greys = iter(("#444444", "#888888", "#bbbbbb"))
@@ -167,6 +168,8 @@ def curves(
         look = {"color": next(greys), "linestyle": "--"} if published else {"marker": "o" if len(x) < 12 else None}
         ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if heights := [max(y) for name, (_, y) in series.items() if name.endswith("(published)")]:
+        ax.set_ylim(top=min(ax.get_ylim()[1], 1.3 * max(heights)))
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(series) > 1:

@@ -66,3 +66,9 @@ def test_confusion_colours_the_mistakes_only():
 def test_save_figure_writes_what_it_returns(tmp_path):
     png = plots.save_figure(FIGURES["curves"](), tmp_path / "new" / "f.png")
     assert (tmp_path / "new" / "f.png").read_bytes() == png
+
+
+def test_one_wild_value_doesnt_flatten_the_published_curve():
+    series = {"test (published)": ([0, 1], [2.0, 0.5]), "this run": ([0, 1], [600.0, 2.0])}
+    low, high = plots.curves(series, "epoch", "loss", "Loss").axes[0].get_ylim()
+    assert low < 0.5 and 2 < high < 3
