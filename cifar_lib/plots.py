@@ -158,8 +158,10 @@ def curves(
     title: str,
     percent: bool = False,
 ) -> Figure:
-    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and sets how high the frame reaches:
-    before batch norm has its statistics, a validation loss can be hundreds."""
+    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and limits the frame's height.
+
+    Before batch norm has its statistics, a validation loss can be hundreds.
+    """
     figure, axes = _figure(size=(7.5, 4))
     ax = axes[0, 0]
     greys = iter(("#444444", "#888888", "#bbbbbb"))
