@@ -170,8 +170,10 @@ def curves(
         look = {"color": next(greys), "linestyle": "--"} if published else {"marker": "o" if len(x) < 12 else None}
         ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if heights := [max(y) for name, (_, y) in series.items() if name.endswith("(published)")]:
-        ax.set_ylim(top=min(ax.get_ylim()[1], 1.3 * max(heights)))
+    top = 1.3 * max((max(y) for name, (_, y) in series.items() if name.endswith("(published)")), default=np.inf)
+    if ax.get_ylim()[1] > top:
+        low = min(min(y) for _, y in series.values())
+        ax.set_ylim(low - 0.05 * (top - low), top)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(series) > 1:
