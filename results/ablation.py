@@ -158,10 +158,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000, help="a stratified part of the test images")
     options = parser.parse_args()
     weights = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
-    try:
-        right, measures = measured(weights, options.images)
-    except InputError as error:
-        parser.error(str(error))
+    right, measures = measured(weights, options.images)
     device = choose_device()
     model, info = load_model(PRETRAINED)
     model.to(device)
@@ -202,4 +199,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
