@@ -156,6 +156,40 @@ def adapt(
     return model, mean, std
 
 
+@torch.no_grad()
+def rebase_batch_norm(
+    model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str = "fp32"
+) -> nn.Module:
+    """A copy that computes the same, each batch-norm layer written around the statistics of these uint8 images.
+
+    Training leaves the statistics of augmented images, from which images as they come (no erased boxes, no padding)
+    deviate, and the weights expect them to. Exchanging them for a new set's own, as `adapt` does, would take that
+    deviation away with the shift. After rebasing on training images without augmentation only the shift is left.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    moments: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+
+    def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        moments[layer].append(torch.stack(torch.var_mean(inputs[0].float(), (0, 2, 3))))
+
+    hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+    with fast_convolutions(model, images, precision):
+        for inputs in batches(model, images, mean, std, STATISTICS_BATCH, parts=True):
+            with autocast(inputs.device, precision):
+                model(inputs)
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        variance, centre = torch.stack(moments[layer]).mean(0)
+        scale = layer.weight / (layer.running_var + layer.eps).sqrt()
+        layer.bias += scale * (centre - layer.running_mean)
+        layer.weight.copy_(scale * (variance + layer.eps).sqrt())
+        layer.running_mean.copy_(centre)
+        layer.running_var.copy_(variance)
+    return model
+
+
 @torch.inference_mode()
 def _with_batch_statistics(
     model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str

@@ -22,10 +22,12 @@ from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe
 from cifar_lib.model import ResNet, save_model
 from cifar_lib.recipes import TrainConfig, learning_rate, recipe
+from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.step import State, Step, choose_step, smooth_cross_entropy
 
 # Batches augmented at once: enough to group images by operation; on a CPU few enough for the cache.
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}
+REBASED_ON = 5000  # training images, at most, that give the batch-norm statistics which the weights are written with
 CHECK_EVERY = 50  # steps between two looks at a GPU's running loss, each of which waits for it
 
 
@@ -117,7 +119,9 @@ def fit(
         logits = _logits(state.final_model, test, config)
         metrics = {**info, "train_images": len(train_part), "test": summarize(logits, test.labels)}
         if ranks.rank() == 0:
-            save_model(run.path / "model.safetensors", state.final_model, info)
+            images, normalisation = train_part.images[:REBASED_ON], (config.test_mean, config.test_std)
+            model = rebase_batch_norm(state.final_model, images, *normalisation, config.precision)
+            save_model(run.path / "model.safetensors", model, info)
             run.write_json("metrics.json", metrics)
         return metrics
 

@@ -27,6 +27,7 @@ from cifar_lib.shift import (
     channel_distance,
     frechet_distance,
     match_statistics,
+    rebase_batch_norm,
     shifted,
 )
 
@@ -150,6 +151,22 @@ def test_batches_of_nearly_equal_size_count_alike(model, images):
     weight = 260 / (PRIOR + 260)
     wanted = weight * inputs.mean((0, 2, 3)) + (1 - weight) * model.bn1.running_mean
     torch.testing.assert_close(adapted.bn1.running_mean, wanted.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_rebasing_keeps_the_function_and_takes_what_is_no_shift_from_batchnorm(model, images):
+    """The images have other statistics than the network was left with; they are no shift for a rebased one."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rebased = rebase_batch_norm(model, images, MEAN, STD)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    reference = predict(model, images, MEAN, STD)
+    torch.testing.assert_close(predict(rebased, images, MEAN, STD), reference, atol=1e-4, rtol=1e-4)
+    inputs = model.conv1((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    torch.testing.assert_close(rebased.bn1.running_mean, inputs.mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-4)
+    error = {}
+    for name, network in (("as trained", model), ("rebased", rebased)):
+        adapted, mean, std = adapt("batchnorm", network, images, MEAN, STD)
+        error[name] = (predict(adapted, images, mean, std) - reference).abs().mean().item()
+    assert error["rebased"] < 0.02 * error["as trained"]
 
 
 @pytest.mark.parametrize("method", ["batchnorm", "normalize+batchnorm"])

@@ -392,13 +392,21 @@ def test_the_kept_weights_score_what_the_metrics_say(stand_in, tmp_path):
     assert info["mean"] == list(tiny().test_mean) and info["recipe"] == "report"
 
 
+def test_the_kept_statistics_are_those_of_images_without_augmentation(stand_in, tmp_path):
+    fit(tiny(), tmp_path, *stand_in, device="cpu", log=quiet)
+    model, info = load_model(tmp_path / "model.safetensors")
+    inputs = model.conv1(normalize(stand_in[0].images, info["mean"], info["std"])).detach()
+    torch.testing.assert_close(model.bn1.running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
 def test_averaged_weights_are_the_ones_evaluated_and_kept(stand_in, tmp_path):
     config = tiny(ema_decay=0.5, validation_size=20, watch_test=False)
     fit(config, tmp_path, *stand_in, device="cpu", log=quiet)
     saved = RunDirectory(tmp_path).load()
     kept = load_model(tmp_path / "model.safetensors")[0]
     averaged = {name.removeprefix("module."): t for name, t in saved["ema"].items() if name != "n_averaged"}
-    assert all(torch.equal(tensor, averaged[name]) for name, tensor in kept.state_dict().items())
+    convolutions = {name: tensor for name, tensor in kept.state_dict().items() if tensor.ndim == 4}
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in convolutions.items())
     assert not torch.equal(kept.conv1.weight, saved["model"]["conv1.weight"])
     row = history(tmp_path)[-1]
     held_out = split(stand_in[0], config)[1]
