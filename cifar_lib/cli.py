@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", metavar="N")
     train.add_argument("--epochs", metavar="N")
     train.add_argument("--train-size", metavar="N", help="train on a stratified part of the images")
+    train.add_argument("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}; default: random ones")
     train.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig")
     _device_options(train)
     _data_option(train)
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--adapt",
         choices=ADAPTATIONS,
-        default="normalize+batchnorm",  # by results/shift/verdict.json
+        default="normalize+batchnorm",  # this and --tta by results/shift/verdict.json
         help="what of the file's own statistics is used; default: %(default)s",
     )
     submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
@@ -203,7 +204,7 @@ def _train(options: argparse.Namespace) -> None:
     choose_device(device)  # before the data are read
     try:
         ranks.from_first(lambda: load_cifar10(options.data) and None)  # so that one rank downloads, if any must
-        metrics = fit(config, options.run, *load_cifar10(options.data), device=device)
+        metrics = fit(config, options.run, *load_cifar10(options.data), device=device, start=options.start)
         if ranks.rank() == 0:
             _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
     except RuntimeError as error:

@@ -79,10 +79,13 @@ class State:
     history: list[dict] = field(default_factory=list)
 
     @classmethod
-    def new(cls, config: TrainConfig, device: torch.device) -> "State":
+    def new(cls, config: TrainConfig, device: torch.device, start: dict[str, Tensor] | None = None) -> "State":
+        """Before the first step: random weights by the seed, or those of `start`, a state_dict."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
+        if start is not None:
+            model.load_state_dict(start)
         model = model.to(device, memory_format=torch.channels_last)
         decayed = [p for p in model.parameters() if config.decay_all or p.ndim > 1]
         exempt = [p for p in model.parameters() if not config.decay_all and p.ndim <= 1]

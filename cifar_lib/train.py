@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from cifar_lib.data import ImageSet, stratified_split, with_labels
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe
-from cifar_lib.model import ResNet, save_model
+from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
 from cifar_lib.recipes import TrainConfig, learning_rate, recipe
 from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.step import State, Step, choose_step, smooth_cross_entropy
@@ -90,11 +91,13 @@ def fit(
     test: ImageSet,
     device: str = "auto",
     log: Callable[[str], None] = print,
+    start: str | Path | None = None,
 ) -> dict:
     """Train into a run directory, going on from its checkpoint if it has one, and evaluate; returns its metrics.json.
 
-    A finished run is not trained again. Where `ranks.join` met other processes, all of them train this run and the
-    first one writes. Raises InputError where the directory holds another configuration or data, or labels are missing.
+    `start`: a file of weights to begin with, or `pretrained`; None: random ones. A finished run is not trained again.
+    Where `ranks.join` met other processes, all of them train this run and the first one writes.
+    Raises InputError where the directory holds another configuration or data, or labels are missing.
     """
     train, test = with_labels(train), with_labels(test)
     target = choose_device(device)
@@ -103,11 +106,12 @@ def fit(
     config = replace(config, step=choose_step(config, target, len(train_part)))
     _check_shares(config, len(train_part))
     test = test.to(target)
-    state = State.new(config, target)  # what can't be built must not claim the directory
+    weights, digest = (None, None) if start is None else _weights(start, config)
+    state = State.new(config, target, weights)  # what can't be built must not claim the directory
     log = log if ranks.rank() == 0 else _silent
     with contextlib.ExitStack() as stack:
         run = RunDirectory(run_path)
-        saved, finished = ranks.from_first(lambda: _open(stack.enter_context(run), config, train, target))
+        saved, finished = ranks.from_first(lambda: _open(stack.enter_context(run), config, train, digest, target))
         if finished is not None:
             return finished
         if saved is not None:
@@ -124,6 +128,18 @@ def fit(
             save_model(run.path / "model.safetensors", model, info)
             run.write_json("metrics.json", metrics)
         return metrics
+
+
+def _weights(file: str | Path, config: TrainConfig) -> tuple[dict[str, Tensor], str]:
+    """What a file of weights holds, and its sha256."""
+    model, _ = load_model(file)
+    if (model.blocks, model.channels) != (config.blocks, config.channels):
+        raise InputError(
+            f"start: expected weights of blocks {config.blocks} and channels {config.channels}, got {model.blocks} "
+            f"and {model.channels}: give others, or set blocks and channels to theirs"
+        )
+    path = SHIPPED if str(file) == PRETRAINED else Path(file)
+    return model.state_dict(), hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -153,10 +169,10 @@ def _check_shares(config: TrainConfig, images: int) -> None:
 
 
 def _open(
-    run: RunDirectory, config: TrainConfig, train: ImageSet, device: torch.device
+    run: RunDirectory, config: TrainConfig, train: ImageSet, start: str | None, device: torch.device
 ) -> tuple[dict | None, dict | None]:
     """Claim the directory; returns its checkpoint and, if it is finished, its metrics."""
-    _claim(run, config, train.source, len(train))
+    _claim(run, config, {"data": train.source, "images": len(train), "start": start})
     finished = run.read_json("metrics.json")
     if finished is not None:
         return None, finished
@@ -164,15 +180,18 @@ def _open(
     return run.load(), None
 
 
-def _claim(run: RunDirectory, config: TrainConfig, source: str, images: int) -> None:
-    """Write what this run is, or check that it is this one. A field newer than the run counts as its default."""
-    ours = {**asdict(config), "data": source, "images": images}
+def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> None:
+    """Write what this run is, or check that it is this one. A field newer than the run counts as its default.
+
+    `data`: what it learns from: the images' source and number, and the sha256 of the weights it starts with, if any.
+    """
+    ours = {**asdict(config), **data}
     stored = run.read_json("config.json")
     if stored is None:
         run.write_json("config.json", ours)
         return
-    data = {name: stored.pop(name, None) for name in ("data", "images")}
-    theirs = {**asdict(recipe("report", **stored)), **data}
+    before = {name: stored.pop(name, None) for name in data}
+    theirs = {**asdict(recipe("report", **stored)), **before}
     differing = [f"{name} ({theirs[name]!r}, now {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
     if differing:
         raise InputError(

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 import math
@@ -397,6 +398,22 @@ def test_the_kept_statistics_are_those_of_images_without_augmentation(stand_in, 
     model, info = load_model(tmp_path / "model.safetensors")
     inputs = model.conv1(normalize(stand_in[0].images, info["mean"], info["std"])).detach()
     torch.testing.assert_close(model.bn1.running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_starts_with_given_weights_and_is_no_run_without_them(stand_in, tmp_path):
+    fit(tiny(), tmp_path / "first", *stand_in, device="cpu", log=quiet)
+    weights = tmp_path / "first" / "model.safetensors"
+    config = tiny(epochs=1, learning_rate=1e-6, warmup_epochs=0, ema_decay=0.5)
+    fit(config, tmp_path / "second", *stand_in, device="cpu", log=quiet, start=weights)
+    first, second = (load_model(tmp_path / run / "model.safetensors")[0] for run in ("first", "second"))
+    torch.testing.assert_close(second.conv1.weight, first.conv1.weight, atol=1e-4, rtol=1e-4)
+    stored = json.loads((tmp_path / "second" / "config.json").read_text())["start"]
+    assert stored == hashlib.sha256(weights.read_bytes()).hexdigest()
+    with pytest.raises(InputError, match="holds another run; these differ: start"):
+        fit(config, tmp_path / "second", *stand_in, device="cpu", log=quiet)
+    with pytest.raises(InputError, match=r"start: expected weights of blocks \(1, 1\) .* got \(3, 4, 3\)"):
+        fit(config, tmp_path / "third", *stand_in, device="cpu", log=quiet, start="pretrained")
+    assert not (tmp_path / "third").exists()
 
 
 def test_averaged_weights_are_the_ones_evaluated_and_kept(stand_in, tmp_path):
