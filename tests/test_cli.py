@@ -126,7 +126,7 @@ def test_submit_adapts_by_what_the_ablation_chose(tmp_path, capsys, weights):
     command = ["submit", "--weights", weights, "--test", tmp_path / "t.pkl", "--out", tmp_path / "s.csv"]
     assert cli.main([str(c) for c in command]) == 0
     chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
-    assert f"(adaptation: {chosen}," in capsys.readouterr().out
+    assert f"(adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})" in capsys.readouterr().out
 
 
 def test_batchnorm_on_a_single_image_says_why_it_cant(tmp_path, capsys, weights):
