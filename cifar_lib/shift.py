@@ -141,7 +141,8 @@ def adapt(
 
     none: as they come. normalize: the images' own channel statistics, as the report does. batchnorm: a copy of the
     network with batch-norm statistics of these images, mixed with the training ones (Schneider et al. 2020,
-    arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779). All but `none` look at the whole set at once: transductive.
+    arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779); rebased weights, as `fit` writes them, lose nothing by it where
+    there is no shift. All but `none` look at the whole set at once: transductive.
     Raises InputError for another method, and where these images have no statistics of their own.
     """
     if method not in ADAPTATIONS:
