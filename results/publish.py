@@ -36,7 +36,8 @@ from cifar_lib.evaluate import (
 )
 from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
-from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIPPED_RUN
+from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIFT, SHIPPED_RUN
+from cifar_lib.shift import adapt, shifted
 
 RESULTS = Path(__file__).parent
 WEIGHTS = SHIPPED.parent
@@ -135,25 +136,44 @@ def check() -> bool:
     device = choose_device()
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=torch.channels_last)
-    scores, _ = score(model, info, test, choose_precision("auto", device))
+    precision = choose_precision("auto", device)
+    scores, _ = score(model, info, test, precision)
     recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{SHIPPED_RUN.name})")
-    same = True
-    for name, label in (
-        ("tta_none", "accuracy"),
-        ("tta_flip", "accuracy, mirror image averaged in"),
-        ("published_test_normalisation", "accuracy, normalised as published"),
-    ):
-        now, then = scores[name]["accuracy"], recorded[name]["accuracy"]
-        same &= abs(now - then) <= TOLERANCE
+    pairs = {
+        label: (scores[name]["accuracy"], recorded[name]["accuracy"])
+        for name, label in (
+            ("tta_none", "accuracy"),
+            ("tta_flip", "accuracy, mirror image averaged in"),
+            ("published_test_normalisation", "accuracy, normalised as published"),
+        )
+    } | on_custom_set(model, info, test, precision)
+    for label, (now, then) in pairs.items():
         low, high = wilson_interval(round(now * len(test)), len(test))
-        print(f"  {label:36} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
+        print(f"  {label:46} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
+    published = scores["published_test_normalisation"]
+    changed = f"{published['lost']} lost, {published['gained']} gained (McNemar's p = {published['mcnemar_p']:.1e})"
+    print(f"  {'images, normalised as published':46} {changed}")
     for name, now, then in (
         ("calibration error", *(each["tta_none"]["calibration_error"] for each in (scores, recorded))),
         ("  after temperature scaling", *(each["calibration_error_after_temperature"] for each in (scores, recorded))),
     ):
-        print(f"  {name:36} {now:.2%}, recorded {then:.2%}")
-    return same
+        print(f"  {name:46} {now:.2%}, recorded {then:.2%}")
+    return all(abs(now - then) <= TOLERANCE for now, then in pairs.values())
+
+
+def on_custom_set(model: ResNet, info: dict, test: ImageSet, precision: str) -> dict[str, tuple[float, float]]:
+    """Accuracy now and as recorded in results/shift, with the channel statistics of the published run's custom set:
+    without adaptation, and by the default of `submit`."""
+    verdict = json.loads((SHIFT / "verdict.json").read_text())
+    images = shifted(test.images, "statistics", 1)
+    default = verdict["default"]["adapt"], verdict["default"]["tta"]
+    pairs = {}
+    for adaptation, tta in (("none", "none"), default):
+        network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"], precision)
+        now = accuracy(predict(network, images, mean, std, precision, tta), test.labels)
+        pairs[f"custom set, {adaptation}, views {tta}"] = now, verdict["custom"][f"{adaptation} + {tta}"]["accuracy"]
+    return pairs
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
+from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.model import load_model
 from cifar_lib.recipes import recipe
+from cifar_lib.shift import shifted
 from cifar_lib.train import fit
 
 SMALL = {"blocks": "1", "channels": "16", "train_size": "60", "epochs": "1", "half_size_epochs": "0"}
@@ -73,3 +76,24 @@ def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10
     with pytest.raises(InputError, match="publish: expected a run on"):
         script.publish(run)
     assert not list(script.WEIGHTS.iterdir()) and not list(script.RESULTS.iterdir())
+
+
+def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch, capsys, cifar10):
+    test = cifar10[1][:30]
+    monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))
+    monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
+    monkeypatch.setattr(script, "SHIFT", tmp_path)
+    model, info = load_model("pretrained")
+    scores, _ = script.score(model, info, test)
+    (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}))
+    moved = shifted(test.images, "statistics", 1)
+    own = tuple(tuple(values.tolist()) for values in channel_statistics(moved))
+    plain, normalized = (
+        accuracy(predict(model, moved, *mean_std), test.labels) for mean_std in ((info["mean"], info["std"]), own)
+    )
+    for recorded in (normalized, normalized - 0.1):
+        ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
+        verdict = {"default": {"adapt": "normalize", "tta": "none"}, "custom": ways}
+        (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+        assert script.check() == (recorded == normalized)
+    assert f"custom set, normalize, views none              {normalized:.2%}" in capsys.readouterr().out
