@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _weights_options(classify)
 
     submit = _command(commands, "submit", _submit, "label a competition's .pkl")
-    _weights_options(submit)
+    _weights_options(submit, tta="flip")
     submit.add_argument("--test", required=True, metavar="FILE.pkl")
     submit.add_argument("--out", required=True, metavar="FILE.csv")
     submit.add_argument(
@@ -131,11 +131,13 @@ def _device_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
 
 
-def _weights_options(parser: argparse.ArgumentParser) -> None:
+def _weights_options(parser: argparse.ArgumentParser, tta: str = "none") -> None:
     parser.add_argument(
         "--weights", default=PRETRAINED, metavar="FILE", help="a model.safetensors; default: those of the package"
     )
-    parser.add_argument("--tta", nargs="?", const="flip-shift", default="none", choices=TTA, help="test-time views")
+    parser.add_argument(
+        "--tta", nargs="?", const="flip-shift", default=tta, choices=TTA, help="test-time views; default: %(default)s"
+    )
     _device_options(parser)
 
 
