@@ -11,6 +11,7 @@ import torchvision
 
 from cifar_lib.errors import InputError
 
+CPUINFO = Path("/proc/cpuinfo")  # on Linux
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,6 +31,8 @@ def choose_device(name: str = "auto") -> torch.device:
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device: expected auto, cpu, cuda, cuda:N or mps; got {name!r}: use --device auto")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device, whatever the tensors' is
     if device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -59,8 +62,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
+    flags = CPUINFO.read_text().split() if CPUINFO.exists() else []
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
@@ -89,20 +91,22 @@ def describe(device: torch.device) -> dict[str, str | float | int | None]:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit this package is checked out at, `+changes` if the tree differs from it, None outside git."""
-    here = Path(__file__).parent
+    """The commit this package is checked out at, `+changes` if the tree differs from it; None outside it."""
+    here = Path(__file__)
+    commands = (
+        ("ls-files", "--error-unmatch", here.name),  # installed inside another repository it is no file of that one
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no"),
+    )
+    run = {"cwd": here.parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
     try:
-        head, status = (
-            subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
+        _, head, status = (subprocess.run(["git", *command], **run).stdout for command in commands)
     except (OSError, subprocess.SubprocessError):
         return None
     return head.strip() + ("+changes" if status.strip() else "")

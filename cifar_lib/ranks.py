@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from cifar_lib.errors import InputError
 
 T = TypeVar("T")
+DOWNLOAD = timedelta(hours=3)  # how long the others may have to wait for the first one's
 
 
 def join(device: str) -> str:
@@ -32,7 +34,7 @@ def join(device: str) -> str:
         device = f"cuda:{int(values['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=DOWNLOAD)
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

@@ -44,7 +44,7 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
     winograd: on a CPU in fp32, as written but for 3x3 convolutions with fewer multiplications, compiled in 20 seconds.
     `auto`: on CUDA compiled for runs of 2,000 steps or more, else a graph; on a CPU in fp32 winograd for runs of 100
     steps or more; elsewhere plain. On a CPU `compiled` takes over a minute, for a gain within the noise of
-    results/benchmarks; MPS has none of them, and several ranks run plain.
+    results/benchmarks. In fp16 there is no graph, as the loss scale is decided outside; several ranks run plain.
     Raises InputError for a way that this device or number of ranks doesn't have.
     """
     if config.ranks > 1:
@@ -53,6 +53,8 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
         return "plain"
     if config.step == "graph" and device.type != "cuda":
         raise InputError(f"step: a CUDA graph needs a CUDA device, got {device.type}: use --set step=auto")
+    if config.step == "graph" and config.precision == "fp16":
+        raise InputError("step: a CUDA graph needs bf16 or fp32, got fp16: use --set step=auto")
     on_cpu = device.type == "cpu" and config.precision == "fp32"
     if config.step == "winograd" and not on_cpu:
         raise InputError(
@@ -62,7 +64,7 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
         return config.step
     steps = config.epochs * math.ceil(images / config.batch_size)
     if device.type == "cuda":
-        return "compiled" if steps >= MANY_STEPS else "graph"
+        return "compiled" if steps >= MANY_STEPS else "plain" if config.precision == "fp16" else "graph"
     return "winograd" if on_cpu and steps >= SOME_STEPS else "plain"
 
 
@@ -98,6 +100,9 @@ class State:
             weight_decay=config.weight_decay,
             fused=device.type in ("cuda", "cpu"),
         )
+        if config.momentum:  # the fused step makes them without filling them where a first fp16 gradient overflows
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         return cls(model, optimizer, scaler, ema)
@@ -217,8 +222,10 @@ class Step:
             self._update(self._forward, images, labels, half_size, share)
         elif half_size in self.graphs:
             self.graphs[half_size](images, labels)
-        else:
+        elif self.tried[half_size] < WARM_UP:
             self._first_updates(images, labels, half_size)
+        else:
+            self._update(self.forward, images, labels, half_size)
         self.state.steps += 1
 
     def check(self) -> tuple[float, float]:
@@ -261,7 +268,7 @@ class Step:
             _average(state.ema, state.model, self.config.ema_decay if state.steps else 0.0)
 
     def _first_updates(self, images: Tensor, labels: Tensor, half_size: bool) -> None:
-        """Updates in which compiling happens, and may fail, and after which a graph is captured."""
+        """The first updates: compiling happens in them, and may fail, and after them a graph is captured."""
         changed = (*self.state.model.buffers(), self.totals)
         before = [tensor.clone() for tensor in changed]
 

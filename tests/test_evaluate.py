@@ -222,9 +222,26 @@ def test_cuda_asked_for_and_absent_is_refused():
 def test_precision_is_taken_as_named_or_chosen():
     cpu = torch.device("cpu")
     assert [choose_precision(name, cpu) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
-    assert choose_precision("auto", cpu) in ("fp32", "bf16")
     with pytest.raises(InputError, match="fp8"):
         choose_precision("fp8", cpu)
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "capability", "chosen"),
+    [
+        ("cpu", "fpu avx2", None, "fp32"),
+        ("cpu", "fpu avx512_bf16", None, "bf16"),
+        ("cpu", "fpu amx_bf16", None, "bf16"),
+        ("mps", "", None, "fp32"),
+        ("cuda", "", (7, 5), "fp16"),  # a T4
+        ("cuda", "", (8, 0), "bf16"),  # an A100
+    ],
+)
+def test_precision_is_what_the_hardware_is_good_for(monkeypatch, tmp_path, device, flags, capability, chosen):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr("cifar_lib.hardware.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    assert choose_precision("auto", torch.device(device)) == chosen
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -67,7 +67,7 @@ def test_padding_changes_neither_logits_nor_gradients_nor_batch_statistics():
 
 def test_padding_adds_no_parameter():
     model = ResNet()
-    assert [p is q for p, q in zip(ZeroPadded(model).parameters(), model.parameters(), strict=True)]
+    assert all(p is q for p, q in zip(ZeroPadded(model).parameters(), model.parameters(), strict=True))
     assert sum(p.numel() for p in ZeroPadded(model).parameters()) == 4_916_284
 
 
@@ -88,6 +88,9 @@ def test_on_cuda_long_runs_are_compiled_and_a_graph_needs_cuda():
     assert choose_step(tiny(step="compiled"), CPU, 100) == "compiled"
     with pytest.raises(InputError, match="a CUDA graph needs a CUDA device, got cpu"):
         choose_step(tiny(step="graph"), CPU, 1000)
+    assert choose_step(replace(short, precision="fp16"), CUDA, 1000) == "plain"
+    with pytest.raises(InputError, match="a CUDA graph needs bf16 or fp32, got fp16"):
+        choose_step(tiny(step="graph", precision="fp16"), CUDA, 1000)
 
 
 def test_on_a_cpu_long_runs_in_fp32_take_winograds_way():
@@ -163,6 +166,28 @@ def test_where_compiling_fails_training_says_so_and_goes_on_without(stand_in, mo
     fallen_back = losses(tiny(step="compiled"), stand_in[0], log=lines.append)
     assert lines == ["a compiled step doesn't work here (no compiler); going on without"]
     assert fallen_back == losses(tiny(), stand_in[0])
+
+
+def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
+    config = tiny(precision="fp16", decay_all=False, weight_decay=0.0)
+    images, labels = stand_in[0].images[:16], torch.arange(16) % 10
+    after = []
+    for scale in (2.0**120, 2.0**10):  # the first one overflows float32, too
+        state = State.new(config, CPU)
+        step = Step(state, config)
+        state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": scale, "growth_interval": 10**6})
+        state.model.train()
+        if scale > 2.0**100:
+            before = copy.deepcopy(state.model.state_dict())
+            step(images, labels, rate=0.1)
+            state.model.load_state_dict(before)  # with its batch statistics
+            momentum = [state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters()]
+            assert not any(buffer.any() for buffer in momentum)
+            state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**10})
+        step(images, labels, rate=0.1)
+        after.append(state.model)
+    for overflowed, smooth in zip(*(model.parameters() for model in after), strict=True):
+        torch.testing.assert_close(overflowed, smooth)
 
 
 def test_averaging_starts_at_the_first_step_and_takes_batch_statistics_along(stand_in):
