@@ -58,11 +58,26 @@ def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
 
 
 def own_values(base: TrainConfig) -> dict:
-    """The parameters with which `suggest` gives `base` itself: a study's first trial, what all others compete with."""
-    shape = next((name for name, shape in SHAPES.items() if shape == (base.blocks, base.channels)), next(iter(SHAPES)))
+    """The parameters with which `suggest` gives `base` itself: a study's first trial, what all others compete with.
+
+    Only its warm-up is cut to what is allowed. Raises InputError where another value is outside the search space.
+    """
+    shape = next((name for name, shape in SHAPES.items() if shape == (base.blocks, base.channels)), None)
+    if shape is None:
+        asked = " of ".join(",".join(map(str, numbers)) for numbers in (base.blocks, base.channels))
+        raise InputError(f"tune: expected blocks and channels of one of {'; '.join(SHAPES)}; got {asked}")
     numbers = ("learning_rate", "momentum", "weight_decay", "label_smoothing", "batch_size")
     warm_up = {"warmup_epochs": min(base.warmup_epochs, max(1, base.epochs // 2))}
-    return {"shape": shape, **{name: getattr(base, name) for name in numbers}, **warm_up}
+    own = {"shape": shape, **{name: getattr(base, name) for name in numbers}, **warm_up}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a number out of range Optuna only warns
+        try:
+            suggest(optuna.trial.FixedTrial(own), base)
+        except (UserWarning, ValueError) as error:
+            raise InputError(
+                f"tune: the recipe itself, the first trial, is outside the search space ({error}): --set other values"
+            ) from error
+    return own
 
 
 def search_space(base: TrainConfig) -> dict:
@@ -81,7 +96,7 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Objec
     A training that diverges counts as pruned.
     """
     if not base.validation_size:
-        raise InputError("tune: expected a validation split to choose by, got none: use --validation-size")
+        raise InputError("tune: expected a validation split to choose by, got none: use --set validation_size=1000")
     target = choose_device(device)
     base = replace(base, precision=choose_precision(base.precision, target))
     part, validation = split(train.to(target), base)
@@ -209,6 +224,7 @@ def work(
 
     Two workers never run the same trial, and a dead worker's is taken up again with the same parameters: where all
     workers are on `one_host` (a journal) as soon as its process is gone, else (a database) when its heartbeat stops.
+    A worker that was only suspended, and whose trial others took up, leaves it to them.
     Raises InputError where the database goes away.
     """
     begun: list[Trial] = []
@@ -228,7 +244,7 @@ def work(
             log(f"trial {trial.number}: {trial.value:.2%}  (best so far: {study.best_value:.2%})")
 
     try:
-        while not _step(study, trials, once, one_host, report):
+        while not _step(study, trials, once, one_host, report, log):
             begun.clear()
     except KeyboardInterrupt:
         if begun:
@@ -240,7 +256,7 @@ def work(
         ) from error
 
 
-def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, report: Callable) -> bool:
+def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, report: Callable, log: Callable) -> bool:
     """Run a trial, or wait for others that do; True where nothing is left to do."""
     if one_host:
         _take_up_dead(study)
@@ -255,7 +271,12 @@ def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, rep
     if done + states.count(TrialState.RUNNING) >= trials:
         time.sleep(0.5)  # there is nothing to do unless another worker dies
     else:
-        study.optimize(once, n_trials=1, catch=(_Surplus,), callbacks=[report])
+        try:
+            study.optimize(once, n_trials=1, catch=(_Surplus,), callbacks=[report])
+        except ValueError as error:
+            if not str(error).startswith("Cannot tell a FAIL trial"):
+                raise
+            log("another worker took this one for dead, and has its trial")
     return False
 
 
@@ -287,6 +308,7 @@ def _is_dead(trial: FrozenTrial) -> bool:
     if worker["host"] != platform.node():  # a file that came from another machine
         return True
     try:
-        return psutil.Process(worker["pid"]).create_time() != worker["started"]
+        # Not to the second: it is counted from the boot, whose time moves when the clock is set.
+        return abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) > 60
     except psutil.NoSuchProcess:
         return True

@@ -100,6 +100,20 @@ def test_an_interrupted_trial_waits_to_be_run_again(tmp_path):
     assert study.trials[1].params["x"] == x
 
 
+def test_a_worker_whose_trial_another_one_took_up_goes_on(tmp_path):
+    study = open_study(str(tmp_path / "s"), SPACE)
+    lines: list[str] = []
+
+    def suspended(trial):
+        if trial.number == 0:
+            study.tell(0, state=TrialState.FAIL)  # what others do to the trial of a worker that they take for dead
+        return trial.suggest_float("x", 0, 1)
+
+    work(study, 2, suspended, one_host=True, log=lines.append)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert lines[0] == "another worker took this one for dead, and has its trial"
+
+
 # Several workers
 
 
@@ -226,6 +240,20 @@ def test_a_study_that_cant_be_opened_is_one_line(tmp_path, where, message):
     text = str(error.value)
     assert message in text and "\n" not in text and "secret" not in text
     assert (tmp_path / "garbage").read_bytes() == b"\x00no journal\n\xff"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 32}, "32"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"momentum": 0.5}, "momentum"),
+        ({"blocks": "1,1", "channels": "16,32"}, "expected blocks and channels of one of 3,4,3 of 66,132,264; "),
+    ],
+)
+def test_a_recipe_outside_the_search_space_is_refused(changes, message):
+    with pytest.raises(InputError, match=f"^tune: [^\n]*{message}"):
+        search_space(recipe("report", **changes))
 
 
 def test_the_space_is_json_and_names_every_row_of_table_1():
