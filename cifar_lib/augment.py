@@ -47,7 +47,7 @@ class Policy:
             "crop_padding": 0 <= self.crop_padding <= SIZE,
             "flip": 0 <= self.flip <= 1,
             "ops": self.ops in OP_SETS,
-            "num_ops": self.num_ops >= 1,
+            "num_ops": 1 <= self.num_ops <= 100,
             "magnitude": 0 <= self.magnitude <= 30,
             "erasing": 0 <= self.erasing <= 1,
             "cutout": 0 <= self.cutout <= SIZE,

@@ -35,7 +35,7 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
     Raises InputError where it can't write.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"can't write {path}: it is a folder: name a file")
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -101,6 +101,11 @@ class RunDirectory:
             raise InputError(
                 f"run directory: process {holder} is training in {self.path}: wait for it, or choose another directory"
             ) from None
+        except OSError as error:  # some network file systems have no locks
+            self._lock.close()
+            raise InputError(
+                f"run directory: {self.path} can't be locked ({error.strerror}): choose one on a local disk"
+            ) from error
         for scratch in self.path.glob(".*.tmp"):  # what a killed process was writing
             scratch.unlink(missing_ok=True)
         self._lock.truncate(0)

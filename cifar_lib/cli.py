@@ -32,7 +32,7 @@ TUNING = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 or 143 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130, 141, 143 when interrupted."""
     options = _parser().parse_args(arguments)
     # As Ctrl-C; but a rank of several may be waiting for the others, where no handler would run: there it just ends.
     if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
@@ -42,12 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        print(f"error: {reason}: use --device cpu, or train with a smaller --set batch_size", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
         return 143 if isinstance(interrupt, _Terminated) else 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
-        return 0
+        return 128 + signal.SIGPIPE
     return 0
 
 
@@ -122,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=function, go_on="nothing was written; the same command starts again")
+    parser.set_defaults(command=function, go_on="the same command starts again")
     return parser
 
 
@@ -210,7 +214,7 @@ def _train(options: argparse.Namespace) -> None:
         if ranks.rank() == 0:
             _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
     except RuntimeError as error:
-        if ranks.count() == 1:
+        if ranks.count() == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).splitlines()[0]
         raise InputError(f"ranks: another process went away ({reason}): start the same command again") from error

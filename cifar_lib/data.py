@@ -111,19 +111,20 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
                     f"{name}: expected {FOLDER}/ in {place}, found none: name the folder that holds {FOLDER}/"
                 )
             return folder
-    on_kaggle = sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}")) if KAGGLE_INPUT.is_dir() else []
-    return _batches_in(home) or next(iter(on_kaggle), None)
+    return _batches_in(home) or next(iter(sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))), None)
 
 
 def _batches_in(place: Path) -> Path | None:
     candidates = (place / FOLDER, place) if place.name == FOLDER else (place / FOLDER,)
-    return next((folder for folder in candidates if folder.is_dir()), None)
+    return next((folder for folder in candidates if os.path.isdir(folder)), None)
 
 
 def _check_files(folder: Path) -> None:
     for name, md5 in FILES:
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise InputError(f"{folder}: {name} is missing: delete the folder to download it again, or copy it there")
+        if not os.access(folder / name, os.R_OK):
+            raise InputError(f"{folder / name} can't be read: make it readable for you, or copy the file again")
         if not check_integrity(folder / name, md5):
             raise InputError(
                 f"{folder / name}: expected md5 {md5}, the file differs (half-downloaded or damaged): "
@@ -284,15 +285,24 @@ def read_picture(path: str | os.PathLike) -> Tensor:
     path = Path(path)
     try:
         with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")  # phones turn their pictures by a note in the file
+            picture = _eight_bits(ImageOps.exif_transpose(file)).convert("RGBA")  # phones turn pictures by a note
     except FileNotFoundError as error:
         raise InputError(f"picture: expected a file, found no file at {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"picture: {path} can't be read as a picture ({reason}): give a PNG or JPEG file") from error
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     square = ImageOps.fit(picture, (32, 32), Image.Resampling.BOX)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Greys of 16 bits (which Pillow calls I;16, or I) as 8: its own conversion cuts them off at 255."""
+    if picture.mode == "F":
+        raise ValueError("its greys are floating-point numbers")
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:

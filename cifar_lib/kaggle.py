@@ -29,7 +29,7 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     """
     path = Path(path)
     remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"test file: expected a file, found none at {path}: {remedy}")
     try:
         with open(path, "rb") as file:
@@ -65,7 +65,7 @@ def _images(data: object) -> torch.Tensor:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
         kind = f"an array of {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
         raise InputError(f"data: expected an array of uint8, got {kind}")
-    if len(data) == 0 or data.shape[1:] not in ((32, 32, 3), (3072,)):
+    if data.size == 0 or data.shape[1:] not in ((32, 32, 3), (3072,)):
         raise InputError(f"data: expected (N, 32, 32, 3) or (N, 3072), got {data.shape}")
     chw = data.reshape(-1, 3, 32, 32) if data.ndim == 2 else data.transpose(0, 3, 1, 2)
     return torch.from_numpy(np.array(chw, order="C"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_lib.checkpoint import write_atomically
+from cifar_lib.data import CLASSES
 from cifar_lib.errors import InputError
 
 PARAMETER_BUDGET = 5_000_000
@@ -132,6 +134,17 @@ def _check_shipped() -> None:
         raise InputError(f"weights: {SHIPPED} should have sha256 {expected[:12]}..., it has {found[:12]}...: {remedy}")
 
 
+def _check_info(info: dict) -> None:
+    """Raises KeyError, TypeError or ValueError where `info` can't have come from `save_model`."""
+    mean, std, temperature = info["mean"], info["std"], info.get("temperature", 1.0)
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in (*mean, *std, temperature)):
+        raise TypeError("its mean, std or temperature are no finite numbers")
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError("its mean and std are not of three channels")
+    if min(*std, temperature) <= 0:
+        raise ValueError("its std or temperature is not positive")
+
+
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and its `info`.
 
@@ -143,7 +156,7 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         _check_shipped()
     path = Path(path)
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"weights: expected a file, found none at {path}: {remedy}")
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -152,9 +165,9 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         content = json.loads(metadata["cifar_lib"])
         shape, info = content["model"], content["info"]
         model = ResNet(shape["blocks"], shape["channels"], shape["num_classes"])
-        mean_std = [tuple(map(float, info[key])) for key in ("mean", "std")]
-        if [len(values) for values in mean_std] != [3, 3]:
-            raise ValueError("its mean and std are not of three channels")
+        if shape["num_classes"] != len(CLASSES):
+            raise ValueError(f"it has {shape['num_classes']} classes, not {len(CLASSES)}")
+        _check_info(info)
     except InputError:
         raise
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

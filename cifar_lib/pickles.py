@@ -229,9 +229,9 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys that are simple: a tuple inside tuples takes for ever to hash."""
+    """Keys are names: a tuple inside tuples takes for ever to hash, and different numbers can have equal hashes."""
     keys = items[::2]
-    if len(items) % 2 or not all(isinstance(key, (str, bytes, int)) for key in keys):
+    if len(items) % 2 or not all(isinstance(key, (str, bytes)) for key in keys):
         raise ValueError("a dict with keys that are no names")
     return dict(zip(keys, map(_finished, items[1::2]), strict=True))
 

@@ -56,8 +56,8 @@ class TrainConfig:
         checks = {
             # below 16, oneDNN's 1x1 convolutions with a stride write past their memory (uxlfoundation/oneDNN#6035)
             "channels": min(self.channels, default=0) >= 16,
-            "epochs": self.epochs >= 1,
-            "batch_size": self.batch_size >= 1,
+            "epochs": 1 <= self.epochs < 10**6,
+            "batch_size": 1 <= self.batch_size < 10**6,
             "learning_rate": 0 < self.learning_rate < math.inf,
             "warmup_epochs": self.warmup_epochs >= 0,
             "schedule": self.schedule in SCHEDULES,
@@ -67,11 +67,13 @@ class TrainConfig:
             "label_smoothing": 0 <= self.label_smoothing < 1 - 1 / len(CLASSES),
             "ema_decay": 0 <= self.ema_decay < 1,
             "half_size_epochs": self.half_size_epochs >= 0,
-            "mean": len(self.mean) == 3 and len(self.test_mean) == 3,
-            "std": len(self.std) == 3 and len(self.test_std) == 3 and min(*self.std, *self.test_std) > 0,
+            "mean": all(len(mean) == 3 and all(map(math.isfinite, mean)) for mean in (self.mean, self.test_mean)),
+            "std": all(
+                len(std) == 3 and all(0 < value < math.inf for value in std) for std in (self.std, self.test_std)
+            ),
             "step": self.step in STEPS,
             "ranks": self.ranks >= 1,
-            "seed": 0 <= self.seed < 2**63,
+            "seed": 0 <= self.seed < 2**32,
             "train_size": self.train_size is None or self.train_size >= 1,
             "validation_size": self.validation_size >= 0,
         }

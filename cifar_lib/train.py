@@ -59,7 +59,7 @@ def train_one_epoch(
     """One pass over `train`; returns the mean loss and the accuracy over its augmented images, on all ranks.
 
     Raises InputError when the loss is not finite: before the step that would spread it; on CUDA up to 50 steps later,
-    none of which changes the weights.
+    none of which changes the weights, or (in fp16) is kept.
     """
     state = step.state
     steps = math.ceil(len(train) / config.batch_size)
@@ -190,6 +190,8 @@ def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> N
     if stored is None:
         run.write_json("config.json", ours)
         return
+    if not isinstance(stored, dict):
+        raise InputError(f"{run.path / 'config.json'} is no configuration: restore it, or choose another run directory")
     before = {name: stored.pop(name, None) for name in data}
     theirs = {**asdict(recipe("report", **stored)), **before}
     differing = [f"{name} ({theirs[name]!r}, now {ours[name]!r})" for name in ours if theirs[name] != ours[name]]

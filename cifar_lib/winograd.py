@@ -83,13 +83,16 @@ class Winograd(TorchFunctionMode):
 
 def where_it_helps(device: torch.device) -> contextlib.AbstractContextManager:
     """`Winograd`, built, on a CPU; nothing on other devices and without a compiler."""
-    if device.type != "cpu":
-        return contextlib.nullcontext()
+    return Winograd() if device.type == "cpu" and _builds() else contextlib.nullcontext()
+
+
+@functools.cache
+def _builds() -> bool:
+    """Tried once: a compiler that fails takes its time too."""
     try:
-        build()
-    except RuntimeError:
-        return contextlib.nullcontext()
-    return Winograd()
+        return build()
+    except (RuntimeError, OSError):
+        return False
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> bool:

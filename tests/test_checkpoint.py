@@ -197,6 +197,15 @@ def test_a_run_held_by_another_process_is_refused_until_that_is_killed(tmp_path)
         pass
 
 
+def test_a_place_without_locks_is_refused(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(InputError, match=r"can't be locked \(No locks available\): choose one on a local disk"):
+        RunDirectory(tmp_path).__enter__()
+
+
 def test_a_stale_lock_file_does_not_block_and_the_lock_is_given_back(tmp_path):
     (tmp_path / ".lock").write_text("999999")
     for _ in range(2):

@@ -1,5 +1,6 @@
 """The command line: what it prints, and one line and exit code 2 for a user's mistake."""
 
+import io
 import json
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,6 +144,7 @@ def test_the_first_trial_of_a_search_is_the_recipe_itself(tmp_path, capsys, data
 
     monkeypatch.setitem(tune.SHAPES, "3,4,3 of 66,132,264", ((1,), (16,)))
     sizes = ["--set", "train_size=200", "--set", "validation_size=50", "--set", "epochs=2"]
+    sizes += ["--set", "blocks=1", "--set", "channels=16"]
     assert cli.main(["tune", "--study", str(tmp_path / "s.log"), "--trials", "2", *sizes]) == 0
     assert "best on the validation split, of 2 trials" in capsys.readouterr().out
     trials, _ = tune.trials_table(tmp_path / "s.log")
@@ -178,7 +181,13 @@ def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
     assert not (tmp_path / "o").exists()
 
 
+LONG = 300 * "x"  # no file system takes such a name
 WRONG = [
+    ("evaluate", "--weights", LONG, "weights: expected a file, found none at"),
+    ("submit", "--test", LONG, "test file: expected a file, found none at"),
+    ("submit", "--out", LONG, "(File name too long); nothing there was changed"),
+    ("train", "--start", "nowhere", "weights: expected a file, found none at nowhere"),
+    ("tune", "--set", "batch_size=32", "tune: the recipe itself, the first trial, is outside the search space"),
     ("info", "--recipe", "", "recipe: expected one of report, best, quick; got ''"),
     ("train", "--recipe", "Report", "recipe: expected one of report, best, quick; got 'Report'"),
     ("train", "--run", "blocked/run", "run directory: can't write into"),
@@ -258,6 +267,32 @@ def test_missing_data_is_one_line(tmp_path, capsys, monkeypatch, weights):
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
     assert "CIFAR10_ROOT" in mistake(capsys, "evaluate", "--weights", weights)
     assert str(tmp_path / "x") in mistake(capsys, "evaluate", "--weights", weights, "--data", tmp_path / "x")
+
+
+def test_a_name_that_is_too_long_holds_no_data(capsys, monkeypatch, weights):
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    assert "expected cifar-10-batches-py/" in mistake(capsys, "evaluate", "--weights", weights, "--data", LONG)
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch, data):
+    """`failing(error)`: the words of a training that ends with it."""
+
+    def words(error: Exception) -> list[str]:
+        monkeypatch.setattr(cli, "fit", Mock(side_effect=error))
+        return ["train", "--recipe", "quick", "--run", str(tmp_path), "--device", "cpu"]
+
+    return words
+
+
+def test_a_training_whose_reader_goes_away_is_no_success(monkeypatch, failing):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert cli.main(failing(BrokenPipeError())) == 128 + signal.SIGPIPE
+
+
+def test_a_full_gpu_is_one_line(capsys, failing):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
+    assert "error: CUDA out of memory: use --device cpu, or" in mistake(capsys, *failing(error))
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -485,6 +485,20 @@ def test_a_picture_is_turned_as_its_camera_says_and_transparency_is_white(tmp_pa
     assert read_picture(tmp_path / "clear.png").min() == 255
 
 
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path, suffix):
+    ramp = np.tile(np.linspace(0, 65535, 32), (32, 1)).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    image = read_picture(tmp_path / f"ramp.{suffix}")
+    assert image[:, 0].tolist() == [np.linspace(0, 255, 32).round().tolist()] * 3
+
+
+def test_a_picture_of_floating_point_numbers_is_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(InputError, match="its greys are floating-point numbers"):
+        read_picture(tmp_path / "x.tiff")
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_a_file_that_is_no_picture_is_refused(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)

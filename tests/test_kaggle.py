@@ -127,6 +127,7 @@ def test_object_arrays_are_refused(tmp_path):
         ({"data": HWC[:, :16], "ids": IDS}, "(N, 3072)"),
         ({"data": IMAGES.numpy(), "ids": IDS}, "(N, 3072)"),
         ({"data": HWC[:0], "ids": []}, "(N, 3072)"),
+        ({"data": np.array(5, np.uint8), "ids": [1]}, "got ()"),
         ({"data": HWC, "ids": IDS[:3]}, "3 ids"),
         ({"data": HWC, "ids": [1, 2, 3, 1]}, "1 stands for several"),
         ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers"),

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cifar_lib.data import stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, wilson_interval
 from cifar_lib.model import SHIPPED, ResNet, count_parameters, load_model, save_model
-from cifar_lib.notebook import SHIPPED_RUN
+from cifar_lib.notebook import SHIFT, SHIPPED_RUNS
 
 PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
 INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
@@ -98,12 +99,12 @@ def test_malformed_shapes_are_refused(blocks, channels):
 
 def test_weights_come_back_with_their_shape_info_and_batch_statistics(tmp_path):
     torch.manual_seed(1)
-    model = ResNet((1, 2), (4, 8), num_classes=7)
+    model = ResNet((1, 2), (4, 8))
     model(torch.rand(16, 3, 32, 32))  # moves the running statistics away from their start
     save_model(tmp_path / "some.safetensors", model, INFO)
     loaded, info = load_model(tmp_path / "some.safetensors")
     assert info == INFO
-    assert (loaded.blocks, loaded.channels, loaded.num_classes) == ((1, 2), (4, 8), 7)
+    assert (loaded.blocks, loaded.channels) == ((1, 2), (4, 8))
     assert not loaded.training
     x = torch.rand(3, 3, 32, 32)
     assert torch.equal(loaded(x), model.eval()(x))
@@ -148,11 +149,21 @@ def test_a_file_that_is_no_safetensors_is_refused(weights):
 
 @pytest.mark.parametrize(
     "info",
-    [None, [], {}, {"mean": [0.5], "std": [0.2]}, {"mean": 0.5, "std": 0.2}, {"mean": "abc", "std": [1, 1, 1]}],
+    [
+        *(None, [], {}, {"mean": [0.5], "std": [0.2]}, {"mean": 0.5, "std": 0.2}, {"mean": "abc", "std": [1, 1, 1]}),
+        *(INFO | {"mean": values} for values in (["0.5", "0.4", "0.3"], [0.5, 0.4, math.nan])),
+        *(INFO | {"std": values} for values in ([0.2, 0.2, 0], [0.2, 0.2, -0.2], [0.2, 0.2, math.inf])),
+        *(INFO | {"temperature": value} for value in ("warm", None, 0, -1, math.nan)),
+    ],
 )
-def test_weights_without_their_normalisation_are_refused(tmp_path, info):
+def test_weights_without_a_usable_normalisation_or_temperature_are_refused(tmp_path, info):
     save_model(tmp_path / "m.safetensors", ResNet((1,), (4,)), info)
     refusal(tmp_path / "m.safetensors")
+
+
+def test_weights_for_other_classes_are_refused(tmp_path):
+    save_model(tmp_path / "m.safetensors", ResNet((1,), (4,), num_classes=7), INFO)
+    assert "it has 7 classes, not 10" in refusal(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("blocks", [3, None, {"a": 1}, [[1]], ["1"], []])
@@ -193,7 +204,7 @@ def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_sa
     model, info = load_model("pretrained")
     assert sum(p.numel() for p in model.parameters()) == 4_916_284
     assert next(model.parameters()).dtype == torch.float32 and not model.training
-    metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text())
+    metrics = json.loads((SHIPPED_RUNS[-1] / "metrics.json").read_text())
     assert all(metrics[name] == info[name] for name in ("recipe", "seed", "data", "epochs", "mean", "std"))
     assert SHIPPED.stat().st_size == metrics["half_precision"]["bytes"] <= 10e6
 
@@ -201,7 +212,7 @@ def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_sa
 def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):
     model, info = load_model("pretrained")
     test = cifar10[1]
-    shipped = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]["tta_none"]
+    shipped = json.loads((SHIPPED_RUNS[-1] / "metrics.json").read_text())["half_precision"]["tta_none"]
     said = f"{shipped['accuracy']:.2%}".replace("%", " %")
     for text in (Path(__file__).parents[1] / "README.md", SHIPPED.parent / "README.md"):
         assert said in text.read_text(), text
@@ -209,6 +220,11 @@ def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):
     right = accuracy(predict(model, test.images[part], info["mean"], info["std"]), test.labels[part])
     low, high = wilson_interval(round(400 * right), 400, confidence=0.9999)
     assert low < shipped["accuracy"] < high
+
+
+def test_the_shifts_were_measured_with_these_weights():
+    digest = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    assert json.loads((SHIFT / "verdict.json").read_text())["weights"]["sha256"] == digest
 
 
 @pytest.mark.parametrize("damage", ["another byte", "no file", "no list", "not listed", "an odd list"])

@@ -142,6 +142,7 @@ CORPUS = {
     + b"as"
     + text("data")
     + b"Ns.",
+    "keys of equal hash": pickle.dumps({n * (2**61 - 1): None for n in range(1, 9)}),
     # declared sizes
     **{
         f"{name} of {size:#x}": b"\x80\x05" + code + struct.pack(form, size) + b"abc."

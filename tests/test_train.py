@@ -139,17 +139,23 @@ def test_values_of_the_right_type_are_taken_too():
         ({"learning_rate": "nan"}, "learning_rate: nan is out of range"),
         ({"epochs": "2.5"}, "epochs: expected a value of type int; got '2.5'"),
         ({"epochs": 0}, "epochs: 0 is out of range"),
+        ({"epochs": "1" + 99 * "0"}, "epochs: 10+ is out of range"),
+        ({"batch_size": 10**18}, "batch_size: 10+ is out of range"),
         ({"epochs": True}, "epochs: expected a value of type int"),
         ({"nesterov": "perhaps"}, "nesterov: expected a value of type bool"),
         ({"blocks": "3,x"}, r"blocks: expected a value of type tuple.*; got '3,x'"),
         ({"blocks": 3}, "blocks: expected"),
         ({"mean": "0.1,0.2"}, r"mean: \(0.1, 0.2\) is out of range"),
+        ({"test_mean": "0.1,0.2,nan"}, "mean: .* is out of range"),
         ({"std": "0.1,0.2,0"}, "std: .* is out of range"),
+        ({"std": "0.1,nan,0.2"}, "std: .* is out of range"),
+        ({"test_std": "0.1,inf,0.2"}, "std: .* is out of range"),
         ({"channels": "66,8"}, r"channels: \(66, 8\) is out of range"),
         ({"step": "fast"}, "step: 'fast' is out of range"),
         ({"schedule": "linear"}, "schedule: 'linear' is out of range"),
         ({"train_size": "many"}, "train_size: expected a value of type int"),
         ({"seed": -1}, "seed: -1 is out of range"),
+        ({"policy.num_ops": 10**9}, "policy.num_ops: 10+ is out of range"),
         ({"policy.magnitude": "31"}, "policy.magnitude: 31 is out of range"),
         ({"policy": "strong"}, "policy: expected"),
     ],
@@ -447,8 +453,9 @@ def test_a_finished_run_is_not_trained_again(stand_in, tmp_path):
         {},
         {"ema_decay": 0.9, "decay_all": False, "nesterov": True, "schedule": "cosine", "validation_size": 20},
         {"precision": "bf16", "policy.ops": "trivialaugment", "policy.cutout": 8, "train_size": 50},
+        pytest.param({"step": "winograd"}, marks=pytest.mark.xdist_group("winograd")),
     ],
-    ids=["fp32", "ema", "bf16"],
+    ids=["fp32", "ema", "bf16", "winograd"],
 )
 def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(stand_in, tmp_path, changes):
     config = tiny(**changes)
@@ -519,6 +526,14 @@ def test_other_data_are_refused(stand_in, started):
         fit(tiny(), started, replace(train, source="CIFAR-10"), test, device="cpu")
     with pytest.raises(InputError, match=r"these differ: images \(60, now 50\):"):
         fit(tiny(), started, train[slice(50)], test, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"best"'])
+def test_a_configuration_that_is_none_is_refused(stand_in, started, tmp_path, text):
+    path = shutil.copytree(started, tmp_path / "damaged")
+    (path / "config.json").write_text(text)
+    with pytest.raises(InputError, match="config.json is no configuration"):
+        fit(tiny(), path, *stand_in, device="cpu", log=quiet)
 
 
 def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, started, tmp_path):

@@ -90,6 +90,24 @@ def test_what_was_compiled_serves_later_processes_and_a_damaged_copy_does_not(tm
     assert "no C++ compiler" in without_a_compiler(tmp_path).stderr
 
 
+def test_predictions_try_a_compiler_that_fails_only_once(monkeypatch):
+    tries = []
+
+    def fail():
+        tries.append(1)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(winograd, "build", fail)
+    winograd._builds.cache_clear()
+    try:
+        for _ in range(3):
+            with winograd.where_it_helps(torch.device("cpu")) as way:
+                assert way is None
+    finally:
+        winograd._builds.cache_clear()
+    assert len(tries) == 1
+
+
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
 def test_without_a_working_compiler_it_says_so(monkeypatch, compiler):
     monkeypatch.setenv("CXX", compiler)
