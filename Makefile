@@ -14,13 +14,14 @@ test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m pytest -q -n logical --dist loadgroup tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
 
+# Afterwards the weights are others than those of results/shift: move that folder away and run results/ablation.py.
 full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
 	set -e; for seed in 42 0 1; do for recipe in report best; do \
 	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
 	  $(PY) results/publish.py runs/$$recipe-seed$$seed; \
 	done; done
 
-notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/, on a GPU also results/
+notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/
 	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
 
 benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU

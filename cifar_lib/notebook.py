@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +27,8 @@ from cifar_lib.train import fit
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 SEARCH = ROOT / "results" / "tuning" / "study.log"  # a search's journal
-SHIPPED_RUN = ROOT / "results" / "best-seed42"  # the records of the run that the package's weights are from
+# The records of the package's weights: of each run that began with the weights of the one before.
+SHIPPED_RUNS = (ROOT / "results" / "best-seed42",)
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
@@ -48,7 +48,7 @@ class Session:
 
     `quick` trains a little, evaluates a stratified part of the test set, writes under runs/ and goes on with generated
     stand-in data where there is no CIFAR-10. `full` takes real data only, evaluates all test images, writes figures/,
-    and on a GPU trains the report's recipe and writes results/; without one it trains as `quick` does.
+    and on a GPU trains the report's recipe, in the run directory of `make full`; without one it trains as `quick` does.
     """
 
     profile: str
@@ -93,18 +93,14 @@ class Session:
     @property
     def run(self) -> Path:
         """The run directory of this session's configuration; another configuration gets another one."""
+        if self.profile == "full" and self.config == recipe("report"):
+            return ROOT / "runs" / "report-seed42"
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
         return self.folder / f"{self.config.recipe}-seed{self.config.seed}-{digest[:8]}"
 
     def fit(self) -> dict:
         """Train this session's configuration, or go on with it, or read what it came to; returns its metrics."""
-        metrics = fit(self.config, self.run, self.train, self.scored)
-        if self.profile == "full" and self.config.recipe != "quick":
-            results = ROOT / "results" / f"{self.config.recipe}-seed{self.config.seed}"
-            results.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "environment.json", "history.csv", "timing.csv", "metrics.json"):
-                shutil.copyfile(self.run / name, results / name)
-        return metrics
+        return fit(self.config, self.run, self.train, self.scored)
 
     def trained_model(self) -> tuple[ResNet, dict]:
         """The network that is looked at, on the best device, and its `info`.
@@ -150,7 +146,7 @@ class Session:
         On training images, and on the watched ones where there were some.
         """
         published, ours = published_history(), pd.read_csv(self.run / "history.csv")
-        shipped = pd.read_csv(SHIPPED_RUN / "history.csv")
+        shipped = pd.concat((pd.read_csv(run / "history.csv") for run in SHIPPED_RUNS), ignore_index=True)
         watched = "test" if self.config.watch_test else "validation"
         lines = {f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")}
         lines["train, the package's weights"] = shipped[f"train_{quantity}"]
@@ -178,7 +174,7 @@ class Session:
             "multiply-adds (M)": "",
             "size (MB)": "",
             "epochs": other and "what two processor cores could train",
-            "training images": other and f"this run: profile {self.profile}",
+            "training images": other and f"this run: recipe {self.config.recipe}",
             "last train accuracy": other,
             "test accuracy": other or "another seed and machine",
             "its 95 % interval": "fewer test images, a wider interval" if len(self.scored) < 10_000 else "",
@@ -187,7 +183,7 @@ class Session:
         }
         columns = {
             "published": published,
-            "the package's weights": (*sizes, *_trained(SHIPPED_RUN)),
+            "the package's weights": (*sizes, *_trained(*SHIPPED_RUNS)),
             "this run": (*sizes, *_trained(self.run)),
             "why they differ": tuple(reasons.values()),
         }
@@ -218,11 +214,15 @@ class Session:
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
 
 
-def _trained(run: Path) -> tuple[str, ...]:
-    """Epochs, training images, last training accuracy, test accuracy, its interval, test images and data of a run."""
-    metrics, last = json.loads((run / "metrics.json").read_text()), pd.read_csv(run / "history.csv").iloc[-1]
+def _trained(*runs: Path) -> tuple[str, ...]:
+    """Epochs, training images, last training accuracy, test accuracy, its interval, test images and data of a run.
+
+    Of several, each of which went on from the one before, the last one's; but the epochs are everyone's.
+    """
+    metrics, last = json.loads((runs[-1] / "metrics.json").read_text()), pd.read_csv(runs[-1] / "history.csv").iloc[-1]
     test = metrics["test"]
-    counts = (f"{metrics['epochs']}", f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
+    epochs = " + ".join(str(json.loads((run / "metrics.json").read_text())["epochs"]) for run in runs)
+    counts = (epochs, f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
     return (*counts, f"{test['accuracy']:.2%}", _interval(*test["interval"]), f"{test['n']:,}", metrics["data"])
 
 

@@ -41,11 +41,9 @@ def main() -> int:
         Path(sys.prefix) / "share" / "jupyter"
     )  # this environment's kernel, no other
     os.environ["TQDM_DISABLE"] = "1"
-    titles = {}
     for path in paths:
         print(f"running {path.name}", flush=True)
         notebook = nbformat.read(path, as_version=4)
-        titles[path.stem] = notebook.cells[0].source.splitlines()[0].lstrip("# ")
         try:
             ExecutePreprocessor(timeout=None).preprocess(
                 notebook, {"metadata": {"path": str(HERE)}}
@@ -59,7 +57,7 @@ def main() -> int:
         else:
             _write_page(path.stem, notebook)
     if not in_place:
-        _write_index(titles)
+        _write_index()
         print(f"\npages: {PAGES.relative_to(HERE.parent)}/index.html\n")
         _print_comparison()
     return 0
@@ -89,15 +87,22 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     (PAGES / f"{name}.html").write_text(page)
 
 
-def _write_index(titles: dict[str, str]) -> None:
+def _write_index() -> None:
+    """Links to every page there is, also those of earlier calls."""
     items = "\n".join(
-        f'<li><a href="{name}.html">{html.escape(title)}</a></li>' for name, title in titles.items()
+        f'<li><a href="{path.stem}.html">{html.escape(_title(path))}</a></li>'
+        for path in sorted(HERE.glob("0*.ipynb"))
+        if (PAGES / f"{path.stem}.html").exists()
     )
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'
     style = "<style>body{font:18px/1.6 sans-serif;max-width:40em;margin:3em auto}</style>"
     (PAGES / "index.html").write_text(
         f"{head}{style}<h1>CIFAR-10 notebooks</h1><ul>{items}</ul></html>\n"
     )
+
+
+def _title(path: Path) -> str:
+    return nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
 
 
 def _print_comparison() -> None:

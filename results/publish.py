@@ -10,6 +10,7 @@ SHA256SUMS. The second changes nothing, and is the end of `make run`.
 
 import hashlib
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -36,7 +37,7 @@ from cifar_lib.evaluate import (
 )
 from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
-from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIFT, SHIPPED_RUN
+from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIFT, SHIPPED_RUNS
 from cifar_lib.shift import adapt, shifted
 
 RESULTS = Path(__file__).parent
@@ -48,18 +49,20 @@ TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns
 
 def publish(run: Path) -> dict:
     """Returns what is written as metrics.json: the run's own, and the halved weights' scores (`half_precision`)."""
-    if not (run / "metrics.json").is_file():
+    if not os.path.isfile(run / "metrics.json"):
         raise InputError(f"publish: expected a finished run, found no metrics.json in {run}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text())
     if metrics["data"] != REAL:
         raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
+    folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
+    if folder.is_dir() and _config(folder) != _config(run):
+        raise InputError(f"publish: {folder} holds the records of another run: give that folder another name first")
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
     whole = predict(model.to(device), test.images, info["mean"], info["std"])
     info["temperature"] = round(fit_temperature(whole, test.labels), 4)
-    shipped = metrics["seed"] == SHIPPED_SEED
-    weights = WEIGHTS / f"{metrics['recipe']}.safetensors" if shipped else run / "half.safetensors"
+    weights = run / "half.safetensors"
     save_model(weights, model, info, half=True)
     halved, _ = load_model(weights)
     scores, plain = score(halved.to(device), info, test)
@@ -67,12 +70,12 @@ def publish(run: Path) -> dict:
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
     metrics["half_precision"] = sizes | scores
 
-    folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
         shutil.copyfile(run / name, folder / name)
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
-    if shipped:
+    if metrics["seed"] == SHIPPED_SEED:
+        write_atomically(WEIGHTS / f"{metrics['recipe']}.safetensors", weights.read_bytes())
         files = sorted(WEIGHTS.glob("*.safetensors"))
         sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
         write_atomically(WEIGHTS / "SHA256SUMS", sums.encode())
@@ -83,7 +86,7 @@ def over_seeds(recipe: str) -> str:
     """Mean and standard deviation of the test accuracy over the recipe's published runs of the same configuration."""
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
-        config, metrics = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "metrics"))
+        config, metrics = _config(folder), json.loads((folder / "metrics.json").read_text())
         seed = config.pop("seed")
         groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"]["accuracy"]
     lines = []
@@ -93,6 +96,11 @@ def over_seeds(recipe: str) -> str:
         mean = statistics.mean(scores.values())
         lines.append(f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}")
     return "\n".join(lines)
+
+
+def _config(folder: Path) -> dict:
+    """A run's config.json; one from before there was a `start` began with random weights."""
+    return {"start": None} | json.loads((folder / "config.json").read_text())
 
 
 def score(model: ResNet, info: dict, test: ImageSet, precision: str = "fp32") -> tuple[dict, Tensor]:
@@ -138,8 +146,9 @@ def check() -> bool:
     model = model.to(device, memory_format=torch.channels_last)
     precision = choose_precision("auto", device)
     scores, _ = score(model, info, test, precision)
-    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
-    print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{SHIPPED_RUN.name})")
+    shipped = SHIPPED_RUNS[-1]
+    recorded = json.loads((shipped / "metrics.json").read_text())["half_precision"]
+    print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{shipped.name})")
     pairs = {
         label: (scores[name]["accuracy"], recorded[name]["accuracy"])
         for name, label in (
@@ -166,6 +175,9 @@ def on_custom_set(model: ResNet, info: dict, test: ImageSet, precision: str) -> 
     """Accuracy now and as recorded in results/shift, with the channel statistics of the published run's custom set:
     without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text())
+    if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
+        print("  results/shift was measured with other weights, nothing to compare: see results/ablation.py")
+        return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
     pairs = {}

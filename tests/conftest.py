@@ -1,18 +1,19 @@
-import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from cifar_lib.data import ImageSet, generate_stand_in, load_cifar10
+from cifar_lib.data import ImageSet, find_cifar10, generate_stand_in, load_cifar10
 
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other: ten times slower on busy cores
 
 
 @pytest.fixture(scope="session")
 def cifar10() -> tuple[ImageSet, ImageSet]:
-    if not os.environ.get("CIFAR10_ROOT"):
-        pytest.skip("needs real CIFAR-10: CIFAR10_ROOT is unset")
-    return load_cifar10()
+    home = Path(__file__).parent.parent / "data"
+    if find_cifar10(home=home) is None:
+        pytest.skip("needs real CIFAR-10: it is not in CIFAR10_ROOT, data/ or Kaggle's input folder")
+    return load_cifar10(home=home)
 
 
 @pytest.fixture(scope="session")

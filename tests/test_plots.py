@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -17,6 +18,13 @@ BINS = {
     "confidence": np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
     "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
 }
+MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
+TRIALS = pd.DataFrame(
+    {
+        **{"number": [0, 1, 2], "accuracy": [0.3, 0.2, 0.4], "complete": [True, False, True]},
+        **{"momentum": [0.9, 0.8, 0.95], "shape": ["3,4,3", "2,2,2", "3,4,3"], "batch_size": [128, 64, 64]},
+    }
+)
 FIGURES = {
     "image_grid": lambda: plots.image_grid(PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"),
     "class_counts": lambda: plots.class_counts({"train": range(10), "test": range(10)}, "T"),
@@ -31,6 +39,9 @@ FIGURES = {
     "empty gallery": lambda: plots.gallery(PICTURES[:0], [], "T"),
     "reliability_diagram": lambda: plots.reliability_diagram(BINS, 0.1, "T"),
     "intervals": lambda: plots.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
+    "severity_maps": lambda: plots.severity_maps({"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}),
+    "search_history": lambda: plots.search_history(TRIALS, {"momentum": 0.7, "batch_size": 0.3}, "T"),
+    "search_slices": lambda: plots.search_slices(TRIALS, ["momentum", "shape"], "T", logarithmic=["momentum"]),
 }
 
 

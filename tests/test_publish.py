@@ -11,7 +11,7 @@ import torch
 from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
-from cifar_lib.model import load_model
+from cifar_lib.model import SHIPPED, load_model
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import shifted
 from cifar_lib.train import fit
@@ -65,8 +65,19 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
     assert not list(script.WEIGHTS.iterdir())
     spread = abs(scores[0] - scores[1]) / 2**0.5
     assert script.over_seeds("quick") == f"quick, 1 epochs, seed 0, 1: {sum(scores) / 2:.2f}% ± {spread:.2f}%"
+    older = script.RESULTS / "quick-seed0" / "config.json"  # from before there was a `start`
+    older.write_text(json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "start"}))
+    assert len(script.over_seeds("quick").splitlines()) == 1
     script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
     assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration is no other seed"
+
+
+def test_the_records_of_another_run_are_not_overwritten(script, tmp_path, cifar10):
+    script.publish(trained(tmp_path / "a", cifar10, 0))
+    records = {file.name: file.read_bytes() for file in (script.RESULTS / "quick-seed0").iterdir()}
+    with pytest.raises(InputError, match="quick-seed0 holds the records of another run"):
+        script.publish(trained(tmp_path / "b", cifar10, 0, learning_rate="0.01"))
+    assert {file.name: file.read_bytes() for file in (script.RESULTS / "quick-seed0").iterdir()} == records
 
 
 def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10, stand_in):
@@ -81,7 +92,7 @@ def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10
 def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch, capsys, cifar10):
     test = cifar10[1][:30]
     monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))
-    monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
+    monkeypatch.setattr(script, "SHIPPED_RUNS", (tmp_path,))
     monkeypatch.setattr(script, "SHIFT", tmp_path)
     model, info = load_model("pretrained")
     scores, _ = script.score(model, info, test)
@@ -91,9 +102,13 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
     plain, normalized = (
         accuracy(predict(model, moved, *mean_std), test.labels) for mean_std in ((info["mean"], info["std"]), own)
     )
+    shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     for recorded in (normalized, normalized - 0.1):
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
-        verdict = {"default": {"adapt": "normalize", "tta": "none"}, "custom": ways}
+        verdict = {"default": {"adapt": "normalize", "tta": "none"}, "custom": ways, "weights": {"sha256": shipped}}
         (tmp_path / "verdict.json").write_text(json.dumps(verdict))
         assert script.check() == (recorded == normalized)
     assert f"custom set, normalize, views none              {normalized:.2%}" in capsys.readouterr().out
+    (tmp_path / "verdict.json").write_text(json.dumps(verdict | {"weights": {"sha256": "another"}}))
+    assert script.check(), "the shifts were measured with other weights: no comparison, no complaint"
+    assert "measured with other weights" in capsys.readouterr().out
