@@ -1,6 +1,8 @@
-"""Arrays in, Figure out, in one look. Colours are Okabe and Ito's, told apart by the colour-blind and in grey print."""
+"""Arrays in, Figure out, in one look. Colours are Okabe and Ito's, told apart by the colour-blind and in grey print;
+grey stands in the place of their yellow, which is hard to see on white."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
 STYLE = {
     "axes.grid": True,
@@ -164,10 +166,11 @@ def curves(
     """
     figure, axes = _figure(size=(7.5, 4))
     ax = axes[0, 0]
-    greys = iter(("#444444", "#888888", "#bbbbbb"))
+    greys, markers = iter(("#444444", "#888888", "#bbbbbb")), itertools.cycle("osD^vPX*")
     for name, (x, y) in series.items():
         published = name.endswith("(published)")
-        look = {"color": next(greys), "linestyle": "--"} if published else {"marker": "o" if len(x) < 12 else None}
+        dots = {"marker": next(markers)} if len(x) < 12 else {}
+        look = {"color": next(greys), "linestyle": "--"} if published else dots
         ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     top = 1.3 * max((max(y) for name, (_, y) in series.items() if name.endswith("(published)")), default=np.inf)
@@ -219,6 +222,7 @@ def confusion(matrices: Mapping[str, np.ndarray], kind: str, title: str) -> Figu
         ax.set_xticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=45, ha="right")
         ax.set_yticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=0)
         ax.set(title=name, xlabel="predicted", ylabel="true")
+        ax.grid(False)
     return figure
 
 
@@ -315,7 +319,7 @@ def intervals(values: Mapping[str, tuple[float, float, float]], title: str, xlab
     ax.set_yticks(range(len(values)), values.keys())
     ax.invert_yaxis()
     ax.margins(y=0.25)
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.set(title=title, xlabel=xlabel)
     return figure
 

@@ -3,12 +3,14 @@
     python results/publish.py RUN_DIRECTORY
     python results/publish.py --check
 
-The first writes results/<recipe>-seed<k>/ and says what the recipe's seeds come to. Of seed 42, which was chosen before
+The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as ...-<n>-epochs) and says
+what the recipe's seeds come to. Of seed 42, which was chosen before
 any was run, it also writes cifar_lib/weights/<recipe>.safetensors, convolutions in half precision, with its line in
 SHA256SUMS. The second changes nothing, and is the end of `make run`.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -54,9 +56,6 @@ def publish(run: Path) -> dict:
     metrics = json.loads((run / "metrics.json").read_text())
     if metrics["data"] != REAL:
         raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
-    folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
-    if folder.is_dir() and _config(folder) != _config(run):
-        raise InputError(f"publish: {folder} holds the records of another run: give that folder another name first")
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
@@ -70,6 +69,10 @@ def publish(run: Path) -> dict:
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
     metrics["half_precision"] = sizes | scores
 
+    folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
+    if folder.is_dir() and _config(folder) != _config(run):  # another run's, which are kept
+        epochs = json.loads((folder / "metrics.json").read_text())["epochs"]
+        folder.rename(_unused(folder.with_name(f"{folder.name}-{epochs}-epochs")))
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
         shutil.copyfile(run / name, folder / name)
@@ -96,6 +99,12 @@ def over_seeds(recipe: str) -> str:
         mean = statistics.mean(scores.values())
         lines.append(f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}")
     return "\n".join(lines)
+
+
+def _unused(path: Path) -> Path:
+    """`path`, or with a number at its end where there is something already."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _config(folder: Path) -> dict:

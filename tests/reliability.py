@@ -11,7 +11,6 @@ import hashlib
 import io
 import os
 import pickle
-import platform
 import random
 import shutil
 import signal
@@ -38,6 +37,7 @@ from cifar_lib import cli, kaggle  # noqa: E402
 from cifar_lib.checkpoint import RunDirectory  # noqa: E402
 from cifar_lib.data import generate_stand_in  # noqa: E402
 from cifar_lib.errors import InputError  # noqa: E402
+from cifar_lib.hardware import describe  # noqa: E402
 
 DATA = generate_stand_in(70, 30)
 SETTINGS = "blocks=1 channels=16 batch_size=16 epochs=4 warmup_epochs=1 learning_rate=0.02 ema_decay=0.9"
@@ -583,13 +583,14 @@ def main() -> int:
 
 
 def write(rows: list[Row], minutes: float, options: argparse.Namespace) -> None:
-    machine = f"{len(os.sched_getaffinity(0))} cores, {torch.backends.cpu.get_cpu_capability()}"
+    where = describe(torch.device("cpu"))
+    machine = f"{where['cpu_cores']} cores, {torch.backends.cpu.get_cpu_capability()}"
     flags = f" --kills {options.kills}" + " --notebooks" * options.notebooks + f" --seed {options.seed}"
     text = f"""# Reliability
 
 Faults on purpose, and what became of them. Made by `python tests/reliability.py{flags} --write`
-in {minutes:.0f} minutes ({machine}, Python {platform.python_version()}, torch {torch.__version__});
-a broken promise stops it, so every row held.
+in {minutes:.0f} minutes ({machine}, Python {where["python"]}, torch {where["torch"]}) at commit
+{where["commit"]}; a broken promise stops it, so every row held.
 
 The runs are of a network of one block on generated images: 4 epochs of 4 steps, with averaged weights, validation and
 test set evaluated each epoch. Bytes are compared: checkpoints, history, metrics, weights.

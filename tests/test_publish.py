@@ -72,12 +72,14 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
     assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration is no other seed"
 
 
-def test_the_records_of_another_run_are_not_overwritten(script, tmp_path, cifar10):
-    script.publish(trained(tmp_path / "a", cifar10, 0))
-    records = {file.name: file.read_bytes() for file in (script.RESULTS / "quick-seed0").iterdir()}
-    with pytest.raises(InputError, match="quick-seed0 holds the records of another run"):
-        script.publish(trained(tmp_path / "b", cifar10, 0, learning_rate="0.01"))
-    assert {file.name: file.read_bytes() for file in (script.RESULTS / "quick-seed0").iterdir()} == records
+def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
+    runs = [trained(tmp_path / f"{i}", cifar10, 0, learning_rate=f"0.0{i}") for i in (1, 2, 3)]
+    for run in (*runs, runs[-1]):  # the last one twice
+        script.publish(run)
+    names = ("quick-seed0-1-epochs", "quick-seed0-1-epochs-2", "quick-seed0")
+    assert sorted(folder.name for folder in script.RESULTS.iterdir()) == sorted(names)
+    for run, name in zip(runs, names, strict=True):
+        assert (script.RESULTS / name / "config.json").read_bytes() == (run / "config.json").read_bytes()
 
 
 def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10, stand_in):
