@@ -46,13 +46,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = str(error).split(". ")[0]
         print(f"error: {reason}: use --device cpu, or train with a smaller --set batch_size", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
-        return 143 if isinstance(interrupt, _Terminated) else 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
         return 128 + signal.SIGPIPE
+    except BaseException as error:
+        interrupt = _interrupt_behind(error)
+        if interrupt is None:
+            raise
+        print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
+        return 143 if isinstance(interrupt, _Terminated) else 130
     return 0
+
+
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that `error` is or comes from: one that arrives while C code runs can end as a SystemError."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 class _Terminated(KeyboardInterrupt):

@@ -290,6 +290,15 @@ def test_a_training_whose_reader_goes_away_is_no_success(monkeypatch, failing):
     assert cli.main(failing(BrokenPipeError())) == 128 + signal.SIGPIPE
 
 
+def test_an_interrupt_inside_c_code_is_one_too(capsys, failing):
+    error = SystemError("a function returned a result with an exception set")
+    error.__cause__ = KeyboardInterrupt()
+    assert cli.main(failing(error)) == 130
+    assert capsys.readouterr().err == "\ninterrupted: the same command goes on from the last finished epoch\n"
+    with pytest.raises(SystemError):
+        cli.main(failing(SystemError("another one")))
+
+
 def test_a_full_gpu_is_one_line(capsys, failing):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
     assert "error: CUDA out of memory: use --device cpu, or" in mistake(capsys, *failing(error))
@@ -318,6 +327,6 @@ def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path
     assert process.stdout.readline().startswith("epoch 1/")
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "goes on" in err and "Traceback" not in err
+    assert process.returncode == code and "goes on" in err and "Traceback" not in err, err
     assert RunDirectory(tmp_path / "run").load()["epoch"] >= 1
     assert not list((tmp_path / "run").glob(".*.tmp"))
