@@ -1,6 +1,7 @@
 // The 3x3 convolution (stride 1, padding 1) by Winograd's F(4x4, 3x3), float32: see winograd.py. Images are NHWC.
 // A tile is 4x4 outputs, made from 6x6 inputs; its 36 transformed values are multiplied by 36 transformed weights, each
-// a matrix product over channels. Images are taken a few at a time, so that their tiles stay in the cache.
+// a matrix product over channels. Each thread takes a share of the images, and of these a few at a time, so that their
+// tiles stay in the cache: threads that met after every step would wait where another process has one of the cores.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,8 +11,7 @@
 
 namespace {
 
-constexpr int64_t CACHE = 2'400'000;  // bytes of transformed tiles at a time
-constexpr int64_t GRAIN = 8;          // tiles a thread takes at least
+constexpr int64_t CACHE = 2'400'000;  // bytes of transformed tiles at a time, for each thread
 
 // Images a..b of (N, H, W, C) and their tiles.
 struct Part {
@@ -21,13 +21,11 @@ struct Part {
   // action(t, n, i, j): tile t covers the outputs from row i and column j on of image n.
   template <class Action>
   void each_tile(Action action) const {
-    at::parallel_for(0, tiles(), GRAIN, [&](int64_t from, int64_t to) {
-      std::vector<float> buffer(36 * C);
-      for (int64_t t = from; t < to; t++) {
-        int64_t down = t / (W / 4);
-        action(t, a + down / (H / 4), down % (H / 4) * 4, t % (W / 4) * 4, buffer.data());
-      }
-    });
+    std::vector<float> buffer(36 * C);
+    for (int64_t t = 0; t < tiles(); t++) {
+      int64_t down = t / (W / 4);
+      action(t, a + down / (H / 4), down % (H / 4) * 4, t % (W / 4) * 4, buffer.data());
+    }
   }
 };
 
@@ -117,13 +115,13 @@ void transform_gradients(const float* dy, const Part& part, float* M) {
   });
 }
 
-// action(a, b, V, M): images a..b, with room for the tiles of both sides.
+// action(a, b, V, M): images a..b of from..to, with room for the tiles of both sides.
 template <class Action>
-void each_part(int64_t N, int64_t tiles, int64_t C, int64_t K, const at::TensorOptions& options, Action action) {
-  int64_t images = std::clamp<int64_t>(CACHE / (36 * tiles * std::max(C, K) * sizeof(float)), 1, N);
+void each_part(int64_t from, int64_t to, int64_t tiles, int64_t C, int64_t K, const at::TensorOptions& options, Action action) {
+  int64_t images = std::clamp<int64_t>(CACHE / (36 * tiles * std::max(C, K) * sizeof(float)), 1, to - from);
   at::Tensor inputs = at::empty({36 * images * tiles * C}, options), outputs = at::empty({36 * images * tiles * K}, options);
-  for (int64_t a = 0; a < N; a += images) {
-    int64_t b = std::min(N, a + images), T = (b - a) * tiles;
+  for (int64_t a = from; a < to; a += images) {
+    int64_t b = std::min(to, a + images), T = (b - a) * tiles;
     action(a, b, inputs.narrow(0, 0, 36 * T * C).view({36, T, C}), outputs.narrow(0, 0, 36 * T * K).view({36, T, K}));
   }
 }
@@ -132,10 +130,12 @@ void each_part(int64_t N, int64_t tiles, int64_t C, int64_t K, const at::TensorO
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& U) {
   int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = U.size(2);
   at::Tensor y = at::empty({N, H, W, K}, x.options());
-  each_part(N, H * W / 16, C, K, x.options(), [&](int64_t a, int64_t b, at::Tensor V, at::Tensor M) {
-    transform_inputs(x.const_data_ptr<float>(), {a, b, H, W, C}, V.mutable_data_ptr<float>());
-    at::bmm_out(M, V, U);
-    transform_outputs(M.const_data_ptr<float>(), {a, b, H, W, K}, y.mutable_data_ptr<float>());
+  at::parallel_for(0, N, 1, [&](int64_t from, int64_t to) {
+    each_part(from, to, H * W / 16, C, K, x.options(), [&](int64_t a, int64_t b, at::Tensor V, at::Tensor M) {
+      transform_inputs(x.const_data_ptr<float>(), {a, b, H, W, C}, V.mutable_data_ptr<float>());
+      at::bmm_out(M, V, U);
+      transform_outputs(M.const_data_ptr<float>(), {a, b, H, W, K}, y.mutable_data_ptr<float>());
+    });
   });
   return y;
 }
@@ -143,13 +143,16 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& U) {
 // x (N, H, W, C), gradient dy (N, H, W, K) -> gradient of the transformed weights (36, C, K)
 at::Tensor weight_gradient(const at::Tensor& x, const at::Tensor& dy) {
   int64_t N = x.size(0), H = x.size(1), W = x.size(2), C = x.size(3), K = dy.size(3);
-  at::Tensor dU = at::zeros({36, C, K}, x.options());
-  each_part(N, H * W / 16, C, K, x.options(), [&](int64_t a, int64_t b, at::Tensor V, at::Tensor M) {
-    transform_inputs(x.const_data_ptr<float>(), {a, b, H, W, C}, V.mutable_data_ptr<float>());
-    transform_gradients(dy.const_data_ptr<float>(), {a, b, H, W, K}, M.mutable_data_ptr<float>());
-    dU.baddbmm_(V.transpose(1, 2), M);
+  at::Tensor dU = at::zeros({at::get_num_threads(), 36, C, K}, x.options());  // a sum for each thread
+  at::parallel_for(0, N, 1, [&](int64_t from, int64_t to) {
+    at::Tensor own = dU[at::get_thread_num()];
+    each_part(from, to, H * W / 16, C, K, x.options(), [&](int64_t a, int64_t b, at::Tensor V, at::Tensor M) {
+      transform_inputs(x.const_data_ptr<float>(), {a, b, H, W, C}, V.mutable_data_ptr<float>());
+      transform_gradients(dy.const_data_ptr<float>(), {a, b, H, W, K}, M.mutable_data_ptr<float>());
+      own.baddbmm_(V.transpose(1, 2), M);
+    });
   });
-  return dU;
+  return dU.sum(0);
 }
 
 }  // namespace
