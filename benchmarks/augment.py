@@ -2,14 +2,24 @@
 
     python benchmarks/augment.py [--device cuda] [--json]
 
-Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both have one thread.
+Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both
+have one thread.
 """
 
 import statistics
 import time
 
 import torch
-from bench import hardware, parse, peak_memory, publish, ratio, reset_peak_memory, synchronize, training_images
+from bench import (
+    hardware,
+    parse,
+    peak_memory,
+    publish,
+    ratio,
+    reset_peak_memory,
+    synchronize,
+    training_images,
+)
 from published import Pictures
 
 from cifar_lib.augment import Policy, augment, draw
@@ -52,11 +62,24 @@ def main() -> None:
         rates["ours"].append(ours_n / (time.perf_counter() - start))
         extra = max(extra, peak_memory(device) - before)
     measured = {name: values[1:] for name, values in rates.items()}
-    rows = [{"loop": name, "images_per_second": statistics.median(values)} for name, values in measured.items()]
-    result = {"hardware": hardware(device), "threads": torch.get_num_threads(), "rounds": arguments.rounds}
-    result |= {"images": {"published": theirs_n, "ours": ours_n}, "extra_memory_gb": extra, "rows": rows}
+    rows = [
+        {"loop": name, "images_per_second": statistics.median(values)}
+        for name, values in measured.items()
+    ]
+    result = {
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "rounds": arguments.rounds,
+    }
+    result |= {
+        "images": {"published": theirs_n, "ours": ours_n},
+        "extra_memory_gb": extra,
+        "rows": rows,
+    }
     publish(
-        "augment", {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured}, arguments
+        "augment",
+        {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured},
+        arguments,
     )
 
 

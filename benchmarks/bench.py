@@ -1,4 +1,5 @@
-"""What the benchmarks share: options, the machine they ran on, peaks of memory and arithmetic, tables and files."""
+"""What the benchmarks share: options, the machine they ran on, peaks of memory and arithmetic,
+tables and files."""
 
 import argparse
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the scripts run without an installation
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # so that the scripts run without an installation
 
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, generate_stand_in, load_cifar10
@@ -20,7 +23,9 @@ from cifar_lib.errors import InputError
 from cifar_lib.hardware import DTYPES, choose_device, describe
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
-FLOP_PER_IMAGE = 3 * 2 * 769.05e6  # forward and twice that backward, two for a multiply-add; a training image
+FLOP_PER_IMAGE = (
+    3 * 2 * 769.05e6
+)  # forward and twice that backward, two for a multiply-add; a training image
 
 
 def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.device]:
@@ -29,7 +34,9 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--rounds", type=int, default=rounds, help="after one to warm up")
     parser.add_argument("--json", action="store_true", help="print the object that is written")
-    parser.add_argument("--dry-run", action="store_true", help="one round on few images, and nothing is written")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="one round on few images, and nothing is written"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.rounds < 1:
@@ -41,7 +48,8 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
 
 
 def training_images(n: int) -> ImageSet:
-    """The first n, of CIFAR-10 where it is, else generated: speed doesn't depend on what they show."""
+    """The first n, of CIFAR-10 where it is, else generated: speed doesn't depend on what they
+    show."""
     try:
         return load_cifar10(download=False)[0][slice(n)]
     except InputError:
@@ -84,7 +92,9 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "linux":
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+        return (
+            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9
+        )
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
@@ -96,7 +106,10 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
 def publish(name: str, result: dict, arguments: argparse.Namespace) -> None:
     """Write the result under the hardware's name, and print it."""
     machine = result["hardware"]
-    label = machine["gpu"] or f"{machine['cpu']} {machine['cpu_cores']} cores {machine['cpu_instructions']}"
+    label = (
+        machine["gpu"]
+        or f"{machine['cpu']} {machine['cpu_cores']} cores {machine['cpu_instructions']}"
+    )
     path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}.json"
     if not arguments.dry_run:
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())

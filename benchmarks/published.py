@@ -52,12 +52,17 @@ class PublishedLoop:
     def __init__(self, train: ImageSet, device: torch.device):
         torch.manual_seed(42)
         self.device, self.model = device, ResNet().to(device)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
+        )
         on_gpu = device.type == "cuda"
-        self.loader = DataLoader(Pictures(train), batch_size=128, shuffle=True, num_workers=2, pin_memory=on_gpu)
+        self.loader = DataLoader(
+            Pictures(train), batch_size=128, shuffle=True, num_workers=2, pin_memory=on_gpu
+        )
 
     def __call__(self) -> float:
-        """Images a second from the end of the first step on, so that starting the workers doesn't count."""
+        """Images a second from the end of the first step on, so that starting the workers doesn't
+        count."""
         steps = self._steps()
         next(steps)
         start = time.perf_counter()

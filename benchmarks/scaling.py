@@ -2,8 +2,8 @@
 
     python benchmarks/scaling.py [--device cuda] [--json]
 
-Each row multiplies one of them and fits time = constant x factor^exponent: 1 is proportional. A layer's multiply-adds
-grow with the square of the width.
+Each row multiplies one of them and fits time = constant x factor^exponent: 1 is proportional. A
+layer's multiply-adds grow with the square of the width.
 """
 
 import time
@@ -46,7 +46,13 @@ def main() -> None:
     factors = (1, 2) if arguments.dry_run else (1, 2, 4)
     train = training_images(images * max(factors)).to(device)
     precision = choose_precision("auto", device)
-    base = recipe("report", epochs=1, batch_size=batch, precision=precision, channels=(width, 2 * width, 4 * width))
+    base = recipe(
+        "report",
+        epochs=1,
+        batch_size=batch,
+        precision=precision,
+        channels=(width, 2 * width, 4 * width),
+    )
     base = replace(base, step="graph" if device.type == "cuda" else "plain")
     rows = []
     for what in ("images", "epochs", "width"):
@@ -59,8 +65,20 @@ def main() -> None:
             n = images * factor if what == "images" else images
             times.append(seconds(train[slice(n)], config, device, arguments.rounds))
         exponent = float(np.polyfit(np.log(factors), np.log(times), 1)[0])
-        rows.append({"what": what, **{f"x{f}_s": t for f, t in zip(factors, times, strict=True)}, "exponent": exponent})
-    start = {"images": images, "batch_size": batch, "blocks": base.blocks, "step": base.step, "precision": precision}
+        rows.append(
+            {
+                "what": what,
+                **{f"x{f}_s": t for f, t in zip(factors, times, strict=True)},
+                "exponent": exponent,
+            }
+        )
+    start = {
+        "images": images,
+        "batch_size": batch,
+        "blocks": base.blocks,
+        "step": base.step,
+        "precision": precision,
+    }
     publish("scaling", {"hardware": hardware(device), **start, "rows": rows}, arguments)
 
 

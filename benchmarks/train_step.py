@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--device cuda] [--json]
 
-The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read after every step.
-Ours: the same network, loss, optimizer and distribution of images, in the precision and the kind of step that `fit`
-takes for 60 epochs; the other kinds of step beside it.
+The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read
+after every step. Ours: the same network, loss, optimizer and distribution of images, in the
+precision and the kind of step that `fit` takes for 60 epochs; the other kinds of step beside it.
 """
 
 import statistics
@@ -52,12 +52,18 @@ class Ours:
 
 def main() -> None:
     arguments, device = parse(__doc__, rounds=5)
-    n = {"cpu": (512, 512), "cuda": (12_800, 49_920)}.get(device.type, (2560, 2560))  # whole batches
+    n = {"cpu": (512, 512), "cuda": (12_800, 49_920)}.get(
+        device.type, (2560, 2560)
+    )  # whole batches
     n = (256, 256) if arguments.dry_run else n
     train = training_images(max(n))
     config = recipe("report", precision=choose_precision("auto", device))
     chosen = choose_step(config, device, 50_000)
-    kinds = ["plain", *(["graph"] if device.type == "cuda" else []), *(["compiled"] if device.type != "mps" else [])]
+    kinds = [
+        "plain",
+        *(["graph"] if device.type == "cuda" else []),
+        *(["compiled"] if device.type != "mps" else []),
+    ]
     kinds += ["winograd"] if device.type == "cpu" and config.precision == "fp32" else []
     loops = {"published": PublishedLoop(train[slice(n[0])], device)}
     loops |= {kind: Ours(train[slice(n[1])], replace(config, step=kind), device) for kind in kinds}
@@ -83,9 +89,15 @@ def main() -> None:
         }
         for name, values in measured.items()
     ]
-    result = {"hardware": hardware(device), "rounds": arguments.rounds, "images": {"published": n[0], "ours": n[1]}}
+    result = {
+        "hardware": hardware(device),
+        "rounds": arguments.rounds,
+        "images": {"published": n[0], "ours": n[1]},
+    }
     result |= {"matrix_gflops": peak / 1e9, "ours": chosen, "rows": rows, "rates": measured}
-    publish("train_step", {**result, "ratio": ratio(measured["published"], measured[chosen])}, arguments)
+    publish(
+        "train_step", {**result, "ratio": ratio(measured["published"], measured[chosen])}, arguments
+    )
 
 
 if __name__ == "__main__":

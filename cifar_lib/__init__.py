@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# Large tensors in huge pages, where Linux gives them on request: a CPU then looks up fewer addresses, and trains about
-# a tenth faster. PyTorch reads this at the process's first tensor.
+# Large tensors in huge pages, where Linux gives them on request: a CPU then looks up fewer
+# addresses, and trains about a tenth faster. PyTorch reads this at the process's first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

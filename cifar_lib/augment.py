@@ -1,8 +1,10 @@
-"""One epoch of augmentation as a pure function of (images, policy, seed, epoch), each image with its own draws.
+"""One epoch of augmentation as a pure function of (images, policy, seed, epoch), each image with
+its own draws.
 
-All random numbers of an epoch are drawn first, on the CPU, so they depend on nothing but (n, policy, seed, epoch): not
-on the device, the chunk size, workers or restarts. Then images that get the same operation are grouped and go through
-one batched kernel. The published pipeline (torchvision's transforms on PIL images) draws and computes image by image.
+All random numbers of an epoch are drawn first, on the CPU, so they depend on nothing but (n,
+policy, seed, epoch): not on the device, the chunk size, workers or restarts. Then images that get
+the same operation are grouped and go through one batched kernel. The published pipeline
+(torchvision's transforms on PIL images) draws and computes image by image.
 """
 
 import math
@@ -22,9 +24,23 @@ from torchvision.transforms.v2 import functional as kernels
 from cifar_lib.errors import InputError
 
 SIZE = 32
-CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation, which is the mean colour
+CUTOUT_FILL = (
+    125,
+    123,
+    114,
+)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation, which is the mean colour
 OP_SETS = ("none", "randaugment", "autoaugment", "trivialaugment")
-SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
+SIGNED = (
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+)
 GEOMETRIC = SIGNED[:5]
 OPS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUTO_OPS = (*OPS, "Invert")
@@ -40,7 +56,9 @@ class Policy:
     num_ops: int = 2  # operations an image goes through (RandAugment)
     magnitude: int = 9  # of 31 bins, 0 to 30 (RandAugment)
     erasing: float = 0.5  # probability of RandomErasing: a black box of 2 to 33 % of the area
-    cutout: int = 0  # side of a square of mean colour, centred anywhere (DeVries & Taylor 2017); 0: none
+    cutout: int = (
+        0  # side of a square of mean colour, centred anywhere (DeVries & Taylor 2017); 0: none
+    )
 
     def __post_init__(self):
         checks = {
@@ -54,7 +72,9 @@ class Policy:
         }
         for name, good in checks.items():
             if not good:
-                raise InputError(f"policy.{name}: {getattr(self, name)!r} is out of range (ops: one of {OP_SETS})")
+                raise InputError(
+                    f"policy.{name}: {getattr(self, name)!r} is out of range (ops: one of {OP_SETS})"
+                )
 
 
 @dataclass(frozen=True)
@@ -71,15 +91,19 @@ class Draws:
         return Draws(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
-def augment_epoch(images: Tensor, policy: Policy, seed: int, epoch: int, chunk: int = 4096) -> Tensor:
-    """All images augmented for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order, on the same device."""
+def augment_epoch(
+    images: Tensor, policy: Policy, seed: int, epoch: int, chunk: int = 4096
+) -> Tensor:
+    """All images augmented for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order, on
+    the same device."""
     draws = draw(len(images), policy, seed, epoch)
     parts = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
     return torch.cat([augment(images[part], policy, draws[part]) for part in parts])
 
 
 def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
-    """Images with their draws applied: crop, flip, operations, erasing, Cutout; uint8 (n, 3, 32, 32) -> the same."""
+    """Images with their draws applied: crop, flip, operations, erasing, Cutout; uint8 (n, 3, 32,
+    32) -> the same."""
     if policy.crop_padding:
         images = crop(images, draws.offsets, policy.crop_padding)
     if policy.flip:
@@ -111,19 +135,23 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     )
 
 
-# Operations: RandAugment (arXiv:1909.13719), AutoAugment for CIFAR-10 (1805.09501), TrivialAugmentWide (2103.10158)
+# Operations: RandAugment (arXiv:1909.13719), AutoAugment for CIFAR-10 (1805.09501),
+# TrivialAugmentWide (2103.10158)
 
 
 def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
-    """The distinct (name, magnitude) pairs that images of this policy may go through; Draws.ops counts in it."""
+    """The distinct (name, magnitude) pairs that images of this policy may go through; Draws.ops
+    counts in it."""
     return _operation_table(policy.ops, policy.magnitude)[0]
 
 
 @lru_cache
 def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float], ...], Tensor]:
-    """All distinct (name, magnitude) pairs, and int64 (names, bins, 2) that leads from (name, bin, sign) into them.
+    """All distinct (name, magnitude) pairs, and int64 (names, bins, 2) that leads from (name, bin,
+    sign) into them.
 
-    RandAugment uses one bin of its 31, which leaves 23 pairs: 14 operations, 9 of them with two signs.
+    RandAugment uses one bin of its 31, which leaves 23 pairs: 14 operations, 9 of them with two
+    signs.
     """
     names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
     used = [magnitude] if ops == "randaugment" else range(bins)
@@ -141,8 +169,9 @@ def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float],
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
     """What each magnitude bin of an operation means, as torchvision has it for 32x32 images.
 
-    Shear: the tangent of the angle; Translate: pixels; Rotate: degrees; Brightness to Sharpness: change of the
-    factor 1; Posterize: bits kept; Solarize: threshold. `wide`: TrivialAugmentWide's ranges.
+    Shear: the tangent of the angle; Translate: pixels; Rotate: degrees; Brightness to Sharpness:
+    change of the factor 1; Posterize: bits kept; Solarize: threshold. `wide`: TrivialAugmentWide's
+    ranges.
     """
     top = {"Shear": (0.3, 0.99), "Translate": (150 / 331 * SIZE, 32.0), "Rotate": (30.0, 135.0)}
     if name in SIGNED:
@@ -183,22 +212,31 @@ def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
 
 
 def apply_ops(images: Tensor, table: tuple[tuple[str, float], ...], ops: Tensor) -> Tensor:
-    """Each image through its operations `table[ops[i, 0]]`, `table[ops[i, 1]]`...: uint8 (n, 3, 32, 32) -> the same."""
+    """Each image through its operations `table[ops[i, 0]]`, `table[ops[i, 1]]`...: uint8 (n, 3, 32,
+    32) -> the same."""
     for slot in ops.unbind(1):
         order = slot.argsort(stable=True)
         counts = torch.bincount(slot, minlength=len(table)).tolist()
         groups = images.index_select(0, order.to(images.device)).split(counts)
-        done = [apply_op(group, *pair) for group, pair in zip(groups, table, strict=True) if len(group)]
-        # Two gathers of whole images are ten times faster on a CPU than a gather and a scatter for each group.
-        images = torch.cat(done).index_select(0, order.argsort().to(images.device)) if done else images
+        done = [
+            apply_op(group, *pair) for group, pair in zip(groups, table, strict=True) if len(group)
+        ]
+        # Two gathers of whole images are ten times faster on a CPU than a gather and a scatter for
+        # each group.
+        images = (
+            torch.cat(done).index_select(0, order.argsort().to(images.device)) if done else images
+        )
     return images
 
 
 def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """One operation at one magnitude on all images: uint8 (n, 3, 32, 32) -> the same; nearest pixel, black outside."""
+    """One operation at one magnitude on all images: uint8 (n, 3, 32, 32) -> the same; nearest
+    pixel, black outside."""
     if name in GEOMETRIC:
         source = _source_pixels(name, magnitude).to(images.device)
-        return _gather_pixels(images, source.clamp(min=0)).mul_((source >= 0).to(torch.uint8).view(SIZE, SIZE))
+        return _gather_pixels(images, source.clamp(min=0)).mul_(
+            (source >= 0).to(torch.uint8).view(SIZE, SIZE)
+        )
     colour: dict[str, Callable[[], Tensor]] = {
         "Identity": lambda: images,
         "Brightness": lambda: kernels.adjust_brightness(images, 1 + magnitude),
@@ -219,14 +257,17 @@ def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
 def _gather_pixels(images: Tensor, source: Tensor) -> Tensor:
     """Pixel `source[k]` of every image as its pixel k: int64 (1024,)."""
     # gather with an expanded index: four times faster on a CPU than indexing
-    return images.flatten(2).gather(2, source.expand(*images.shape[:2], SIZE * SIZE)).view_as(images)
+    return (
+        images.flatten(2).gather(2, source.expand(*images.shape[:2], SIZE * SIZE)).view_as(images)
+    )
 
 
 @lru_cache(maxsize=512)
 def _source_pixels(name: str, magnitude: float) -> Tensor:
     """Where each of the 1024 pixels of a moved image comes from, -1 for outside: int64 (1024,).
 
-    The map is torchvision's own PIL operation on an image of pixel numbers, so the result is PIL's to the last pixel.
+    The map is torchvision's own PIL operation on an image of pixel numbers, so the result is PIL's
+    to the last pixel.
     """
     numbers = Image.fromarray(np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE))
     if name == "Rotate":
@@ -237,7 +278,9 @@ def _source_pixels(name: str, magnitude: float) -> Tensor:
         shear = [a * degrees if name.startswith("Shear") else 0.0 for a in axis]
         translate = [a * int(magnitude) if name.startswith("Translate") else 0 for a in axis]
         centre = [0, 0] if name.startswith("Shear") else None
-        moved = pil.affine(numbers, angle=0.0, translate=translate, scale=1.0, shear=shear, center=centre)
+        moved = pil.affine(
+            numbers, angle=0.0, translate=translate, scale=1.0, shear=shear, center=centre
+        )
     return torch.from_numpy(np.array(moved)).long().flatten() - 1
 
 
@@ -247,23 +290,38 @@ def _source_pixels(name: str, magnitude: float) -> Tensor:
 def adjust_contrast(images: Tensor, factor: float) -> Tensor:
     """PIL's Contrast: away from or towards the image's mean grey: uint8 (n, 3, H, W) -> the same.
 
-    PIL rounds that mean to a whole grey level; torchvision's tensor kernel does not and is two levels off at factor 2.
+    PIL rounds that mean to a whole grey level; torchvision's tensor kernel does not and is two
+    levels off at factor 2.
     """
-    grey = kernels.rgb_to_grayscale(images).flatten(1).float().mean(1).add_(0.5).floor_().view(-1, 1, 1, 1)
+    grey = (
+        kernels.rgb_to_grayscale(images)
+        .flatten(1)
+        .float()
+        .mean(1)
+        .add_(0.5)
+        .floor_()
+        .view(-1, 1, 1, 1)
+    )
     return images.float().sub_(grey).mul_(factor).add_(grey).clamp_(0, 255).to(torch.uint8)
 
 
 def sharpen(images: Tensor, factor: float) -> Tensor:
-    """PIL's Sharpness: away from (factor > 1) or towards a 3x3 smoothed image: uint8 (n, 3, 32, 32) -> the same.
+    """PIL's Sharpness: away from (factor > 1) or towards a 3x3 smoothed image: uint8 (n, 3, 32, 32)
+    -> the same.
 
-    The smoothing kernel is (1 1 1, 1 5 1, 1 1 1) / 13, the border stays. The sums run over whole images laid out as
-    rows of 1024 pixels, in whole numbers; what wraps around falls on the border and is dropped.
+    The smoothing kernel is (1 1 1, 1 5 1, 1 1 1) / 13, the border stays. The sums run over whole
+    images laid out as rows of 1024 pixels, in whole numbers; what wraps around falls on the border
+    and is dropped.
     """
     rows = images.reshape(-1, SIZE * SIZE).to(torch.int16)
     columns = (rows[:, : -2 * SIZE] + rows[:, SIZE:-SIZE]).add_(rows[:, 2 * SIZE :])
-    box = (columns[:, :-2] + columns[:, 1:-1]).add_(columns[:, 2:])  # around pixels 33, 34 ... of the image
+    box = (columns[:, :-2] + columns[:, 1:-1]).add_(
+        columns[:, 2:]
+    )  # around pixels 33, 34 ... of the image
     inner = rows[:, SIZE + 1 : -SIZE - 1]
-    smooth = box.add_(inner, alpha=4).float().add_(6.5).mul_(1 / 13).floor_()  # (box + 4 inner + 6) // 13
+    smooth = (
+        box.add_(inner, alpha=4).float().add_(6.5).mul_(1 / 13).floor_()
+    )  # (box + 4 inner + 6) // 13
     sharp = smooth.lerp_(inner.float(), factor).clamp_(0, 255).to(torch.uint8)
     out = images.clone()
     out[..., 1:-1, 1:-1] = F.pad(sharp, (0, 2)).view(*images.shape[:2], SIZE - 2, SIZE)[..., :-2]
@@ -293,11 +351,18 @@ def equalize(images: Tensor) -> Tensor:
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """A 32x32 window at `offsets` int64 (n, 2) of each image padded with `padding` black pixels on every side."""
-    windows = F.pad(images, (padding,) * 4).unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (n, 3, 2p+1, 2p+1, 32, 32) view
+    """A 32x32 window at `offsets` int64 (n, 2) of each image padded with `padding` black pixels on
+    every side."""
+    windows = (
+        F.pad(images, (padding,) * 4).unfold(2, SIZE, 1).unfold(3, SIZE, 1)
+    )  # (n, 3, 2p+1, 2p+1, 32, 32) view
     top, left = offsets.unbind(1)
-    if images.device.type == "cpu":  # numpy copies whole rows of a window: three times as fast as torch here
-        return torch.from_numpy(windows.numpy()[np.arange(len(images)), :, top.numpy(), left.numpy()])
+    if (
+        images.device.type == "cpu"
+    ):  # numpy copies whole rows of a window: three times as fast as torch here
+        return torch.from_numpy(
+            windows.numpy()[np.arange(len(images)), :, top.numpy(), left.numpy()]
+        )
     top, left = top.to(images.device), left.to(images.device)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
@@ -311,7 +376,8 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
-    """`fill` inside each image's box (top, left, height, width) int64 (n, 4); what lies outside the image is cut."""
+    """`fill` inside each image's box (top, left, height, width) int64 (n, 4); what lies outside the
+    image is cut."""
     top, left, height, width = boxes.to(images.device)[:, :, None].unbind(1)
     pixel = torch.arange(SIZE, device=images.device)
     rows = (pixel >= top) & (pixel < top + height)  # (n, 32)
@@ -324,12 +390,15 @@ def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0))
 
 
 def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tensor:
-    """RandomErasing(p, scale=(0.02, 0.33), ratio=(0.3, 3.3)): the first of ten tries that fits, else nothing."""
+    """RandomErasing(p, scale=(0.02, 0.33), ratio=(0.3, 3.3)): the first of ten tries that fits,
+    else nothing."""
     happens = torch.rand(n, generator=generator) < probability
     area = SIZE * SIZE * torch.empty(n, 10).uniform_(0.02, 0.33, generator=generator)
     ratio = torch.empty(n, 10).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
     position = torch.rand(n, 2, generator=generator)
-    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round().long()  # (n, 10, 2)
+    sides = (
+        torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round().long()
+    )  # (n, 10, 2)
     fits = (sides < SIZE).all(2)
     side = sides[torch.arange(n), fits.int().argmax(1)]  # (n, 2): height, width
     corner = (position * (SIZE - side + 1)).long()

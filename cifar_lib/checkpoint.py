@@ -1,11 +1,10 @@
 """A run directory that survives being killed at any moment.
 
-config.json        what is trained, on which data; another one is refused
-environment.json   the hardware and versions of the last start
-history.csv        a row an epoch, accuracies as fractions; the same bytes however often the run was interrupted
-timing.csv         a row an epoch: seconds and images/s; what history.csv must leave out to be reproducible
-checkpoint.pt      everything needed to go on, with its sha256; checkpoint.previous.pt: the one before
-model.safetensors  the final weights
+config.json        what is trained, on which data; another one is refused environment.json   the
+hardware and versions of the last start history.csv        a row an epoch, accuracies as fractions;
+the same bytes however often the run was interrupted timing.csv         a row an epoch: seconds and
+images/s; what history.csv must leave out to be reproducible checkpoint.pt      everything needed to
+go on, with its sha256; checkpoint.previous.pt: the one before model.safetensors  the final weights
 metrics.json       what they score
 """
 
@@ -31,7 +30,8 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace `path` by `content`, on disk and whole, or leave it as it was; the old file becomes `keep`.
+    """Replace `path` by `content`, on disk and whole, or leave it as it was; the old file becomes
+    `keep`.
 
     Raises InputError where it can't write.
     """
@@ -63,7 +63,8 @@ def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> No
 
 
 def _second_name(path: Path, name: Path) -> None:
-    """Make `name` stand for the file at `path` too, so that at no moment there is no file at `path`."""
+    """Make `name` stand for the file at `path` too, so that at no moment there is no file at
+    `path`."""
     spare = name.with_name(f".{name.name}.tmp")
     spare.unlink(missing_ok=True)
     try:
@@ -73,13 +74,14 @@ def _second_name(path: Path, name: Path) -> None:
             shutil.copyfile(path, spare)
         os.replace(spare, name)
     finally:
-        # Also after a success: where `name` already was this very file, as after a kill at this point, rename does
-        # nothing and leaves both.
+        # Also after a success: where `name` already was this very file, as after a kill at this
+        # point, rename does nothing and leaves both.
         spare.unlink(missing_ok=True)
 
 
 class RunDirectory:
-    """The files of one training run. Use as a context manager: one process at a time may hold it."""
+    """The files of one training run. Use as a context manager: one process at a time may hold
+    it."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -93,7 +95,9 @@ class RunDirectory:
                 f"run directory: can't write into {self.path} ({error.strerror}): choose another"
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when the process dies
+            fcntl.flock(
+                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel drops it when the process dies
         except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "unknown"
@@ -139,18 +143,22 @@ class RunDirectory:
         write_atomically(self.path / name, text.getvalue().encode())
 
     def save(self, state: dict) -> None:
-        """Write `state` (nested dicts, lists, tensors, numbers, strings) as checkpoint.pt, and keep the one before."""
+        """Write `state` (nested dicts, lists, tensors, numbers, strings) as checkpoint.pt, and keep
+        the one before."""
         buffer = io.BytesIO()
         torch.save(_canonical({"format": FORMAT, **state}), buffer)
         content = buffer.getvalue()
         content += hashlib.sha256(content).digest()
-        write_atomically(self.path / "checkpoint.pt", content, keep=self.path / "checkpoint.previous.pt")
+        write_atomically(
+            self.path / "checkpoint.pt", content, keep=self.path / "checkpoint.previous.pt"
+        )
 
     def load(self) -> dict | None:
         """The newest whole checkpoint, on the CPU; None where there is none yet.
 
-        A missing or damaged one is passed over for the one before, with a warning; a damaged one is set aside as
-        checkpoint.damaged.pt, so that the next save can't make it the one before. InputError where both are damaged.
+        A missing or damaged one is passed over for the one before, with a warning; a damaged one is
+        set aside as checkpoint.damaged.pt, so that the next save can't make it the one before.
+        InputError where both are damaged.
         """
         damage: list[str] = []
         missing: list[str] = []
@@ -167,7 +175,9 @@ class RunDirectory:
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
             elif missing:  # a save never leaves it so
-                warnings.warn(f"{self.path}: {missing[0]} is missing; going on from {name}", stacklevel=2)
+                warnings.warn(
+                    f"{self.path}: {missing[0]} is missing; going on from {name}", stacklevel=2
+                )
             return state
         if damage:
             raise InputError(
@@ -191,7 +201,8 @@ def _read_checkpoint(path: Path) -> dict:
 
 
 def _canonical(value: Any) -> Any:
-    """Equal content, equal bytes: pickle writes a string again or refers back to it depending on its identity."""
+    """Equal content, equal bytes: pickle writes a string again or refers back to it depending on
+    its identity."""
     if isinstance(value, dict):
         return {_canonical(key): _canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,4 +2,5 @@
 
 
 class InputError(ValueError):
-    """An input from outside is wrong; the message says what was expected, what came and what to do, in one line."""
+    """An input from outside is wrong; the message says what was expected, what came and what to do,
+    in one line."""

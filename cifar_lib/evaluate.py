@@ -1,4 +1,5 @@
-"""From images to logits, once, and from logits to every number: accuracy, confusion, calibration, mistakes."""
+"""From images to logits, once, and from logits to every number: accuracy, confusion, calibration,
+mistakes."""
 
 import contextlib
 import itertools
@@ -18,8 +19,13 @@ from cifar_lib.hardware import autocast
 from cifar_lib.model import ResNet
 from cifar_lib.winograd import where_it_helps
 
-# Weights of each image's test-time views: itself and its mirror image, then both moved by a pixel towards two corners.
-TTA = {"none": (1.0,), "flip": (1 / 2, 1 / 2), "flip-shift": (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8)}
+# Weights of each image's test-time views: itself and its mirror image, then both moved by a pixel
+# towards two corners.
+TTA = {
+    "none": (1.0,),
+    "flip": (1 / 2, 1 / 2),
+    "flip-shift": (1 / 4, 1 / 4, 1 / 8, 1 / 8, 1 / 8, 1 / 8),
+}
 MANY_IMAGES = 500  # from here on a CPU gains by compiling its convolutions
 
 
@@ -33,14 +39,18 @@ def predict(
     tta: str = "none",
     batch_size: int | None = None,
 ) -> Tensor:
-    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean` and `std`.
+    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean`
+    and `std`.
 
-    The model computes where its weights lie, in evaluation mode. `tta`: the weighted mean of the logits over test-time
-    views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498). `batch_size`: 100 on a CPU, 1000 elsewhere.
+    The model computes where its weights lie, in evaluation mode. `tta`: the weighted mean of the
+    logits over test-time views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498).
+    `batch_size`: 100 on a CPU, 1000 elsewhere.
     """
     if tta not in TTA:
         raise ValueError(f"tta: expected one of {', '.join(TTA)}; got {tta!r}")
-    return average_views(predict_views(model, images, mean, std, precision, len(TTA[tta]), batch_size), tta)
+    return average_views(
+        predict_views(model, images, mean, std, precision, len(TTA[tta]), batch_size), tta
+    )
 
 
 @torch.inference_mode()
@@ -53,7 +63,8 @@ def predict_views(
     count: int = 6,
     batch_size: int | None = None,
 ) -> Tensor:
-    """As `predict`, the logits of the first `count` views one by one: float32 (count, N, classes)."""
+    """As `predict`, the logits of the first `count` views one by one: float32 (count, N,
+    classes)."""
     was_training = model.training
     model.eval()
     logits = [torch.empty(count, 0, len(CLASSES))]
@@ -71,8 +82,11 @@ def average_views(logits: Tensor, tta: str) -> Tensor:
     return sum(weight * view for weight, view in zip(TTA[tta], logits, strict=False))
 
 
-def fast_convolutions(model: nn.Module, images: Tensor, precision: str) -> contextlib.AbstractContextManager:
-    """The context for a pass over `images`: Winograd's convolutions where they pay for being built."""
+def fast_convolutions(
+    model: nn.Module, images: Tensor, precision: str
+) -> contextlib.AbstractContextManager:
+    """The context for a pass over `images`: Winograd's convolutions where they pay for being
+    built."""
     worth = len(images) >= MANY_IMAGES and precision == "fp32"
     return where_it_helps(next(model.parameters()).device) if worth else contextlib.nullcontext()
 
@@ -91,20 +105,31 @@ def batches(
     """
     device = next(model.parameters()).device
     batch_size = batch_size or (100 if device.type == "cpu" else 1000)
-    pieces = images.tensor_split(math.ceil(len(images) / batch_size)) if parts else images.split(batch_size)
+    pieces = (
+        images.tensor_split(math.ceil(len(images) / batch_size))
+        if parts
+        else images.split(batch_size)
+    )
     for piece in pieces:
         yield normalize(piece.to(device), mean, std)
 
 
 @torch.inference_mode()
 def features(
-    model: ResNet, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str = "fp32"
+    model: ResNet,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    precision: str = "fp32",
 ) -> Tensor:
-    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels averaged over positions."""
+    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels
+    averaged over positions."""
     was_training = model.training
     model.eval()
     rows: list[Tensor] = []
-    hook = model.pool.register_forward_hook(lambda _, __, output: rows.append(output.flatten(1).float().cpu()))
+    hook = model.pool.register_forward_hook(
+        lambda _, __, output: rows.append(output.flatten(1).float().cpu())
+    )
     try:
         with fast_convolutions(model, images, precision):
             for inputs in batches(model, images, mean, std):
@@ -132,14 +157,16 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a fraction `correct / n`: how far the accuracy of other test images may lie."""
+    """Wilson's score interval for a fraction `correct / n`: how far the accuracy of other test
+    images may lie."""
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def mcnemar(right: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> tuple[int, int, float]:
-    """Of two classifiers on the same images, bool (N,) each where they are right: images that only the first gets
-    right, those that only the reference does, and McNemar's exact p-value that both are equally often right."""
+    """Of two classifiers on the same images, bool (N,) each where they are right: images that only
+    the first gets right, those that only the reference does, and McNemar's exact p-value that both
+    are equally often right."""
     gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
     return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
@@ -150,7 +177,8 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a confusion matrix."""
+    """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a
+    confusion matrix."""
     hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     rows = zip(CLASSES, hits, true, predicted, strict=True)
     return {
@@ -175,7 +203,8 @@ def most_confused_pairs(matrix: np.ndarray, k: int = 10) -> list[tuple[str, str,
 def most_confident_mistakes(
     logits: Tensor, labels: Tensor, true: int | None = None, predicted: int | None = None
 ) -> Tensor:
-    """Positions int64 of the misclassified images, most confident first; only of the given classes where given."""
+    """Positions int64 of the misclassified images, most confident first; only of the given classes
+    where given."""
     confidence, guess = logits.softmax(1).max(1)
     labels = labels.cpu()
     wrong = guess != labels
@@ -188,10 +217,11 @@ def most_confident_mistakes(
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
-    """Equal bins of confidence in (0, 1]: `edges` (bins + 1,), and `count`, `confidence`, `accuracy` (bins,) in each.
+    """Equal bins of confidence in (0, 1]: `edges` (bins + 1,), and `count`, `confidence`,
+    `accuracy` (bins,) in each.
 
-    Means of empty bins are nan. torchmetrics puts confidence 1.0 into a bin of its own (torchmetrics#3510); here it
-    belongs to the last one.
+    Means of empty bins are nan. torchmetrics puts confidence 1.0 into a bin of its own
+    (torchmetrics#3510); here it belongs to the last one.
     """
     confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))
     edges = np.linspace(0, 1, bins + 1)
@@ -207,22 +237,26 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence| over images."""
+    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence|
+    over images."""
     r = reliability(logits, labels, bins)
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float((gaps * r["count"]).sum() / r["count"].sum())
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T that the logits, divided by it, have the smallest cross-entropy with (Guo et al. 2017): above 1 for a
-    network that is too sure of itself. Between e^-3 and e^3."""
+    """The T that the logits, divided by it, have the smallest cross-entropy with (Guo et al. 2017):
+    above 1 for a network that is too sure of itself. Between e^-3 and e^3."""
     labels = labels.cpu()
-    found = minimize_scalar(lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3))
+    found = minimize_scalar(
+        lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3)
+    )
     return math.exp(found.x)
 
 
 def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy over the k most confident images, for k = 1 to N, and the share k / N: two float64 (N,).
+    """Accuracy over the k most confident images, for k = 1 to N, and the share k / N: two float64
+    (N,).
 
     What a network that may abstain gets right of what it answers.
     """
@@ -234,13 +268,15 @@ def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.n
 
 
 def nearest(queries: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarity, position (N, k) each."""
+    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarity,
+    position (N, k) each."""
     found = (F.normalize(queries, dim=1) @ F.normalize(others, dim=1).T).topk(k, dim=1)
     return found.values, found.indices
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:
-    """Everything measured on a labelled set, ready for JSON; accuracy is a fraction, the interval Wilson's 95 %."""
+    """Everything measured on a labelled set, ready for JSON; accuracy is a fraction, the interval
+    Wilson's 95 %."""
     matrix = confusion_matrix(logits, labels)
     correct, n = int(matrix.trace()), len(labels)
     return {

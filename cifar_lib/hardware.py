@@ -1,4 +1,5 @@
-"""What the code runs on: the device, the precision it is good for, and the report's "System Specifications"."""
+"""What the code runs on: the device, the precision it is good for, and the report's "System
+Specifications"."""
 
 import ctypes
 import os
@@ -17,9 +18,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes a CUDA or Apple GPU if there is one, else the CPU. Raises InputError for one that isn't here."""
+    """`auto` takes a CUDA or Apple GPU if there is one, else the CPU. Raises InputError for one
+    that isn't here."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -30,9 +38,13 @@ def choose_device(name: str = "auto") -> torch.device:
             "use --device auto or cpu"
         ) from error
     if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"device: expected auto, cpu, cuda, cuda:N or mps; got {name!r}: use --device auto")
+        raise InputError(
+            f"device: expected auto, cpu, cuda, cuda:N or mps; got {name!r}: use --device auto"
+        )
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device, whatever the tensors' is
+        torch.cuda.set_device(
+            device
+        )  # CUDA graphs are captured on the current device, whatever the tensors' is
     if device.type == "cpu":
         _keep_freed_memory()
     return device
@@ -41,17 +53,20 @@ def choose_device(name: str = "auto") -> torch.device:
 def _keep_freed_memory() -> None:
     """Have glibc's malloc keep the memory of large tensors for the next ones.
 
-    It would give it back to the system and get it anew, page by page, for every layer: at 128 images of 32x32 that is a
-    quarter of a training step. Elsewhere than on glibc nothing happens.
+    It would give it back to the system and get it anew, page by page, for every layer: at 128
+    images of 32x32 that is a quarter of a training step. Elsewhere than on glibc nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end of memory before they are given back
+        mallopt(
+            -1, 2**31 - 1
+        )  # M_TRIM_THRESHOLD: bytes free at the end of memory before they are given back
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32."""
+    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else
+    fp32."""
     if name not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}; got {name!r}")
     if name != "auto":
@@ -68,16 +83,22 @@ def _cpu_has_bf16() -> bool:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which forward passes compute in `precision` (fp32, bf16 or fp16)."""
-    # No weight is used twice in a pass, and a CUDA graph must not remember a conversion that happened before it.
-    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False)
+    # No weight is used twice in a pass, and a CUDA graph must not remember a conversion that
+    # happened before it.
+    return torch.autocast(
+        device.type, DTYPES[precision], enabled=precision != "fp32", cache_enabled=False
+    )
 
 
 def describe(device: torch.device) -> dict[str, str | float | int | None]:
-    """The machine and the versions, as the report's System Specifications lists them; memory in GB (10^9 bytes)."""
+    """The machine and the versions, as the report's System Specifications lists them; memory in GB
+    (10^9 bytes)."""
     on_gpu = device.type == "cuda"
     return {
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 2),
         "device": str(device),
@@ -97,10 +118,15 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit this package is checked out at, `+changes` if the tree differs from it; None outside it."""
+    """The commit this package is checked out at, `+changes` if the tree differs from it; None
+    outside it."""
     here = Path(__file__)
     commands = (
-        ("ls-files", "--error-unmatch", here.name),  # installed inside another repository it is no file of that one
+        (
+            "ls-files",
+            "--error-unmatch",
+            here.name,
+        ),  # installed inside another repository it is no file of that one
         ("rev-parse", "HEAD"),
         ("status", "--porcelain", "--untracked-files=no"),
     )

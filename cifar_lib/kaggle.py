@@ -22,10 +22,12 @@ MAX_NAME = 200  # characters of an id
 
 
 def read_test_file(path: str | os.PathLike) -> ImageSet:
-    """The unlabelled images and ids of a pickled dict with `data` and `ids` (keys bytes or str); no code in it runs.
+    """The unlabelled images and ids of a pickled dict with `data` and `ids` (keys bytes or str); no
+    code in it runs.
 
-    `data`: uint8 (N, 32, 32, 3), or flat (N, 3072) with the channels one after the other, told apart by the shape.
-    `ids`: N different whole numbers or names. Raises InputError for anything else.
+    `data`: uint8 (N, 32, 32, 3), or flat (N, 3072) with the channels one after the other, told
+    apart by the shape. `ids`: N different whole numbers or names. Raises InputError for anything
+    else.
     """
     path = Path(path)
     remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
@@ -55,10 +57,15 @@ def _entry(content: object, key: str) -> Any:
 
 
 def _short(value: object) -> str:
-    """A few characters of a value that can be long: a number of a million digits takes minutes to write out."""
+    """A few characters of a value that can be long: a number of a million digits takes minutes to
+    write out."""
     if isinstance(value, (str, bytes)):
         return repr(value[:20])
-    return str(value) if isinstance(value, int) and abs(value) < 10**20 else f"a {type(value).__name__}"
+    return (
+        str(value)
+        if isinstance(value, int) and abs(value) < 10**20
+        else f"a {type(value).__name__}"
+    )
 
 
 def _images(data: object) -> torch.Tensor:
@@ -92,18 +99,27 @@ def _id(value: object) -> int | str:
         return value
     if isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable():
         return value
-    raise InputError(f"ids: expected whole numbers or names of at most {MAX_NAME} characters, got {_short(value)}")
+    raise InputError(
+        f"ids: expected whole numbers or names of at most {MAX_NAME} characters, got {_short(value)}"
+    )
 
 
 def write_submission(
-    path: str | os.PathLike, ids: Sequence[int | str], labels: Sequence[int], label_column: str = "Labels"
+    path: str | os.PathLike,
+    ids: Sequence[int | str],
+    labels: Sequence[int],
+    label_column: str = "Labels",
 ) -> None:
-    """Write `ID,<label_column>`, a row an image in the order given; checked before it replaces an existing file.
+    """Write `ID,<label_column>`, a row an image in the order given; checked before it replaces an
+    existing file.
 
-    `labels`: class numbers 0 to 9. Raises InputError, and changes nothing, where the rows are no valid submission.
+    `labels`: class numbers 0 to 9. Raises InputError, and changes nothing, where the rows are no
+    valid submission.
     """
     if not label_column or not label_column.isprintable():
-        raise InputError(f"submission: expected a column's name, got {label_column[:20]!r}: use Labels or Category")
+        raise InputError(
+            f"submission: expected a column's name, got {label_column[:20]!r}: use Labels or Category"
+        )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ID", label_column])
@@ -118,21 +134,30 @@ def _validate(content: bytes, ids: Sequence[int | str], label_column: str) -> No
     """Every id once, in order, each with a class number."""
     header, *rows = csv.reader(io.StringIO(content.decode()))
     if header != ["ID", label_column] or [row[0] for row in rows] != [str(i) for i in ids]:
-        raise InputError("submission: the ids written are not the ids asked for: use ids without control characters")
+        raise InputError(
+            "submission: the ids written are not the ids asked for: use ids without control characters"
+        )
     wrong = [row for row in rows if len(row) != 2 or row[1] not in map(str, range(len(CLASSES)))]
     if wrong or len(set(row[0] for row in rows)) != len(rows):
-        raise InputError(f"submission: expected different ids and labels 0 to 9, got {wrong[:1] or 'a repeated id'}")
+        raise InputError(
+            f"submission: expected different ids and labels 0 to 9, got {wrong[:1] or 'a repeated id'}"
+        )
 
 
 def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:
-    """A shifted test file in the competition's format, for where there is no real one; returns its images with labels.
+    """A shifted test file in the competition's format, for where there is no real one; returns its
+    images with labels.
 
-    The images of `test` in another order, with the channel statistics that the published run found in the competition's
-    images (KAGGLE_MEAN, KAGGLE_STD). The file itself holds `data` (N, 32, 32, 3) and `ids` 0 to N - 1, no labels.
+    The images of `test` in another order, with the channel statistics that the published run found
+    in the competition's images (KAGGLE_MEAN, KAGGLE_STD). The file itself holds `data` (N, 32, 32,
+    3) and `ids` 0 to N - 1, no labels.
     """
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
     shuffled = test[order]
     images = match_statistics(shuffled.images, KAGGLE_MEAN, KAGGLE_STD)
-    content = {b"data": images.permute(0, 2, 3, 1).contiguous().numpy(), b"ids": list(range(len(images)))}
+    content = {
+        b"data": images.permute(0, 2, 3, 1).contiguous().numpy(),
+        b"ids": list(range(len(images))),
+    }
     write_atomically(Path(path), pickle.dumps(content, protocol=4))
     return replace(shuffled, images=images, ids=tuple(range(len(images))))

@@ -1,4 +1,5 @@
-"""The report's network: a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of stages."""
+"""The report's network: a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of
+stages."""
 
 import hashlib
 import json
@@ -44,7 +45,8 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """3x3 stem, one stage per entry of `blocks` (each after the first halves the image), average pooling, linear.
+    """3x3 stem, one stage per entry of `blocks` (each after the first halves the image), average
+    pooling, linear.
 
     `forward` takes normalised float images (N, 3, H, W) and returns logits (N, num_classes).
     Raises InputError for a malformed shape or for more than `budget` parameters (None: no limit).
@@ -86,10 +88,16 @@ class ResNet(nn.Module):
         return self.linear(self.pool(x).flatten(1))
 
 
-def count_parameters(blocks: tuple[int, ...], channels: tuple[int, ...], num_classes: int = 10) -> int:
+def count_parameters(
+    blocks: tuple[int, ...], channels: tuple[int, ...], num_classes: int = 10
+) -> int:
     """Trainable parameters of `ResNet(blocks, channels, num_classes)`, in closed form."""
     sizes = (*blocks, *channels, num_classes)
-    if len(blocks) != len(channels) or not blocks or any(not isinstance(n, int) or n < 1 for n in sizes):
+    if (
+        len(blocks) != len(channels)
+        or not blocks
+        or any(not isinstance(n, int) or n < 1 for n in sizes)
+    ):
         raise InputError(
             f"a network takes as many blocks as channels, all whole numbers of at least 1; "
             f"got blocks {tuple(blocks)}, channels {tuple(channels)}, num_classes {num_classes}"
@@ -107,14 +115,19 @@ def count_parameters(blocks: tuple[int, ...], channels: tuple[int, ...], num_cla
 
 
 def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> None:
-    """Write weights as safetensors with what is needed to use them: the shape of the network, and `info` (JSON).
+    """Write weights as safetensors with what is needed to use them: the shape of the network, and
+    `info` (JSON).
 
     `half`: convolutions in half precision, which makes half the file.
     """
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+    }
     if half:
-        tensors = {name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()
+        }
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
@@ -124,20 +137,26 @@ def _check_shipped() -> None:
     """The package's own weights are those that SHA256SUMS beside them lists."""
     remedy = "get cifar_lib/weights of the repository again"
     try:
-        listed = dict(line.split()[::-1] for line in (SHIPPED.parent / "SHA256SUMS").read_text().splitlines())
+        listed = dict(
+            line.split()[::-1] for line in (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
+        )
         expected, found = listed[SHIPPED.name], hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"weights: the pretrained ones or their SHA256SUMS can't be read ({error}): {remedy}"
         ) from error
     if found != expected:
-        raise InputError(f"weights: {SHIPPED} should have sha256 {expected[:12]}..., it has {found[:12]}...: {remedy}")
+        raise InputError(
+            f"weights: {SHIPPED} should have sha256 {expected[:12]}..., it has {found[:12]}...: {remedy}"
+        )
 
 
 def _check_info(info: dict) -> None:
     """Raises KeyError, TypeError or ValueError where `info` can't have come from `save_model`."""
     mean, std, temperature = info["mean"], info["std"], info.get("temperature", 1.0)
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in (*mean, *std, temperature)):
+    if not all(
+        type(value) in (int, float) and math.isfinite(value) for value in (*mean, *std, temperature)
+    ):
         raise TypeError("its mean, std or temperature are no finite numbers")
     if len(mean) != 3 or len(std) != 3:
         raise ValueError("its mean and std are not of three channels")
@@ -146,10 +165,11 @@ def _check_info(info: dict) -> None:
 
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
-    """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and its `info`.
+    """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and
+    its `info`.
 
-    `pretrained` names the weights that come with the package, whose sha256 is checked.
-    Raises InputError where the file is missing, damaged, or holds the weights of another architecture.
+    `pretrained` names the weights that come with the package, whose sha256 is checked. Raises
+    InputError where the file is missing, damaged, or holds the weights of another architecture.
     """
     if str(path) == PRETRAINED:
         path = SHIPPED
@@ -171,11 +191,19 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     except InputError:
         raise
     except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = f"no {error} in its metadata" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise InputError(f"weights: {path} is no file of this package's weights ({reason}): {remedy}") from error
+        reason = (
+            f"no {error} in its metadata"
+            if isinstance(error, KeyError)
+            else str(error).splitlines()[0]
+        )
+        raise InputError(
+            f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
+        ) from error
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
     if wrong:
         name = wrong[0]
         raise InputError(

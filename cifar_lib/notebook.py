@@ -1,4 +1,5 @@
-"""What the five notebooks share: the profile, the data it gets, the run it trains, how figures and tables are shown."""
+"""What the five notebooks share: the profile, the data it gets, the run it trains, how figures and
+tables are shown."""
 
 import hashlib
 import json
@@ -14,7 +15,14 @@ from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from cifar_lib.checkpoint import write_atomically
-from cifar_lib.data import REAL, STAND_IN, ImageSet, generate_stand_in, load_cifar10, stratified_split
+from cifar_lib.data import (
+    REAL,
+    STAND_IN,
+    ImageSet,
+    generate_stand_in,
+    load_cifar10,
+    stratified_split,
+)
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import wilson_interval
 from cifar_lib.hardware import choose_device, choose_precision
@@ -46,9 +54,10 @@ PUBLISHED_SYSTEM = {
 class Session:
     """One notebook's profile and data.
 
-    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/ and goes on with generated
-    stand-in data where there is no CIFAR-10. `full` takes real data only, evaluates all test images, writes figures/,
-    and on a GPU trains the report's recipe, in the run directory of `make full`; without one it trains as `quick` does.
+    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/ and
+    goes on with generated stand-in data where there is no CIFAR-10. `full` takes real data only,
+    evaluates all test images, writes figures/, and on a GPU trains the report's recipe, in the run
+    directory of `make full`; without one it trains as `quick` does.
     """
 
     profile: str
@@ -62,16 +71,26 @@ class Session:
         """The session of `CIFAR_PROFILE` (quick or full; default quick)."""
         profile = os.environ.get("CIFAR_PROFILE", "quick")
         if profile not in ("quick", "full"):
-            raise InputError(f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick")
+            raise InputError(
+                f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick"
+            )
         if profile == "full":
             train, test = load_cifar10(home=ROOT / "data")
-            return cls(profile, train, test, test, recipe("quick" if choose_device().type == "cpu" else "report"))
+            return cls(
+                profile,
+                train,
+                test,
+                test,
+                recipe("quick" if choose_device().type == "cpu" else "report"),
+            )
         try:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, home=ROOT / "data")
         except InputError as error:
             if os.environ.get("CIFAR10_ROOT"):
                 raise  # a place was named: going on without it would hide the mistake
-            print(f"{error}\nGoing on with generated stand-in data, marked as such on every figure and table.")
+            print(
+                f"{error}\nGoing on with generated stand-in data, marked as such on every figure and table."
+            )
             train, test = generate_stand_in()
         _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
         return cls(profile, train, test, test[part], recipe("quick"))
@@ -87,26 +106,32 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where this session writes what is no figure: runs/<profile>, or runs/<profile>-stand-in."""
+        """Where this session writes what is no figure: runs/<profile>, or
+        runs/<profile>-stand-in."""
         return ROOT / "runs" / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
 
     @property
     def run(self) -> Path:
-        """The run directory of this session's configuration; another configuration gets another one."""
+        """The run directory of this session's configuration; another configuration gets another
+        one."""
         if self.profile == "full" and self.config == recipe("report"):
             return ROOT / "runs" / "report-seed42"
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps(asdict(self.config), sort_keys=True).encode()
+        ).hexdigest()
         return self.folder / f"{self.config.recipe}-seed{self.config.seed}-{digest[:8]}"
 
     def fit(self) -> dict:
-        """Train this session's configuration, or go on with it, or read what it came to; returns its metrics."""
+        """Train this session's configuration, or go on with it, or read what it came to; returns
+        its metrics."""
         return fit(self.config, self.run, self.train, self.scored)
 
     def trained_model(self) -> tuple[ResNet, dict]:
         """The network that is looked at, on the best device, and its `info`.
 
-        `CIFAR_WEIGHTS` names its file, or `pretrained`, the default: the package's weights, trained on CIFAR-10; or
-        `trained`, the default on stand-in data: this session's own run, trained now if it isn't yet.
+        `CIFAR_WEIGHTS` names its file, or `pretrained`, the default: the package's weights, trained
+        on CIFAR-10; or `trained`, the default on stand-in data: this session's own run, trained now
+        if it isn't yet.
         """
         named = os.environ.get("CIFAR_WEIGHTS") or ("trained" if self.stand_in else PRETRAINED)
         if named == "trained":
@@ -126,7 +151,8 @@ class Session:
 
     @property
     def test_file(self) -> Path:
-        """The competition's file: the one that `CIFAR_TEST_FILE` names, else the generated one of `custom_test`."""
+        """The competition's file: the one that `CIFAR_TEST_FILE` names, else the generated one of
+        `custom_test`."""
         named = os.environ.get("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
@@ -141,31 +167,44 @@ class Session:
         return replace(read_test_file(self.test_file), labels=known.labels)
 
     def curves(self, quantity: str) -> dict[str, tuple[range, pd.Series]]:
-        """`loss` or `accuracy` by epoch of the published run, of the package's weights and of this session's run.
+        """`loss` or `accuracy` by epoch of the published run, of the package's weights and of this
+        session's run.
 
         On training images, and on the watched ones where there were some.
         """
         published, ours = published_history(), pd.read_csv(self.run / "history.csv")
-        shipped = pd.concat((pd.read_csv(run / "history.csv") for run in SHIPPED_RUNS), ignore_index=True)
+        shipped = pd.concat(
+            (pd.read_csv(run / "history.csv") for run in SHIPPED_RUNS), ignore_index=True
+        )
         watched = "test" if self.config.watch_test else "validation"
-        lines = {f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")}
+        lines = {
+            f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")
+        }
         lines["train, the package's weights"] = shipped[f"train_{quantity}"]
         lines |= {f"{part}, this run": ours[f"{part}_{quantity}"] for part in ("train", watched)}
         return {name: (range(len(values)), values) for name, values in lines.items()}
 
     def comparison(self) -> pd.DataFrame:
-        """The report's Table 2 beside the package's weights and this session's finished run, and why they differ.
+        """The report's Table 2 beside the package's weights and this session's finished run, and
+        why they differ.
 
         Also written, as comparison.csv.
         """
-        size = torchinfo.summary(ResNet(self.config.blocks, self.config.channels), (1, 3, 32, 32), verbose=0)
+        size = torchinfo.summary(
+            ResNet(self.config.blocks, self.config.channels), (1, 3, 32, 32), verbose=0
+        )
         megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
         sizes = (f"{size.total_params:,}", f"{size.total_mult_adds / 1e6:.2f}", f"{megabytes:.2f}")
         theirs = published_history().iloc[-1]
         correct = int(published_confusion().to_numpy().trace())
         published = (
             *("4,916,284", "769.05", "34.01", "60", "50,000", f"{theirs.train_accuracy:.2%}"),
-            *(f"{theirs.test_accuracy:.2%}", _interval(*wilson_interval(correct, 10_000)), "10,000", REAL),
+            *(
+                f"{theirs.test_accuracy:.2%}",
+                _interval(*wilson_interval(correct, 10_000)),
+                "10,000",
+                REAL,
+            ),
         )
         as_published = self.config == recipe("report") and not self.stand_in
         other = "" if as_published else "fewer epochs, another recipe"
@@ -177,7 +216,9 @@ class Session:
             "training images": other and f"this run: recipe {self.config.recipe}",
             "last train accuracy": other,
             "test accuracy": other or "another seed and machine",
-            "its 95 % interval": "fewer test images, a wider interval" if len(self.scored) < 10_000 else "",
+            "its 95 % interval": "fewer test images, a wider interval"
+            if len(self.scored) < 10_000
+            else "",
             "test images": "",
             "test data": self.note or "",
         }
@@ -192,13 +233,18 @@ class Session:
         return table
 
     def specifications(self) -> pd.DataFrame:
-        """The report's system specifications, and those of the machine that this session's run was trained on."""
+        """The report's system specifications, and those of the machine that this session's run was
+        trained on."""
         ours = json.loads((self.run / "environment.json").read_text())
-        rows = {name: [PUBLISHED_SYSTEM.get(name, "–"), str(value or "–")] for name, value in ours.items()}
+        rows = {
+            name: [PUBLISHED_SYSTEM.get(name, "–"), str(value or "–")]
+            for name, value in ours.items()
+        }
         return pd.DataFrame(rows, index=["published", "this run"]).T
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
-        """Save the figure as `name`.png, in figures/ in the full profile, and show it; `alt` says what it shows."""
+        """Save the figure as `name`.png, in figures/ in the full profile, and show it; `alt` says
+        what it shows."""
         folder = ROOT / "figures" if self.profile == "full" else self.folder / "figures"
         display(Image(save_figure(figure, folder / f"{name}.png", self.note), alt=alt))
 
@@ -215,15 +261,28 @@ class Session:
 
 
 def _trained(*runs: Path) -> tuple[str, ...]:
-    """Epochs, training images, last training accuracy, test accuracy, its interval, test images and data of a run.
+    """Epochs, training images, last training accuracy, test accuracy, its interval, test images and
+    data of a run.
 
-    Of several, each of which went on from the one before, the last one's; but the epochs are everyone's.
+    Of several, each of which went on from the one before, the last one's; but the epochs are
+    everyone's.
     """
-    metrics, last = json.loads((runs[-1] / "metrics.json").read_text()), pd.read_csv(runs[-1] / "history.csv").iloc[-1]
+    metrics, last = (
+        json.loads((runs[-1] / "metrics.json").read_text()),
+        pd.read_csv(runs[-1] / "history.csv").iloc[-1],
+    )
     test = metrics["test"]
-    epochs = " + ".join(str(json.loads((run / "metrics.json").read_text())["epochs"]) for run in runs)
+    epochs = " + ".join(
+        str(json.loads((run / "metrics.json").read_text())["epochs"]) for run in runs
+    )
     counts = (epochs, f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
-    return (*counts, f"{test['accuracy']:.2%}", _interval(*test["interval"]), f"{test['n']:,}", metrics["data"])
+    return (
+        *counts,
+        f"{test['accuracy']:.2%}",
+        _interval(*test["interval"]),
+        f"{test['n']:,}",
+        metrics["data"],
+    )
 
 
 def _interval(low: float, high: float) -> str:
@@ -231,9 +290,12 @@ def _interval(low: float, high: float) -> str:
 
 
 def published_history() -> pd.DataFrame:
-    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test set."""
+    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test
+    set."""
     history = pd.read_csv(PUBLISHED / "history.csv")
-    return history.assign(train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100)
+    return history.assign(
+        train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100
+    )
 
 
 def published_confusion() -> pd.DataFrame:

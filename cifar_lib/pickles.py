@@ -1,9 +1,10 @@
-"""A stranger's pickle read as data: its instructions are followed here, one by one, and none of them calls anything.
+"""A stranger's pickle read as data: its instructions are followed here, one by one, and none of
+them calls anything.
 
-Python's own unpickler looks names up and calls what it finds; lists of forbidden names are bypassed again and again,
-and even an allowed function can be rebuilt by the file. Here a name from the short list below becomes a mark, and a
-"call" of it is worked out by this module: arrays, their types, and bytes as old protocols write them. All else is
-refused.
+Python's own unpickler looks names up and calls what it finds; lists of forbidden names are bypassed
+again and again, and even an allowed function can be rebuilt by the file. Here a name from the short
+list below becomes a mark, and a "call" of it is worked out by this module: arrays, their types, and
+bytes as old protocols write them. All else is refused.
 """
 
 import codecs
@@ -47,17 +48,25 @@ class _DType:
 
 
 _MARK = object()
-_NAMES = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): "dtype", ("_codecs", "encode"): "encode"}
+_NAMES = {
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy", "dtype"): "dtype",
+    ("_codecs", "encode"): "encode",
+}
 for _core in ("numpy.core", "numpy._core"):
-    _NAMES |= {(f"{_core}.multiarray", "_reconstruct"): "_reconstruct", (f"{_core}.multiarray", "scalar"): "scalar"}
+    _NAMES |= {
+        (f"{_core}.multiarray", "_reconstruct"): "_reconstruct",
+        (f"{_core}.multiarray", "scalar"): "scalar",
+    }
     _NAMES |= {(f"{_core}.numeric", "_frombuffer"): "_frombuffer"}
 
 
 def read(content: bytes) -> Any:
-    """The dicts, lists, tuples, numbers, strings, bytes and numpy arrays of a pickle of any protocol, 0 to 5.
+    """The dicts, lists, tuples, numbers, strings, bytes and numpy arrays of a pickle of any
+    protocol, 0 to 5.
 
-    Python 2's strings come as str (latin1). Raises InputError where the file is broken, too long, or holds anything
-    else; the message is one line.
+    Python 2's strings come as str (latin1). Raises InputError where the file is broken, too long,
+    or holds anything else; the message is one line.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"it has {len(content):,} bytes, over {MAX_BYTES:,}")
@@ -70,12 +79,23 @@ def read(content: bytes) -> Any:
         return _finished(machine.stack.pop())
     except InputError:
         raise
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        raise InputError(f"it can't be read as a pickle ({type(error).__name__}: {_clean(str(error))})") from error
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        raise InputError(
+            f"it can't be read as a pickle ({type(error).__name__}: {_clean(str(error))})"
+        ) from error
 
 
 def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
-    """Each instruction's name and argument, as pickletools reads them; but Python 2's strings may be any bytes."""
+    """Each instruction's name and argument, as pickletools reads them; but Python 2's strings may
+    be any bytes."""
     table = {instruction.code: instruction for instruction in pickletools.opcodes}
     file = io.BytesIO(content)
     name = ""
@@ -142,7 +162,9 @@ class _Machine:
         elif name == "POP_MARK":
             self._to_mark()
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise InputError(f"it uses the instruction {name}, which a dict of arrays doesn't need; nothing was run")
+            raise InputError(
+                f"it uses the instruction {name}, which a dict of arrays doesn't need; nothing was run"
+            )
 
     def _to_mark(self) -> list[Any]:
         for position in range(len(self.stack) - 1, -1, -1):
@@ -160,7 +182,11 @@ class _Machine:
                 raise ValueError("bytes in an unknown encoding")
             return self._encoded(_expect(text, str))
         if function == "dtype":
-            code = arguments[0].decode("ascii") if isinstance(arguments[0], bytes) else _expect(arguments[0], str)
+            code = (
+                arguments[0].decode("ascii")
+                if isinstance(arguments[0], bytes)
+                else _expect(arguments[0], str)
+            )
             return _DType(code.lstrip("<>|="))
         if function == "_reconstruct":
             kind, shape, code = arguments
@@ -187,15 +213,24 @@ class _Machine:
                 raise ValueError("an array type with fields")
             target.order = order
         else:
-            raise InputError(f"it wants to change {type(target).__name__.strip('_')}; nothing was run")
+            raise InputError(
+                f"it wants to change {type(target).__name__.strip('_')}; nothing was run"
+            )
 
     def _array(self, shape: Any, kind: Any, content: Any, order: str) -> np.ndarray:
-        """A new array of numbers, truth values or strings; its bytes must be as many as its shape says."""
+        """A new array of numbers, truth values or strings; its bytes must be as many as its shape
+        says."""
         _expect(kind, _DType)
         if not re.fullmatch("[biufSU][0-9]{1,3}", kind.code):
-            raise InputError(f"it holds an array of type {_clean(kind.code)[:20]!r}, which is none of numbers or names")
+            raise InputError(
+                f"it holds an array of type {_clean(kind.code)[:20]!r}, which is none of numbers or names"
+            )
         dtype = np.dtype(kind.code).newbyteorder(kind.order)
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape) or order not in ("C", "F"):
+        if (
+            not isinstance(shape, tuple)
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or order not in ("C", "F")
+        ):
             raise ValueError("an array of no shape")
         raw = self._encoded(content) if isinstance(content, str) else content
         if not isinstance(raw, (bytes, bytearray)):
@@ -215,21 +250,38 @@ class _Machine:
         return text.encode("latin1")
 
 
-_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (), "MARK": _MARK}
+_CONSTANTS: dict[str, Any] = {
+    "NONE": None,
+    "NEWTRUE": True,
+    "NEWFALSE": False,
+    "EMPTY_TUPLE": (),
+    "MARK": _MARK,
+}
 _CONSTANTS |= {"EMPTY_LIST": list, "EMPTY_DICT": dict}
 _VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-_VALUES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+_VALUES |= {
+    "STRING",
+    "BINSTRING",
+    "SHORT_BINSTRING",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+}
 _VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 
 
 def _expect(value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
-        raise ValueError(f"a {kind.__name__.strip('_')} was expected where {type(value).__name__.strip('_')} is")
+        raise ValueError(
+            f"a {kind.__name__.strip('_')} was expected where {type(value).__name__.strip('_')} is"
+        )
     return value
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys are names: a tuple inside tuples takes for ever to hash, and different numbers can have equal hashes."""
+    """Keys are names: a tuple inside tuples takes for ever to hash, and different numbers can have
+    equal hashes."""
     keys = items[::2]
     if len(items) % 2 or not all(isinstance(key, (str, bytes)) for key in keys):
         raise ValueError("a dict with keys that are no names")

@@ -1,5 +1,5 @@
-"""Arrays in, Figure out, in one look. Colours are Okabe and Ito's, told apart by the colour-blind and in grey print;
-grey stands in the place of their yellow, which is hard to see on white."""
+"""Arrays in, Figure out, in one look. Colours are Okabe and Ito's, told apart by the colour-blind
+and in grey print; grey stands in the place of their yellow, which is hard to see on white."""
 
 import io
 import itertools
@@ -33,10 +33,14 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-_in_style = matplotlib.rc_context(STYLE)  # a decorator: titles and legends take their look when they are made
+_in_style = matplotlib.rc_context(
+    STYLE
+)  # a decorator: titles and legends take their look when they are made
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)) -> tuple[Figure, np.ndarray]:
+def _figure(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4)
+) -> tuple[Figure, np.ndarray]:
     """A Figure that belongs to no global state, and its axes (rows, columns)."""
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -44,7 +48,8 @@ def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 4))
 
 @_in_style
 def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
-    """The figure as PNG; `note` is written across its foot, for figures that must say what they are made from."""
+    """The figure as PNG; `note` is written across its foot, for figures that must say what they are
+    made from."""
     if note:
         figure.supxlabel(note, fontsize=10, color=COLOURS[5], weight="bold")
     drawn, packed = io.BytesIO(), io.BytesIO()
@@ -65,7 +70,9 @@ def save_figure(figure: Figure, path: Path, note: str | None = None) -> bytes:
     return png
 
 
-def _show(axes: Axes, image: np.ndarray, title: str = "", size: float = 8, colour: str = "black") -> None:
+def _show(
+    axes: Axes, image: np.ndarray, title: str = "", size: float = 8, colour: str = "black"
+) -> None:
     axes.imshow(image, interpolation="nearest", vmin=0, vmax=255)
     axes.set_title(title, fontsize=size, loc="center", pad=3, color=colour)
     axes.set_xticks([])
@@ -84,11 +91,14 @@ def image_grid(
     title: str = "",
     scale: float = 0.85,
 ) -> Figure:
-    """Pictures uint8 (n, H, W, 3), row by row, with a title each or a label a row; `scale`: inches a picture."""
+    """Pictures uint8 (n, H, W, 3), row by row, with a title each or a label a row; `scale`: inches
+    a picture."""
     rows = -(-len(images) // columns)
     width = columns * scale + (0.9 if len(row_labels) else 0)
     lines = max((t.count("\n") + 1 for t in titles), default=0)
-    figure, axes = _figure(rows, columns, (max(width, 4), rows * (scale + 0.17 * lines) + (0.4 if title else 0)))
+    figure, axes = _figure(
+        rows, columns, (max(width, 4), rows * (scale + 0.17 * lines) + (0.4 if title else 0))
+    )
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
         if i < len(images):
@@ -160,7 +170,8 @@ def curves(
     title: str,
     percent: bool = False,
 ) -> Figure:
-    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and limits the frame's height.
+    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and limits the
+    frame's height.
 
     Before batch norm has its statistics, a validation loss can be hundreds.
     """
@@ -173,7 +184,9 @@ def curves(
         look = {"color": next(greys), "linestyle": "--"} if published else dots
         ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    top = 1.3 * max((max(y) for name, (_, y) in series.items() if name.endswith("(published)")), default=np.inf)
+    top = 1.3 * max(
+        (max(y) for name, (_, y) in series.items() if name.endswith("(published)")), default=np.inf
+    )
     if ax.get_ylim()[1] > top:
         low = min(min(y) for _, y in series.values())
         ax.set_ylim(low - 0.05 * (top - low), top)
@@ -203,22 +216,33 @@ def frequencies(measured: Mapping[str, float], expected: float, title: str) -> F
 def confusion(matrices: Mapping[str, np.ndarray], kind: str, title: str) -> Figure:
     """Confusion matrices (10, 10) side by side, rows true, columns predicted.
 
-    kind: `counts`; `rows` (each row a share of its class); `difference` (signed). Colours leave the diagonal out, which
-    would drown the mistakes.
+    kind: `counts`; `rows` (each row a share of its class); `difference` (signed). Colours leave the
+    diagonal out, which would drown the mistakes.
     """
     figure, axes = _figure(1, len(matrices), (5.6 * len(matrices) + 0.4, 5.4))
     figure.suptitle(title)
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         shown = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if kind == "rows" else matrix
-        texts = np.vectorize({"counts": str, "rows": _percent, "difference": _signed}[kind], otypes=[object])(shown)
+        texts = np.vectorize(
+            {"counts": str, "rows": _percent, "difference": _signed}[kind], otypes=[object]
+        )(shown)
         colours = np.where(np.eye(len(matrix), dtype=bool), np.nan, shown.astype(float))
         limit = max(np.nanmax(np.abs(colours)), 1e-9)
         palette = "PuOr" if kind == "difference" else "Blues"
         span = (-limit, limit) if kind == "difference" else (0, limit)
-        look = {"annot": texts, "fmt": "", "square": True, "cbar": False, "linewidths": 0.5, "annot_kws": {"size": 8}}
+        look = {
+            "annot": texts,
+            "fmt": "",
+            "square": True,
+            "cbar": False,
+            "linewidths": 0.5,
+            "annot_kws": {"size": 8},
+        }
         sns.heatmap(colours, ax=ax, cmap=palette, vmin=span[0], vmax=span[1], **look)
         for i in range(len(matrix)):
-            ax.text(i + 0.5, i + 0.5, texts[i, i], ha="center", va="center", fontsize=8, weight="bold")
+            ax.text(
+                i + 0.5, i + 0.5, texts[i, i], ha="center", va="center", fontsize=8, weight="bold"
+            )
         ax.set_xticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=45, ha="right")
         ax.set_yticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=0)
         ax.set(title=name, xlabel="predicted", ylabel="true")
@@ -267,9 +291,14 @@ def confused_pairs(pairs: Sequence[tuple[str, str, int]], title: str) -> Figure:
 
 @_in_style
 def gallery(
-    images: np.ndarray, captions: Sequence[str], title: str, columns: int = 6, overlays: np.ndarray | None = None
+    images: np.ndarray,
+    captions: Sequence[str],
+    title: str,
+    columns: int = 6,
+    overlays: np.ndarray | None = None,
 ) -> Figure:
-    """Pictures uint8 (n, 32, 32, 3) with captions of two or three lines; `overlays` float (n, 32, 32) in [0, 1]: heat.
+    """Pictures uint8 (n, 32, 32, 3) with captions of two or three lines; `overlays` float (n, 32,
+    32) in [0, 1]: heat.
 
     With no picture at all, the figure says so.
     """
@@ -283,7 +312,9 @@ def gallery(
             continue
         _show(ax, images[i], captions[i])
         if overlays is not None:
-            ax.imshow(overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest")
+            ax.imshow(
+                overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest"
+            )
     if not len(images):
         figure.text(0.5, 0.4, "no such image", ha="center")
     return figure
@@ -291,15 +322,25 @@ def gallery(
 
 @_in_style
 def reliability_diagram(bins: Mapping[str, np.ndarray], error: float, title: str) -> Figure:
-    """Accuracy against confidence in equal bins (see `evaluate.reliability`), and how many images each bin holds."""
+    """Accuracy against confidence in equal bins (see `evaluate.reliability`), and how many images
+    each bin holds."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges, width = bins["edges"], np.diff(bins["edges"])
-    top.bar(edges[:-1], np.nan_to_num(bins["accuracy"]), width, align="edge", edgecolor="white", label="accuracy")
+    top.bar(
+        edges[:-1],
+        np.nan_to_num(bins["accuracy"]),
+        width,
+        align="edge",
+        edgecolor="white",
+        label="accuracy",
+    )
     top.plot([0, 1], [0, 1], "--", color="#444444", label="as sure as right")
     gap = {"color": COLOURS[5], "linewidth": 2.5, "label": "gap to the mean confidence"}
     top.vlines(bins["confidence"], bins["accuracy"], bins["confidence"], **gap)
-    top.set(ylabel="accuracy", title=f"{title}\nexpected calibration error {error:.2%}", ylim=(0, 1.02))
+    top.set(
+        ylabel="accuracy", title=f"{title}\nexpected calibration error {error:.2%}", ylim=(0, 1.02)
+    )
     top.legend(loc="upper left")
     bottom.bar(edges[:-1], bins["count"], width, align="edge", edgecolor="white", color="#888888")
     bottom.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
@@ -314,8 +355,17 @@ def intervals(values: Mapping[str, tuple[float, float, float]], title: str, xlab
     figure, axes = _figure(size=(7.5, 1.1 + 0.42 * len(values)))
     ax = axes[0, 0]
     for i, (value, low, high) in enumerate(values.values()):
-        ax.errorbar(value, i, xerr=[[value - low], [high - value]], fmt="o", color=COLOURS[0], capsize=3)
-        ax.annotate(f"{value:.2%}", (value, i), textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
+        ax.errorbar(
+            value, i, xerr=[[value - low], [high - value]], fmt="o", color=COLOURS[0], capsize=3
+        )
+        ax.annotate(
+            f"{value:.2%}",
+            (value, i),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            fontsize=8,
+        )
     ax.set_yticks(range(len(values)), values.keys())
     ax.invert_yaxis()
     ax.margins(y=0.25)
@@ -336,17 +386,31 @@ def severity_maps(
 ) -> Figure:
     """Families by severities, a panel for each table of fractions; printed in percent.
 
-    With `sure` (bool, same shape) the tables are differences: signed, one colour scale around 0, bold where sure.
+    With `sure` (bool, same shape) the tables are differences: signed, one colour scale around 0,
+    bold where sure.
     """
     first = next(iter(tables.values()))
     size = (1.6 + 3.1 * len(tables), 1.4 + 0.38 * len(first))
     figure, axes = _figure(1, len(tables), (max(size[0], 6), size[1]))
     figure.suptitle(title)
     limit = max(table.abs().to_numpy().max() for table in tables.values())
-    look = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit} if sure else {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    look = (
+        {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
+        if sure
+        else {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    )
     for i, (ax, (name, table)) in enumerate(zip(axes[0], tables.items(), strict=True)):
         texts = (100 * table).map(lambda value: f"{value:+.1f}" if sure else f"{value:.1f}")
-        sns.heatmap(table, ax=ax, annot=texts, fmt="", cbar=False, linewidths=0.5, annot_kws={"size": 8}, **look)
+        sns.heatmap(
+            table,
+            ax=ax,
+            annot=texts,
+            fmt="",
+            cbar=False,
+            linewidths=0.5,
+            annot_kws={"size": 8},
+            **look,
+        )
         if sure:
             for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
                 text.set_weight("bold" if bold else "normal")
@@ -358,7 +422,8 @@ def severity_maps(
 
 @_in_style
 def search_history(trials: pd.DataFrame, importance: Mapping[str, float], title: str) -> Figure:
-    """Each trial's accuracy in the order they ran, and how much of the differences each hyperparameter explains.
+    """Each trial's accuracy in the order they ran, and how much of the differences each
+    hyperparameter explains.
 
     `trials`: as `tune.trials_table` gives them; number 0 is marked as what the others compete with.
     """
@@ -367,7 +432,13 @@ def search_history(trials: pd.DataFrame, importance: Mapping[str, float], title:
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _trials(left, trials, "number")
     finished = trials[trials.complete].sort_values("number")
-    left.step(finished.number, finished.accuracy.cummax(), where="post", color="#444444", label="best so far")
+    left.step(
+        finished.number,
+        finished.accuracy.cummax(),
+        where="post",
+        color="#444444",
+        label="best so far",
+    )
     left.set(xlabel="trial", ylabel="validation accuracy")
     figure.legend(loc="outside lower left", ncols=4)
     names = sorted(importance, key=importance.get)
@@ -379,7 +450,9 @@ def search_history(trials: pd.DataFrame, importance: Mapping[str, float], title:
 
 
 @_in_style
-def search_slices(trials: pd.DataFrame, names: Sequence[str], title: str, logarithmic: Sequence[str] = ()) -> Figure:
+def search_slices(
+    trials: pd.DataFrame, names: Sequence[str], title: str, logarithmic: Sequence[str] = ()
+) -> Figure:
     """Accuracy against each hyperparameter."""
     columns = -(-len(names) // 2)
     figure, axes = _figure(2, columns, (2.8 * columns, 5.6))
@@ -403,7 +476,16 @@ def _trials(axes: Axes, trials: pd.DataFrame, column: str) -> None:
     first, others = trials[trials.number == 0], trials[trials.number != 0]
     pruned = others[~others.complete]
     finished = others[others.complete]
-    axes.plot(pruned[column], pruned.accuracy, "x", color="#999999", label="pruned, last epoch", markersize=5)
-    axes.plot(finished[column], finished.accuracy, "o", color=COLOURS[0], label="finished", markersize=5)
+    axes.plot(
+        pruned[column],
+        pruned.accuracy,
+        "x",
+        color="#999999",
+        label="pruned, last epoch",
+        markersize=5,
+    )
+    axes.plot(
+        finished[column], finished.accuracy, "o", color=COLOURS[0], label="finished", markersize=5
+    )
     axes.plot(first[column], first.accuracy, "D", color=COLOURS[5], label="Table 1", markersize=7)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

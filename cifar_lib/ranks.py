@@ -1,4 +1,5 @@
-"""Several processes that share each batch of one run, as `torchrun` starts them; without it, one rank of one."""
+"""Several processes that share each batch of one run, as `torchrun` starts them; without it, one
+rank of one."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -18,13 +19,18 @@ DOWNLOAD = timedelta(hours=3)  # how long the others may have to wait for the fi
 def join(device: str) -> str:
     """Meet the processes that torchrun started, if it did; returns this rank's device.
 
-    Raises InputError where torchrun's environment variables are incomplete or the others can't be met.
+    Raises InputError where torchrun's environment variables are incomplete or the others can't be
+    met.
     """
     if "WORLD_SIZE" not in os.environ:
         return device
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     values = {name: os.environ.get(name, "") for name in names}
-    wrong = [name for name in names if not (values[name].isdigit() or (name == "MASTER_ADDR" and values[name]))]
+    wrong = [
+        name
+        for name in names
+        if not (values[name].isdigit() or (name == "MASTER_ADDR" and values[name]))
+    ]
     if wrong:
         raise InputError(
             f"{wrong[0]}: expected the value that torchrun sets, got {values[wrong[0]]!r}: start with torchrun, or "
@@ -57,7 +63,8 @@ def count() -> int:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank; an InputError of its is raised on every rank."""
+    """What `make` returns on rank 0, on every rank; an InputError of its is raised on every
+    rank."""
     if not _several():
         return make()
     outcome: list = [None, None]
@@ -88,7 +95,8 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def interleave(part: Tensor, n: int) -> Tensor:
-    """The rows (n, ...) of which rank r holds `part`, every count()-th from the r-th; on the CPU."""
+    """The rows (n, ...) of which rank r holds `part`, every count()-th from the r-th; on the
+    CPU."""
     if not _several():
         return part
     parts: list = [None] * count()

@@ -38,7 +38,9 @@ class TrainConfig:
     decay_all: bool = True  # False: no weight decay on biases and batch normalisation
     label_smoothing: float = 0.05  # the report's s: s / 9 on each wrong class
     ema_decay: float = 0.0  # per step, of the averaged weights that are evaluated and kept; 0: none
-    half_size_epochs: int = 0  # first epochs, never the last, on images averaged down to 16x16: a quarter of the cost
+    half_size_epochs: int = (
+        0  # first epochs, never the last, on images averaged down to 16x16: a quarter of the cost
+    )
     policy: Policy = field(default_factory=Policy)
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = PUBLISHED_STD
@@ -54,7 +56,8 @@ class TrainConfig:
 
     def __post_init__(self):
         checks = {
-            # below 16, oneDNN's 1x1 convolutions with a stride write past their memory (uxlfoundation/oneDNN#6035)
+            # below 16, oneDNN's 1x1 convolutions with a stride write past their memory
+            # (uxlfoundation/oneDNN#6035)
             "channels": min(self.channels, default=0) >= 16,
             "epochs": 1 <= self.epochs < 10**6,
             "batch_size": 1 <= self.batch_size < 10**6,
@@ -67,9 +70,13 @@ class TrainConfig:
             "label_smoothing": 0 <= self.label_smoothing < 1 - 1 / len(CLASSES),
             "ema_decay": 0 <= self.ema_decay < 1,
             "half_size_epochs": self.half_size_epochs >= 0,
-            "mean": all(len(mean) == 3 and all(map(math.isfinite, mean)) for mean in (self.mean, self.test_mean)),
+            "mean": all(
+                len(mean) == 3 and all(map(math.isfinite, mean))
+                for mean in (self.mean, self.test_mean)
+            ),
             "std": all(
-                len(std) == 3 and all(0 < value < math.inf for value in std) for std in (self.std, self.test_std)
+                len(std) == 3 and all(0 < value < math.inf for value in std)
+                for std in (self.std, self.test_std)
             ),
             "step": self.step in STEPS,
             "ranks": self.ranks >= 1,
@@ -123,7 +130,8 @@ RECIPES = {
 
 
 def recipe(name: str, **changes: object) -> TrainConfig:
-    """The recipe of that name with some fields changed; `policy.<field>` reaches into the augmentation.
+    """The recipe of that name with some fields changed; `policy.<field>` reaches into the
+    augmentation.
 
     Values may be of the field's type or text that reads as one ("0.1", "true", "3,4,3", "none").
     Raises InputError for an unknown recipe or field, or a value that doesn't fit.
@@ -177,10 +185,11 @@ def _parse(name: str, value: object, kind: typing.Any) -> object:
 def learning_rate(config: TrainConfig, epoch: float) -> float:
     """The learning rate at `epoch` (0-based; the fraction is the part of it that is done).
 
-    published, with peak p, E epochs, w of warm-up and e = floor(epoch): p e / w for e < w, so the first epoch is at
-    0; then p (1 + cos(pi (e - 5) / (E - 5))) / 2. The report's program starts its cosine at half the warm-up: the rate
-    jumps from 0.9 p to 0.98 p and the peak is never reached. cosine: linear from 0 over the warm-up (at most half the
-    epochs), then p (1 + cos(pi (epoch - w) / (E - w))) / 2.
+    published, with peak p, E epochs, w of warm-up and e = floor(epoch): p e / w for e < w, so the
+    first epoch is at 0; then p (1 + cos(pi (e - 5) / (E - 5))) / 2. The report's program starts its
+    cosine at half the warm-up: the rate jumps from 0.9 p to 0.98 p and the peak is never reached.
+    cosine: linear from 0 over the warm-up (at most half the epochs), then p (1 + cos(pi (epoch - w)
+    / (E - w))) / 2.
     """
     peak, warmup, total = config.learning_rate, config.warmup_epochs, config.epochs
     if config.schedule == "published":

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as kernels
 
-from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, KAGGLE_MEAN, KAGGLE_STD, channel_histogram, channel_statistics
+from cifar_lib.data import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    KAGGLE_MEAN,
+    KAGGLE_STD,
+    channel_histogram,
+    channel_statistics,
+)
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import batches, fast_convolutions
 from cifar_lib.hardware import autocast
@@ -52,15 +59,19 @@ def _kernel(function: Callable, amounts: tuple[float, ...]) -> Callable[[Tensor,
     return lambda images, severity, seed: function(images, amounts[severity - 1])
 
 
-# Five severities each. The amounts of contrast, noise, blur and JPEG are those of CIFAR-10-C (Hendrycks and Dietterich
-# 2019, arXiv:1903.12261); brightness goes towards dark, saturation towards grey, pixelation down to 8x8.
+# Five severities each. The amounts of contrast, noise, blur and JPEG are those of CIFAR-10-C
+# (Hendrycks and Dietterich 2019, arXiv:1903.12261); brightness goes towards dark, saturation
+# towards grey, pixelation down to 8x8.
 FAMILIES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
     "statistics": _statistics,  # severity 1: exactly the published run's custom set
     "brightness": _kernel(kernels.adjust_brightness, (0.85, 0.7, 0.55, 0.4, 0.25)),
     "contrast": _kernel(kernels.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "saturation": _kernel(kernels.adjust_saturation, (0.8, 0.6, 0.4, 0.2, 0.0)),
     "noise": _noise,
-    "blur": _kernel(lambda images, sigma: kernels.gaussian_blur(images, [7, 7], [sigma]), (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "blur": _kernel(
+        lambda images, sigma: kernels.gaussian_blur(images, [7, 7], [sigma]),
+        (0.4, 0.6, 0.7, 0.8, 1.0),
+    ),
     "jpeg": _jpeg,
     "pixelate": _pixelate,
 }
@@ -78,10 +89,14 @@ def shifted(images: Tensor, family: str, severity: int, seed: int = 0) -> Tensor
     return FAMILIES[family](images, severity, seed)
 
 
-def match_statistics(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], rounds: int = 20) -> Tensor:
-    """A gain and an offset per channel that give the whole set this mean and std, in [0, 1]; uint8 -> uint8.
+def match_statistics(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], rounds: int = 20
+) -> Tensor:
+    """A gain and an offset per channel that give the whole set this mean and std, in [0, 1]; uint8
+    -> uint8.
 
-    Values are cut off at 0 and 255, which moves the statistics again, so gain and offset are corrected a few times.
+    Values are cut off at 0 and 255, which moves the statistics again, so gain and offset are
+    corrected a few times.
     """
     target_mean, target_std = np.asarray(mean), np.asarray(std)
     start_mean, start_std = channel_statistics(images)
@@ -98,31 +113,42 @@ def match_statistics(images: Tensor, mean: tuple[float, ...], std: tuple[float, 
 
 
 def _gain_offset(images: Tensor, gain: np.ndarray, offset: np.ndarray) -> Tensor:
-    """round(255 (gain x / 255 + offset)), cut off at 0 and 255, by a table of the 256 values of each channel."""
+    """round(255 (gain x / 255 + offset)), cut off at 0 and 255, by a table of the 256 values of
+    each channel."""
     values = np.arange(256)[None] * gain[:, None] + 255 * offset[:, None]
     table = torch.from_numpy(values.round().clip(0, 255).astype(np.uint8))
     return torch.stack([table[c][images[:, c].long()] for c in range(3)], dim=1)
 
 
 def channel_distance(images: Tensor, others: Tensor) -> np.ndarray:
-    """Wasserstein distance between the pixel values of two sets, a channel at a time, in [0, 1]: float64 (3,)."""
+    """Wasserstein distance between the pixel values of two sets, a channel at a time, in [0, 1]:
+    float64 (3,)."""
     values = np.arange(256) / 255
     pairs = zip(channel_histogram(images).numpy(), channel_histogram(others).numpy(), strict=True)
     return np.array([scipy.stats.wasserstein_distance(values, values, a, b) for a, b in pairs])
 
 
 def frechet_distance(features: Tensor, others: Tensor) -> float:
-    """Fréchet distance of two normal distributions fitted to features (N, D) and (M, D) (Heusel et al. 2017,
-    arXiv:1706.08500): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Fréchet distance of two normal distributions fitted to features (N, D) and (M, D) (Heusel et
+    al. 2017, arXiv:1706.08500): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    With N or M below D + 1 a covariance is singular and the distance too large; compare only sets of equal sizes.
+    With N or M below D + 1 a covariance is singular and the distance too large; compare only sets
+    of equal sizes.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = ((f.mean(0), np.cov(f, rowvar=False)) for f in map(_numpy, (features, others)))
-    # tr (C1 C2)^(1/2): the eigenvalues of C1 C2 are those of the symmetric R C2 R with R = C1^(1/2).
+    (mean_a, cov_a), (mean_b, cov_b) = (
+        (f.mean(0), np.cov(f, rowvar=False)) for f in map(_numpy, (features, others))
+    )
+    # tr (C1 C2)^(1/2): the eigenvalues of C1 C2 are those of the symmetric R C2 R with R =
+    # C1^(1/2).
     values, vectors = scipy.linalg.eigh(cov_a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     product = scipy.linalg.eigvalsh(root @ cov_b @ root).clip(0)
-    return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(product).sum())
+    return float(
+        ((mean_a - mean_b) ** 2).sum()
+        + np.trace(cov_a)
+        + np.trace(cov_b)
+        - 2 * np.sqrt(product).sum()
+    )
 
 
 def _numpy(features: Tensor) -> np.ndarray:
@@ -137,20 +163,24 @@ def adapt(
     std: tuple[float, ...],
     precision: str = "fp32",
 ) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
-    """The network, mean and standard deviation to predict unlabelled uint8 `images` (N, 3, 32, 32) with.
+    """The network, mean and standard deviation to predict unlabelled uint8 `images` (N, 3, 32, 32)
+    with.
 
-    none: as they come. normalize: the images' own channel statistics, as the report does. batchnorm: a copy of the
-    network with batch-norm statistics of these images, mixed with the training ones (Schneider et al. 2020,
-    arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779); rebased weights, as `fit` writes them, lose nothing by it where
-    there is no shift. All but `none` look at the whole set at once: transductive.
-    Raises InputError for another method, and where these images have no statistics of their own.
+    none: as they come. normalize: the images' own channel statistics, as the report does.
+    batchnorm: a copy of the network with batch-norm statistics of these images, mixed with the
+    training ones (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779);
+    rebased weights, as `fit` writes them, lose nothing by it where there is no shift. All but
+    `none` look at the whole set at once: transductive. Raises InputError for another method, and
+    where these images have no statistics of their own.
     """
     if method not in ADAPTATIONS:
         raise InputError(f"adapt: expected one of {', '.join(ADAPTATIONS)}; got {method!r}")
     if "normalize" in method:
         own_mean, own_std = channel_statistics(images)
         if min(own_std) == 0:
-            raise InputError("adapt: a channel of these images is constant, normalize can't divide: use --adapt none")
+            raise InputError(
+                "adapt: a channel of these images is constant, normalize can't divide: use --adapt none"
+            )
         mean, std = tuple(own_mean.tolist()), tuple(own_std.tolist())
     if "batchnorm" in method:
         model = _with_batch_statistics(model, images, mean, std, precision)
@@ -159,13 +189,19 @@ def adapt(
 
 @torch.no_grad()
 def rebase_batch_norm(
-    model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str = "fp32"
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    precision: str = "fp32",
 ) -> nn.Module:
-    """A copy that computes the same, each batch-norm layer written around the statistics of these uint8 images.
+    """A copy that computes the same, each batch-norm layer written around the statistics of these
+    uint8 images.
 
-    Training leaves the statistics of augmented images, from which images as they come (no erased boxes, no padding)
-    deviate, and the weights expect them to. Exchanging them for a new set's own, as `adapt` does, would take that
-    deviation away with the shift. After rebasing on training images without augmentation only the shift is left.
+    Training leaves the statistics of augmented images, from which images as they come (no erased
+    boxes, no padding) deviate, and the weights expect them to. Exchanging them for a new set's own,
+    as `adapt` does, would take that deviation away with the shift. After rebasing on training
+    images without augmentation only the shift is left.
     """
     model = copy.deepcopy(model).eval()
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -193,9 +229,14 @@ def rebase_batch_norm(
 
 @torch.inference_mode()
 def _with_batch_statistics(
-    model: nn.Module, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], precision: str
+    model: nn.Module,
+    images: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    precision: str,
 ) -> nn.Module:
-    """A copy whose statistics are (PRIOR training + N own) / (PRIOR + N); own: the mean over batches of equal size."""
+    """A copy whose statistics are (PRIOR training + N own) / (PRIOR + N); own: the mean over
+    batches of equal size."""
     n = len(images)
     if n < 2:
         raise InputError(

@@ -1,4 +1,5 @@
-"""One training step, and how it runs: as it is written, compiled, replayed as a CUDA graph, or by Winograd's way."""
+"""One training step, and how it runs: as it is written, compiled, replayed as a CUDA graph, or by
+Winograd's way."""
 
 import contextlib
 import copy
@@ -28,9 +29,11 @@ ALIGNMENT = 8  # half-precision kernels read eight channels at once
 
 
 def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """The report's loss, averaged over images: -sum w log p, w = 1 - s on the true class and s / (C - 1) on the others.
+    """The report's loss, averaged over images: -sum w log p, w = 1 - s on the true class and s / (C
+    - 1) on the others.
 
-    torch spreads its smoothing over all C classes, the true one too, so the same loss has s C / (C - 1) there.
+    torch spreads its smoothing over all C classes, the true one too, so the same loss has s C / (C
+    - 1) there.
     """
     classes = logits.shape[1]
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / (classes - 1))
@@ -39,20 +42,23 @@ def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Te
 def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
     """`config.step` with `auto` resolved for a run over `images` images an epoch.
 
-    plain: as written. graph: the whole step replayed as one CUDA graph, as launching its kernels one by one takes
-    longer than running them. compiled: forward and backward through torch.compile, then as a graph where that can be.
-    winograd: on a CPU in fp32, as written but for 3x3 convolutions with fewer multiplications, compiled in 20 seconds.
-    `auto`: on CUDA compiled for runs of 2,000 steps or more, else a graph; on a CPU in fp32 winograd for runs of 100
-    steps or more; elsewhere plain. On a CPU `compiled` takes over a minute, for a gain within the noise of
-    results/benchmarks. In fp16 there is no graph, as the loss scale is decided outside; several ranks run plain.
-    Raises InputError for a way that this device or number of ranks doesn't have.
+    plain: as written. graph: the whole step replayed as one CUDA graph, as launching its kernels
+    one by one takes longer than running them. compiled: forward and backward through torch.compile,
+    then as a graph where that can be. winograd: on a CPU in fp32, as written but for 3x3
+    convolutions with fewer multiplications, compiled in 20 seconds. `auto`: on CUDA compiled for
+    runs of 2,000 steps or more, else a graph; on a CPU in fp32 winograd for runs of 100 steps or
+    more; elsewhere plain. On a CPU `compiled` takes over a minute, for a gain within the noise of
+    results/benchmarks. In fp16 there is no graph, as the loss scale is decided outside; several
+    ranks run plain. Raises InputError for a way that this device or number of ranks doesn't have.
     """
     if config.ranks > 1:
         if config.step in ("graph", "compiled", "winograd"):
             raise InputError(f"step: expected auto or plain on several ranks, got {config.step}")
         return "plain"
     if config.step == "graph" and device.type != "cuda":
-        raise InputError(f"step: a CUDA graph needs a CUDA device, got {device.type}: use --set step=auto")
+        raise InputError(
+            f"step: a CUDA graph needs a CUDA device, got {device.type}: use --set step=auto"
+        )
     if config.step == "graph" and config.precision == "fp16":
         raise InputError("step: a CUDA graph needs bf16 or fp32, got fp16: use --set step=auto")
     on_cpu = device.type == "cpu" and config.precision == "fp32"
@@ -64,7 +70,13 @@ def choose_step(config: TrainConfig, device: torch.device, images: int) -> str:
         return config.step
     steps = config.epochs * math.ceil(images / config.batch_size)
     if device.type == "cuda":
-        return "compiled" if steps >= MANY_STEPS else "plain" if config.precision == "fp16" else "graph"
+        return (
+            "compiled"
+            if steps >= MANY_STEPS
+            else "plain"
+            if config.precision == "fp16"
+            else "graph"
+        )
     return "winograd" if on_cpu and steps >= SOME_STEPS else "plain"
 
 
@@ -81,7 +93,9 @@ class State:
     history: list[dict] = field(default_factory=list)
 
     @classmethod
-    def new(cls, config: TrainConfig, device: torch.device, start: dict[str, Tensor] | None = None) -> "State":
+    def new(
+        cls, config: TrainConfig, device: torch.device, start: dict[str, Tensor] | None = None
+    ) -> "State":
         """Before the first step: random weights by the seed, or those of `start`, a state_dict."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -91,7 +105,10 @@ class State:
         model = model.to(device, memory_format=torch.channels_last)
         decayed = [p for p in model.parameters() if config.decay_all or p.ndim > 1]
         exempt = [p for p in model.parameters() if not config.decay_all and p.ndim <= 1]
-        groups = [{"params": decayed}, *([{"params": exempt, "weight_decay": 0.0}] if exempt else [])]
+        groups = [
+            {"params": decayed},
+            *([{"params": exempt, "weight_decay": 0.0}] if exempt else []),
+        ]
         optimizer = torch.optim.SGD(
             groups,
             lr=config.learning_rate,
@@ -100,7 +117,9 @@ class State:
             weight_decay=config.weight_decay,
             fused=device.type in ("cuda", "cpu"),
         )
-        if config.momentum:  # the fused step makes them without filling them where a first fp16 gradient overflows
+        if (
+            config.momentum
+        ):  # the fused step makes them without filling them where a first fp16 gradient overflows
             for parameter in model.parameters():
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
@@ -110,7 +129,9 @@ class State:
     def content(self) -> dict:
         """A copy of everything, on the CPU, that later steps leave alone."""
         parts = {name: getattr(self, name) for name in ("model", "optimizer", "scaler", "ema")}
-        states = {name: _copied(part.state_dict()) for name, part in parts.items() if part is not None}
+        states = {
+            name: _copied(part.state_dict()) for name, part in parts.items() if part is not None
+        }
         for group in states["optimizer"]["param_groups"]:
             group["lr"] = float(group["lr"])
         return {**states, "epoch": self.epoch, "steps": self.steps, "history": list(self.history)}
@@ -136,11 +157,13 @@ def _copied(value: object) -> object:
 
 
 class ZeroPadded(nn.Module):
-    """`model`'s function, computed with channel counts rounded up to multiples of 8 as fast kernels need them.
+    """`model`'s function, computed with channel counts rounded up to multiples of 8 as fast kernels
+    need them.
 
-    The channels that are added hold zeros throughout: in the weights, after batch normalisation (its scale and shift
-    are zero there too) and after ReLU. So the logits, and the gradients of the model's own parameters, are the same but
-    for the order of sums. The parameters stay the model's; its batch statistics become views of the wide ones.
+    The channels that are added hold zeros throughout: in the weights, after batch normalisation
+    (its scale and shift are zero there too) and after ReLU. So the logits, and the gradients of the
+    model's own parameters, are the same but for the order of sums. The parameters stay the model's;
+    its batch statistics become views of the wide ones.
     """
 
     def __init__(self, model: ResNet):
@@ -148,7 +171,9 @@ class ZeroPadded(nn.Module):
         self.model = model
         channels = tuple(math.ceil(width / ALIGNMENT) * ALIGNMENT for width in model.channels)
         weight = model.conv1.weight
-        wide = ResNet(model.blocks, channels, model.num_classes, budget=None).to(weight.device).train()
+        wide = (
+            ResNet(model.blocks, channels, model.num_classes, budget=None).to(weight.device).train()
+        )
         for (name, narrow), buffer in zip(model.named_buffers(), wide.buffers(), strict=True):
             view = buffer[: len(narrow)] if narrow.ndim else buffer
             view.copy_(narrow)
@@ -158,7 +183,10 @@ class ZeroPadded(nn.Module):
         self.hidden = (wide,)  # in a tuple: not a submodule, as its parameters are stand-ins
 
     def forward(self, x: Tensor) -> Tensor:
-        padded = {name: _pad(parameter, self.shapes[name]) for name, parameter in self.model.named_parameters()}
+        padded = {
+            name: _pad(parameter, self.shapes[name])
+            for name, parameter in self.model.named_parameters()
+        }
         return functional_call(self.hidden[0], padded, x)
 
 
@@ -166,52 +194,73 @@ def _pad(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Zeros at the end of each dimension, up to `shape`."""
     if tensor.shape == shape:
         return tensor
-    amounts = [n for old, new in zip(reversed(tensor.shape), reversed(shape), strict=True) for n in (0, new - old)]
+    amounts = [
+        n
+        for old, new in zip(reversed(tensor.shape), reversed(shape), strict=True)
+        for n in (0, new - old)
+    ]
     return F.pad(tensor, amounts)
 
 
 class Step:
     """Updates `state` by one batch after another; `totals` sums what an epoch reports.
 
-    On a CUDA device nothing waits for a result: once a loss is not finite, updates change no weight any more, and
-    `check`, called now and then, says where that was.
+    On a CUDA device nothing waits for a result: once a loss is not finite, updates change no weight
+    any more, and `check`, called now and then, says where that was.
     """
 
     def __init__(self, state: State, config: TrainConfig, log: Callable[[str], None] = print):
-        """`config` with its precision and step resolved. `log` hears of a faster way that doesn't work here."""
+        """`config` with its precision and step resolved. `log` hears of a faster way that doesn't
+        work here."""
         self.state, self.config, self.log = state, config, log
         self.device = state.model.conv1.weight.device
         on_cuda = self.device.type == "cuda"
-        self.totals = torch.zeros(3, device=self.device)  # sums over images: loss, right; steps whose loss was finite
+        self.totals = torch.zeros(
+            3, device=self.device
+        )  # sums over images: loss, right; steps whose loss was finite
         self.scale, self.shift = scale_and_shift(config.mean, config.std, self.device)
         network: nn.Module = state.model if config.precision == "fp32" else ZeroPadded(state.model)
-        self.network = DistributedDataParallel(network, broadcast_buffers=False) if config.ranks > 1 else network
+        self.network = (
+            DistributedDataParallel(network, broadcast_buffers=False)
+            if config.ranks > 1
+            else network
+        )
         self.forward: Callable = self._forward
         if config.step == "compiled":
             self.forward = (
-                self._attempt("compiled", lambda: torch.compile(self._forward, dynamic=False)) or self._forward
+                self._attempt("compiled", lambda: torch.compile(self._forward, dynamic=False))
+                or self._forward
             )
         self.convolutions: contextlib.AbstractContextManager = contextlib.nullcontext()
         if config.step == "winograd" and self._attempt("winograd", build) is not None:
             self.convolutions = Winograd()
         self.tried: dict[bool, int] = {False: 0, True: 0}  # full updates so far, by half_size
         self.graphs: dict[bool, Callable[[Tensor, Tensor], None]] = {}
-        self.capture = on_cuda and config.step != "plain" and config.precision != "fp16"  # the scaler is no part of one
+        self.capture = (
+            on_cuda and config.step != "plain" and config.precision != "fp16"
+        )  # the scaler is no part of one
         self.rate = torch.zeros((), device=self.device)
         if on_cuda:
             for group in state.optimizer.param_groups:
                 group["lr"] = self.rate  # on the device, where a graph reads it anew
             if config.precision != "fp16":
-                state.optimizer.found_inf = torch.zeros((), device=self.device)  # where 1, a fused step does nothing
+                state.optimizer.found_inf = torch.zeros(
+                    (), device=self.device
+                )  # where 1, a fused step does nothing
 
     def __call__(
-        self, images: Tensor, labels: Tensor, rate: float, half_size: bool = False, share: float = 1.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rate: float,
+        half_size: bool = False,
+        share: float = 1.0,
     ) -> None:
         """One update from uint8 images (b, 3, 32, 32) and labels int64 (b,), both on the device.
 
-        `half_size`: the images averaged down to 16x16. `share`: the factor of this rank's gradient, where the ranks
-        hold different numbers of a batch's images. Raises InputError before an update by a loss that isn't finite,
-        where looking at it costs nothing (not on CUDA).
+        `half_size`: the images averaged down to 16x16. `share`: the factor of this rank's gradient,
+        where the ranks hold different numbers of a batch's images. Raises InputError before an
+        update by a loss that isn't finite, where looking at it costs nothing (not on CUDA).
         """
         if self.device.type == "cuda":
             self.rate.fill_(rate)
@@ -250,7 +299,9 @@ class Step:
             loss = smooth_cross_entropy(logits, labels, self.config.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).sum()
 
-    def _update(self, forward: Callable, images: Tensor, labels: Tensor, half_size: bool, share: float = 1.0) -> None:
+    def _update(
+        self, forward: Callable, images: Tensor, labels: Tensor, half_size: bool, share: float = 1.0
+    ) -> None:
         state, optimizer = self.state, self.state.optimizer
         optimizer.zero_grad()
         loss, right = forward(images, labels, half_size)
@@ -268,12 +319,15 @@ class Step:
             _average(state.ema, state.model, self.config.ema_decay if state.steps else 0.0)
 
     def _first_updates(self, images: Tensor, labels: Tensor, half_size: bool) -> None:
-        """The first updates: compiling happens in them, and may fail, and after them a graph is captured."""
+        """The first updates: compiling happens in them, and may fail, and after them a graph is
+        captured."""
         changed = (*self.state.model.buffers(), self.totals)
         before = [tensor.clone() for tensor in changed]
 
         def update() -> bool:
-            with _side_stream(self.device):  # one of its own before a capture, as torch's documentation asks
+            with _side_stream(
+                self.device
+            ):  # one of its own before a capture, as torch's documentation asks
                 self._update(self.forward, images, labels, half_size)
             return True
 
@@ -291,8 +345,11 @@ class Step:
             if replay is not None:
                 self.graphs[half_size] = replay
 
-    def _capture(self, images: Tensor, labels: Tensor, half_size: bool) -> Callable[[Tensor, Tensor], None]:
-        """Record an update, which runs nothing; returns what repeats it for other batches of this shape."""
+    def _capture(
+        self, images: Tensor, labels: Tensor, half_size: bool
+    ) -> Callable[[Tensor, Tensor], None]:
+        """Record an update, which runs nothing; returns what repeats it for other batches of this
+        shape."""
         images, labels = images.clone(), labels.clone()
         self.state.optimizer.zero_grad()  # the gradients must come to lie in the graph's memory
         graph = torch.cuda.CUDAGraph()
@@ -322,7 +379,8 @@ class Step:
 def _average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
     """averaged = decay averaged + (1 - decay) model, for weights and batch statistics."""
     olds, news = (
-        [tensor for tensor in (*m.parameters(), *m.buffers()) if tensor.is_floating_point()] for m in (averaged, model)
+        [tensor for tensor in (*m.parameters(), *m.buffers()) if tensor.is_floating_point()]
+        for m in (averaged, model)
     )
     torch._foreach_lerp_(olds, news, 1 - decay)
 

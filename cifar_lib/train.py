@@ -1,4 +1,5 @@
-"""The training loop: from a recipe and CIFAR-10 to a run directory with weights, history and metrics."""
+"""The training loop: from a recipe and CIFAR-10 to a run directory with weights, history and
+metrics."""
 
 import contextlib
 import csv
@@ -41,7 +42,8 @@ def epoch_plan(config: TrainConfig, n: int, epoch: int) -> tuple[Tensor, Draws]:
 def epoch_batches(
     train: ImageSet, config: TrainConfig, plan: tuple[Tensor, Draws], rank: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented uint8 images (b, 3, 32, 32) and labels (b,), batch by batch: those of each batch that `rank` takes."""
+    """Augmented uint8 images (b, 3, 32, 32) and labels (b,), batch by batch: those of each batch
+    that `rank` takes."""
     order, draws = plan
     device = train.images.device
     for block in order.split(BLOCK[device.type] * config.batch_size):
@@ -56,10 +58,11 @@ def epoch_batches(
 def train_one_epoch(
     step: Step, train: ImageSet, config: TrainConfig, plan: tuple[Tensor, Draws], bar: tqdm
 ) -> tuple[float, float]:
-    """One pass over `train`; returns the mean loss and the accuracy over its augmented images, on all ranks.
+    """One pass over `train`; returns the mean loss and the accuracy over its augmented images, on
+    all ranks.
 
-    Raises InputError when the loss is not finite: before the step that would spread it; on CUDA up to 50 steps later,
-    none of which changes the weights, or (in fp16) is kept.
+    Raises InputError when the loss is not finite: before the step that would spread it; on CUDA up
+    to 50 steps later, none of which changes the weights, or (in fp16) is kept.
     """
     state = step.state
     steps = math.ceil(len(train) / config.batch_size)
@@ -74,7 +77,9 @@ def train_one_epoch(
         if step.device.type != "cuda" or i % CHECK_EVERY == 0 or i == steps - 1:
             loss, right = step.check()
             seen = len(range(rank, i * config.batch_size + whole, config.ranks))
-            bar.set_postfix(loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.1%}", refresh=False)
+            bar.set_postfix(
+                loss=f"{loss / seen:.3f}", accuracy=f"{right / seen:.1%}", refresh=False
+            )
         bar.update(whole)
     if config.ranks > 1:
         ranks.add(step.totals)
@@ -93,15 +98,19 @@ def fit(
     log: Callable[[str], None] = print,
     start: str | Path | None = None,
 ) -> dict:
-    """Train into a run directory, going on from its checkpoint if it has one, and evaluate; returns its metrics.json.
+    """Train into a run directory, going on from its checkpoint if it has one, and evaluate; returns
+    its metrics.json.
 
-    `start`: a file of weights to begin with, or `pretrained`; None: random ones. A finished run is not trained again.
-    Where `ranks.join` met other processes, all of them train this run and the first one writes.
-    Raises InputError where the directory holds another configuration or data, or labels are missing.
+    `start`: a file of weights to begin with, or `pretrained`; None: random ones. A finished run is
+    not trained again. Where `ranks.join` met other processes, all of them train this run and the
+    first one writes. Raises InputError where the directory holds another configuration or data, or
+    labels are missing.
     """
     train, test = with_labels(train), with_labels(test)
     target = choose_device(device)
-    config = replace(config, precision=choose_precision(config.precision, target), ranks=ranks.count())
+    config = replace(
+        config, precision=choose_precision(config.precision, target), ranks=ranks.count()
+    )
     train_part, validation = split(train.to(target), config)
     config = replace(config, step=choose_step(config, target, len(train_part)))
     _check_shares(config, len(train_part))
@@ -111,7 +120,9 @@ def fit(
     log = log if ranks.rank() == 0 else _silent
     with contextlib.ExitStack() as stack:
         run = RunDirectory(run_path)
-        saved, finished = ranks.from_first(lambda: _open(stack.enter_context(run), config, train, digest, target))
+        saved, finished = ranks.from_first(
+            lambda: _open(stack.enter_context(run), config, train, digest, target)
+        )
         if finished is not None:
             return finished
         if saved is not None:
@@ -123,7 +134,10 @@ def fit(
         logits = _logits(state.final_model, test, config)
         metrics = {**info, "train_images": len(train_part), "test": summarize(logits, test.labels)}
         if ranks.rank() == 0:
-            images, normalisation = train_part.images[:REBASED_ON], (config.test_mean, config.test_std)
+            images, normalisation = (
+                train_part.images[:REBASED_ON],
+                (config.test_mean, config.test_std),
+            )
             model = rebase_batch_norm(state.final_model, images, *normalisation, config.precision)
             save_model(run.path / "model.safetensors", model, info)
             run.write_json("metrics.json", metrics)
@@ -146,7 +160,9 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
     """The part of the training images that is trained on, and the validation part, if any."""
     if config.train_size is not None and config.train_size != len(train):
         if config.train_size > len(train):
-            raise InputError(f"train_size: expected at most {len(train)} images, got {config.train_size}")
+            raise InputError(
+                f"train_size: expected at most {len(train)} images, got {config.train_size}"
+            )
         _, chosen = stratified_split(train.labels, config.train_size, config.seed)
         train = train[chosen]
     if not config.validation_size:
@@ -181,9 +197,11 @@ def _open(
 
 
 def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> None:
-    """Write what this run is, or check that it is this one. A field newer than the run counts as its default.
+    """Write what this run is, or check that it is this one. A field newer than the run counts as
+    its default.
 
-    `data`: what it learns from: the images' source and number, and the sha256 of the weights it starts with, if any.
+    `data`: what it learns from: the images' source and number, and the sha256 of the weights it
+    starts with, if any.
     """
     ours = {**asdict(config), **data}
     stored = run.read_json("config.json")
@@ -191,10 +209,16 @@ def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> N
         run.write_json("config.json", ours)
         return
     if not isinstance(stored, dict):
-        raise InputError(f"{run.path / 'config.json'} is no configuration: restore it, or choose another run directory")
+        raise InputError(
+            f"{run.path / 'config.json'} is no configuration: restore it, or choose another run directory"
+        )
     before = {name: stored.pop(name, None) for name in data}
     theirs = {**asdict(recipe("report", **stored)), **before}
-    differing = [f"{name} ({theirs[name]!r}, now {ours[name]!r})" for name in ours if theirs[name] != ours[name]]
+    differing = [
+        f"{name} ({theirs[name]!r}, now {ours[name]!r})"
+        for name in ours
+        if theirs[name] != ours[name]
+    ]
     if differing:
         raise InputError(
             f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}: "
@@ -213,14 +237,20 @@ def _train_epochs(
 ) -> None:
     """The epochs that are left, each ending with a line, a row and a checkpoint.
 
-    Drawing the next epoch's random numbers and writing the last one's checkpoint go on beside the training.
+    Drawing the next epoch's random numbers and writing the last one's checkpoint go on beside the
+    training.
     """
     step = Step(state, config, log)
     timing = _read_timing(run, state.epoch)
     written: Future | None = None
     with (
         ThreadPoolExecutor(max_workers=1) as beside,
-        tqdm(total=config.epochs * len(train), initial=state.epoch * len(train), unit="img", leave=False) as bar,
+        tqdm(
+            total=config.epochs * len(train),
+            initial=state.epoch * len(train),
+            unit="img",
+            leave=False,
+        ) as bar,
     ):
         planned = beside.submit(epoch_plan, config, len(train), state.epoch)
         while state.epoch < config.epochs:
@@ -237,7 +267,13 @@ def _train_epochs(
             state.history.append(row)
             state.epoch += 1
             seconds = time.perf_counter() - start
-            timing.append({"epoch": row["epoch"], "seconds": seconds, "images_per_second": len(train) / trained})
+            timing.append(
+                {
+                    "epoch": row["epoch"],
+                    "seconds": seconds,
+                    "images_per_second": len(train) / trained,
+                }
+            )
             if ranks.rank() == 0:
                 if written is not None:
                     written.result()  # raises what went wrong with it
@@ -246,7 +282,9 @@ def _train_epochs(
         if written is not None:
             written.result()
     if state.history and ranks.rank() == 0:
-        run.write_rows("history.csv", state.history)  # a kill after the last checkpoint may have left it a row short
+        run.write_rows(
+            "history.csv", state.history
+        )  # a kill after the last checkpoint may have left it a row short
 
 
 def _write_epoch(run: RunDirectory, content: dict, timing: list[dict]) -> None:
@@ -271,7 +309,9 @@ def _logits(model: ResNet, images: ImageSet, config: TrainConfig) -> Tensor:
     return ranks.interleave(logits, len(images))
 
 
-def _watched(name: str, images: ImageSet | None, state: State, config: TrainConfig) -> dict[str, float | None]:
+def _watched(
+    name: str, images: ImageSet | None, state: State, config: TrainConfig
+) -> dict[str, float | None]:
     """The columns of a set that is evaluated each epoch; empty where it isn't."""
     if images is None:
         return {f"{name}_loss": None, f"{name}_accuracy": None}

@@ -1,4 +1,5 @@
-"""Search for the hyperparameters of the report's Table 1, by several workers on one study, with Optuna."""
+"""Search for the hyperparameters of the report's Table 1, by several workers on one study, with
+Optuna."""
 
 import json
 import platform
@@ -15,7 +16,13 @@ import pandas as pd
 import psutil
 import sqlalchemy.exc
 from optuna.importance import PedAnovaImportanceEvaluator
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages import (
+    BaseStorage,
+    JournalStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
+    fail_stale_trials,
+)
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
@@ -58,14 +65,20 @@ def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
 
 
 def own_values(base: TrainConfig) -> dict:
-    """The parameters with which `suggest` gives `base` itself: a study's first trial, what all others compete with.
+    """The parameters with which `suggest` gives `base` itself: a study's first trial, what all
+    others compete with.
 
-    Only its warm-up is cut to what is allowed. Raises InputError where another value is outside the search space.
+    Only its warm-up is cut to what is allowed. Raises InputError where another value is outside the
+    search space.
     """
-    shape = next((name for name, shape in SHAPES.items() if shape == (base.blocks, base.channels)), None)
+    shape = next(
+        (name for name, shape in SHAPES.items() if shape == (base.blocks, base.channels)), None
+    )
     if shape is None:
         asked = " of ".join(",".join(map(str, numbers)) for numbers in (base.blocks, base.channels))
-        raise InputError(f"tune: expected blocks and channels of one of {'; '.join(SHAPES)}; got {asked}")
+        raise InputError(
+            f"tune: expected blocks and channels of one of {'; '.join(SHAPES)}; got {asked}"
+        )
     numbers = ("learning_rate", "momentum", "weight_decay", "label_smoothing", "batch_size")
     warm_up = {"warmup_epochs": min(base.warmup_epochs, max(1, base.epochs // 2))}
     own = {"shape": shape, **{name: getattr(base, name) for name in numbers}, **warm_up}
@@ -81,22 +94,29 @@ def own_values(base: TrainConfig) -> dict:
 
 
 def search_space(base: TrainConfig) -> dict:
-    """What a study's trials have in common, as JSON: each parameter's distribution, and the configuration otherwise."""
+    """What a study's trials have in common, as JSON: each parameter's distribution, and the
+    configuration otherwise."""
     trial = optuna.trial.FixedTrial(own_values(base))
     suggest(trial, base)
     chosen = {"blocks", "channels", *trial.distributions}
     fixed = {name: value for name, value in asdict(base).items() if name not in chosen}
-    space = {name: optuna.distributions.distribution_to_json(d) for name, d in trial.distributions.items()}
+    space = {
+        name: optuna.distributions.distribution_to_json(d)
+        for name, d in trial.distributions.items()
+    }
     return json.loads(json.dumps({"space": space, "configuration": fixed}))
 
 
 def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Objective:
-    """The accuracy on the validation split after the last epoch; each epoch's decides whether a trial is pruned.
+    """The accuracy on the validation split after the last epoch; each epoch's decides whether a
+    trial is pruned.
 
     A training that diverges counts as pruned.
     """
     if not base.validation_size:
-        raise InputError("tune: expected a validation split to choose by, got none: use --set validation_size=1000")
+        raise InputError(
+            "tune: expected a validation split to choose by, got none: use --set validation_size=1000"
+        )
     target = choose_device(device)
     base = replace(base, precision=choose_precision(base.precision, target))
     part, validation = split(train.to(target), base)
@@ -113,7 +133,13 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Objec
                 train_one_epoch(step, part, config, plan, tqdm(disable=True))
             except InputError as error:
                 raise optuna.TrialPruned(str(error)) from error
-            logits = predict(state.final_model, validation.images, config.test_mean, config.test_std, config.precision)
+            logits = predict(
+                state.final_model,
+                validation.images,
+                config.test_mean,
+                config.test_std,
+                config.precision,
+            )
             score = accuracy(logits, validation.labels)
             trial.report(score, state.epoch)
             if state.epoch < config.epochs - 1 and trial.should_prune():
@@ -124,28 +150,44 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Objec
 
 
 def open_study(where: str, space: dict, seed: int = 0, heartbeat: int = HEARTBEAT) -> optuna.Study:
-    """The study in a journal file (one host) or at a database URL (many), made if it isn't there yet.
+    """The study in a journal file (one host) or at a database URL (many), made if it isn't there
+    yet.
 
     Raises InputError where it can't be reached or read, or was made with another search space.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         storage = _patient(_storage, where, heartbeat)
-        study = optuna.create_study(study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True)
+        study = optuna.create_study(
+            study_name=STUDY, storage=storage, direction="maximize", load_if_exists=True
+        )
         stored = study.user_attrs.get("space")
         if stored is None:
             study.set_user_attr("space", space)
         began = len(study.trials)
     except sqlalchemy.exc.SQLAlchemyError as error:
-        raise InputError(f"study: {_shown(where)} can't be reached ({_reason(error)}): start the database") from error
+        raise InputError(
+            f"study: {_shown(where)} can't be reached ({_reason(error)}): start the database"
+        ) from error
     except ImportError as error:
-        raise InputError(f"study: {_shown(where)} needs a driver ({_reason(error)}): pip install it") from error
+        raise InputError(
+            f"study: {_shown(where)} needs a driver ({_reason(error)}): pip install it"
+        ) from error
     except OSError as error:
-        raise InputError(f"study: {where} can't be written ({error.strerror}): choose another place") from error
+        raise InputError(
+            f"study: {where} can't be written ({error.strerror}): choose another place"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"study: {_shown(where)} is no study ({_reason(error)}): name another file or URL") from error
+        raise InputError(
+            f"study: {_shown(where)} is no study ({_reason(error)}): name another file or URL"
+        ) from error
     if stored not in (None, space):
-        differing = [k for part in space for k in space[part] if stored.get(part, {}).get(k) != space[part][k]]
+        differing = [
+            k
+            for part in space
+            for k in space[part]
+            if stored.get(part, {}).get(k) != space[part][k]
+        ]
         raise InputError(
             f"study: {_shown(where)} was made with another search space (these differ: {', '.join(differing)}): "
             "choose another place, or the same settings to go on"
@@ -156,25 +198,41 @@ def open_study(where: str, space: dict, seed: int = 0, heartbeat: int = HEARTBEA
 
 
 def trials_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A journal's trials that finished or were pruned, and how much of the differences each parameter explains.
+    """A journal's trials that finished or were pruned, and how much of the differences each
+    parameter explains.
 
-    The columns: number, accuracy (on the validation split after the trial's last epoch), epochs, complete (False:
-    pruned), seconds, and the parameters. The shares are PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255), of the
-    finished trials. Raises InputError where there is no journal.
+    The columns: number, accuracy (on the validation split after the trial's last epoch), epochs,
+    complete (False: pruned), seconds, and the parameters. The shares are PED-ANOVA's (Watanabe et
+    al. 2023, arXiv:2304.10255), of the finished trials. Raises InputError where there is no
+    journal.
     """
     if not Path(path).is_file():
-        raise InputError(f"study: expected a journal, found none at {path}: run `cifar_lib tune --study {path}` first")
-    study = optuna.load_study(study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(path))))
+        raise InputError(
+            f"study: expected a journal, found none at {path}: run `cifar_lib tune --study {path}` first"
+        )
+    study = optuna.load_study(
+        study_name=STUDY, storage=JournalStorage(JournalFileBackend(str(path)))
+    )
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     rows = [
-        {"number": trial.number, "accuracy": trial.intermediate_values[trial.last_step], "epochs": trial.last_step + 1}
-        | {"complete": trial.state == TrialState.COMPLETE, "seconds": trial.duration.total_seconds(), **trial.params}
+        {
+            "number": trial.number,
+            "accuracy": trial.intermediate_values[trial.last_step],
+            "epochs": trial.last_step + 1,
+        }
+        | {
+            "complete": trial.state == TrialState.COMPLETE,
+            "seconds": trial.duration.total_seconds(),
+            **trial.params,
+        }
         for trial in ended
         if trial.last_step is not None  # else it diverged in its first epoch
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        shares = optuna.importance.get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        shares = optuna.importance.get_param_importances(
+            study, evaluator=PedAnovaImportanceEvaluator()
+        )
     return pd.DataFrame(rows), shares
 
 
@@ -187,7 +245,9 @@ def _storage(where: str, heartbeat: int) -> BaseStorage:
                 json.loads(file.readline())["op_code"]
         return JournalStorage(JournalFileBackend(where))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # heartbeats have been that since 2021
+        warnings.simplefilter(
+            "ignore", optuna.exceptions.ExperimentalWarning
+        )  # heartbeats have been that since 2021
         return RDBStorage(
             where,
             heartbeat_interval=heartbeat,
@@ -197,12 +257,15 @@ def _storage(where: str, heartbeat: int) -> BaseStorage:
 
 
 def _patient(connect: Callable, *args) -> BaseStorage:
-    """`connect(*args)`, again where another worker makes the same tables at the same moment: Optuna doesn't wait."""
+    """`connect(*args)`, again where another worker makes the same tables at the same moment: Optuna
+    doesn't wait."""
     for attempt in range(1, 10):
         try:
             return connect(*args)
         except sqlalchemy.exc.DBAPIError as error:
-            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(error):
+            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(
+                error
+            ):
                 raise
             time.sleep(0.1 * attempt)
     return connect(*args)
@@ -218,14 +281,19 @@ def _reason(error: Exception) -> str:
 
 
 def work(
-    study: optuna.Study, trials: int, objective: Objective, one_host: bool, log: Callable[[str], None] = print
+    study: optuna.Study,
+    trials: int,
+    objective: Objective,
+    one_host: bool,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """Run trials until the study has this many that finished or were pruned, sharing them with other workers.
+    """Run trials until the study has this many that finished or were pruned, sharing them with
+    other workers.
 
-    Two workers never run the same trial, and a dead worker's is taken up again with the same parameters: where all
-    workers are on `one_host` (a journal) as soon as its process is gone, else (a database) when its heartbeat stops.
-    A worker that was only suspended, and whose trial others took up, leaves it to them.
-    Raises InputError where the database goes away.
+    Two workers never run the same trial, and a dead worker's is taken up again with the same
+    parameters: where all workers are on `one_host` (a journal) as soon as its process is gone, else
+    (a database) when its heartbeat stops. A worker that was only suspended, and whose trial others
+    took up, leaves it to them. Raises InputError where the database goes away.
     """
     begun: list[Trial] = []
 
@@ -256,7 +324,14 @@ def work(
         ) from error
 
 
-def _step(study: optuna.Study, trials: int, once: Objective, one_host: bool, report: Callable, log: Callable) -> bool:
+def _step(
+    study: optuna.Study,
+    trials: int,
+    once: Objective,
+    one_host: bool,
+    report: Callable,
+    log: Callable,
+) -> bool:
     """Run a trial, or wait for others that do; True where nothing is left to do."""
     if one_host:
         _take_up_dead(study)

@@ -1,11 +1,13 @@
-"""Every adaptation on every shift and severity, also with test-time views, by the package's weights: results/shift/.
+"""Every adaptation on every shift and severity, also with test-time views, by the package's
+weights: results/shift/.
 
     python results/ablation.py [--images N]
 
-Each shift with a part of the test images, then the generated custom test set with all of them. Goes on after the shifts
-that results/shift/ already holds. The files: right.npz, an array (way, image) for each shift, true where the label was
-found, and the weights' sha256; measures.csv, what can be seen of a shift without labels; and, of these, accuracy.csv
-with intervals and paired tests, verdict.json, and two pictures.
+Each shift with a part of the test images, then the generated custom test set with all of them. Goes
+on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image)
+for each shift, true where the label was found, and the weights' sha256; measures.csv, what can be
+seen of a shift without labels; and, of these, accuracy.csv with intervals and paired tests,
+verdict.json, and two pictures.
 """
 
 import argparse
@@ -21,7 +23,9 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # so that the script runs without an installation
 
 from cifar_lib import plots
 from cifar_lib.checkpoint import write_atomically
@@ -42,18 +46,19 @@ from cifar_lib.shift import (
 from cifar_lib.winograd import where_it_helps
 
 FOLDER = Path(__file__).parent / "shift"
-# Ways to predict; the first, no adaptation and no views, is what all are compared with. The six views of flip-shift
-# come without adaptation only: with each they would double the time.
+# Ways to predict; the first, no adaptation and no views, is what all are compared with. The six
+# views of flip-shift come without adaptation only: with each they would double the time.
 WAYS = (*itertools.product(ADAPTATIONS, ("none", "flip")), ("none", "flip-shift"))
 CLEAN = "clean 0"
 CUSTOM = "custom 0"  # the published run's custom set: the channel statistics of "statistics 1", all test images
-# The default of `submit`, adaptation and views, is chosen on these shifts and the first half of the images, and
-# confirmed on the other shifts and images.
+# The default of `submit`, adaptation and views, is chosen on these shifts and the first half of the
+# images, and confirmed on the other shifts and images.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
 
 
 def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """What results/shift/ already holds: which images were right on each shift, and the measures of each.
+    """What results/shift/ already holds: which images were right on each shift, and the measures of
+    each.
 
     Raises InputError where that is of weights with another sha256 or of another number of images.
     """
@@ -76,10 +81,16 @@ def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np
     right = {}
     for method in ADAPTATIONS:
         kinds = [tta for adaptation, tta in WAYS if adaptation == method]
-        with where_it_helps(next(model.parameters()).device):  # however few images: there are many passes
+        with where_it_helps(
+            next(model.parameters()).device
+        ):  # however few images: there are many passes
             network, mean, std = adapt(method, model, images, info["mean"], info["std"])
-            views = predict_views(network, images, mean, std, count=max(len(TTA[tta]) for tta in kinds))
-        right |= {(method, tta): average_views(views, tta).argmax(1) == test.labels for tta in kinds}
+            views = predict_views(
+                network, images, mean, std, count=max(len(TTA[tta]) for tta in kinds)
+            )
+        right |= {
+            (method, tta): average_views(views, tta).argmax(1) == test.labels for tta in kinds
+        }
     return torch.stack([right[way] for way in WAYS]).numpy()
 
 
@@ -90,11 +101,14 @@ def keep(right: dict[str, np.ndarray], shift: str, found: np.ndarray, weights: s
     np.savez_compressed(packed, weights=weights, **right)
     write_atomically(FOLDER / "right.npz", packed.getvalue())
     best = found.mean(1).argmax()
-    print(f"{shift}: {found[0].mean():.1%}; best {found[best].mean():.1%} by {WAYS[best]}", flush=True)
+    print(
+        f"{shift}: {found[0].mean():.1%}; best {found[best].mean():.1%} by {WAYS[best]}", flush=True
+    )
 
 
 def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row for each shift and way: accuracy, Wilson's interval, and the exact McNemar test against the first way."""
+    """A row for each shift and way: accuracy, Wilson's interval, and the exact McNemar test against
+    the first way."""
     rows = []
     for shift, table in right.items():
         family, severity = shift.split()
@@ -102,7 +116,13 @@ def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
             low, high = wilson_interval(int(ours.sum()), len(ours))
             gained, lost, p = mcnemar(ours, table[0])
             rows.append(
-                {"family": family, "severity": int(severity), "adapt": method, "tta": tta, "n": len(ours)}
+                {
+                    "family": family,
+                    "severity": int(severity),
+                    "adapt": method,
+                    "tta": tta,
+                    "n": len(ours),
+                }
                 | {"accuracy": ours.mean(), "low": low, "high": high}
                 | {"gained": gained, "lost": lost, "mcnemar_p": p}
             )
@@ -110,9 +130,11 @@ def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def gains(tables: list[np.ndarray]) -> dict[str, dict]:
-    """Mean accuracy of each way over shifts, and how much more it is than the first way's, in points.
+    """Mean accuracy of each way over shifts, and how much more it is than the first way's, in
+    points.
 
-    The interval is Student's over images, each with its mean over the shifts: the same images are in all of them.
+    The interval is Student's over images, each with its mean over the shifts: the same images are
+    in all of them.
     """
     by_image = np.mean(tables, axis=0)  # (ways, images)
     result = {}
@@ -128,7 +150,8 @@ def gains(tables: list[np.ndarray]) -> dict[str, dict]:
 
 
 def verdict(right: dict[str, np.ndarray]) -> dict:
-    """Which adaptation is best where it is chosen, what it gives elsewhere, and the report's claim."""
+    """Which adaptation is best where it is chosen, what it gives elsewhere, and the report's
+    claim."""
     half = right[CLEAN].shape[1] // 2
     seen = [table[:, :half] for shift, table in right.items() if shift.split()[0] in CHOSEN_ON]
     others = [family for family in FAMILIES if family not in CHOSEN_ON]
@@ -137,14 +160,21 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
     best = max(WAYS, key=lambda way: chosen[" + ".join(way)]["accuracy"])
     held = confirmed[" + ".join(best)]["interval"][0] > 0
     default = best if held else WAYS[0]
-    none, ours = (wilson_interval(int(found.sum()), len(found)) for found in right[CUSTOM][[0, WAYS.index(default)]])
+    none, ours = (
+        wilson_interval(int(found.sum()), len(found))
+        for found in right[CUSTOM][[0, WAYS.index(default)]]
+    )
     return {
         "default": dict(zip(("adapt", "tta"), default, strict=True)),
         "chosen": " + ".join(best),
         "confirmed": held,
         "beats_none_outside_the_intervals_on_the_custom_set": ours[0] > none[1],
         "chosen_on": {"families": list(CHOSEN_ON), "images": half, "ways": chosen},
-        "confirmed_on": {"families": others, "images": right[CLEAN].shape[1] - half, "ways": confirmed},
+        "confirmed_on": {
+            "families": others,
+            "images": right[CLEAN].shape[1] - half,
+            "ways": confirmed,
+        },
         "clean": gains([right[CLEAN]]),
         "custom": gains([right[CUSTOM]]),
     }
@@ -152,16 +182,24 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
 
 def draw(table: pd.DataFrame) -> dict[str, bytes]:
     """The two pictures as PNG, by name."""
-    table = table.assign(gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first"))
+    table = table.assign(
+        gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first")
+    )
     shifts = table[table.severity > 0]
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
-    losses = {f"no adaptation (clean: {clean:.1%})": plots.by_severity(plain[plain.adapt == "none"], "accuracy")}
+    losses = {
+        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
+            plain[plain.adapt == "none"], "accuracy"
+        )
+    }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["views: flip-shift"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip-shift")]
     sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "losses.png": plots.to_png(plots.severity_maps(losses, "What a shift costs: accuracy in percent")),
+        "losses.png": plots.to_png(
+            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
+        ),
         "gains.png": plots.to_png(
             plots.severity_maps(
                 {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
@@ -174,7 +212,9 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1000, help="a stratified part of the test images")
+    parser.add_argument(
+        "--images", type=int, default=1000, help="a stratified part of the test images"
+    )
     options = parser.parse_args()
     weights = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     right, measures = measured(weights, options.images)
@@ -195,18 +235,28 @@ def main() -> None:
         measures.append(
             {"family": family, "severity": severity}
             | {"wasserstein_red": red, "wasserstein_green": green, "wasserstein_blue": blue}
-            | {"frechet": frechet_distance(features(model, images, info["mean"], info["std"]), clean)}
+            | {
+                "frechet": frechet_distance(
+                    features(model, images, info["mean"], info["std"]), clean
+                )
+            }
         )
         text = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", text.encode())
         keep(right, shift, found, weights)
     if CUSTOM not in right:
-        keep(right, CUSTOM, score(shifted(test.images, "statistics", 1), test, model, info), weights)
+        keep(
+            right, CUSTOM, score(shifted(test.images, "statistics", 1), test, model, info), weights
+        )
     table = accuracy_table(right)
-    write_atomically(FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode())
+    write_atomically(
+        FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode()
+    )
     shipped = info | {"name": PRETRAINED, "sha256": weights}
     summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
-    write_atomically(FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode())
+    write_atomically(
+        FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode()
+    )
     for name, picture in draw(table).items():
         write_atomically(FOLDER / name, picture)
 

@@ -1,12 +1,13 @@
-"""Take a finished run into the repository, or measure anew what the package's weights are said to score.
+"""Take a finished run into the repository, or measure anew what the package's weights are said to
+score.
 
     python results/publish.py RUN_DIRECTORY
     python results/publish.py --check
 
-The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as ...-<n>-epochs) and says
-what the recipe's seeds come to. Of seed 42, which was chosen before
-any was run, it also writes cifar_lib/weights/<recipe>.safetensors, convolutions in half precision, with its line in
-SHA256SUMS. The second changes nothing, and is the end of `make run`.
+The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as
+...-<n>-epochs) and says what the recipe's seeds come to. Of seed 42, which was chosen before any
+was run, it also writes cifar_lib/weights/<recipe>.safetensors, convolutions in half precision, with
+its line in SHA256SUMS. The second changes nothing, and is the end of `make run`.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # so that the script runs without an installation
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # so that the script runs without an installation
 
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, REAL, ImageSet, load_cifar10
@@ -46,13 +49,18 @@ RESULTS = Path(__file__).parent
 WEIGHTS = SHIPPED.parent
 SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
-TOLERANCE = 0.002  # of a fraction: other hardware rounds otherwise, which turns a few of 10,000 close calls
+TOLERANCE = (
+    0.002  # of a fraction: other hardware rounds otherwise, which turns a few of 10,000 close calls
+)
 
 
 def publish(run: Path) -> dict:
-    """Returns what is written as metrics.json: the run's own, and the halved weights' scores (`half_precision`)."""
+    """Returns what is written as metrics.json: the run's own, and the halved weights' scores
+    (`half_precision`)."""
     if not os.path.isfile(run / "metrics.json"):
-        raise InputError(f"publish: expected a finished run, found no metrics.json in {run}: train it to its end")
+        raise InputError(
+            f"publish: expected a finished run, found no metrics.json in {run}: train it to its end"
+        )
     metrics = json.loads((run / "metrics.json").read_text())
     if metrics["data"] != REAL:
         raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
@@ -80,30 +88,39 @@ def publish(run: Path) -> dict:
     if metrics["seed"] == SHIPPED_SEED:
         write_atomically(WEIGHTS / f"{metrics['recipe']}.safetensors", weights.read_bytes())
         files = sorted(WEIGHTS.glob("*.safetensors"))
-        sums = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files)
+        sums = "".join(
+            f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files
+        )
         write_atomically(WEIGHTS / "SHA256SUMS", sums.encode())
     return metrics
 
 
 def over_seeds(recipe: str) -> str:
-    """Mean and standard deviation of the test accuracy over the recipe's published runs of the same configuration."""
+    """Mean and standard deviation of the test accuracy over the recipe's published runs of the same
+    configuration."""
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
         config, metrics = _config(folder), json.loads((folder / "metrics.json").read_text())
         seed = config.pop("seed")
-        groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"]["accuracy"]
+        groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"][
+            "accuracy"
+        ]
     lines = []
     for config, scores in groups.items():
         spread = f" ± {statistics.stdev(scores.values()):.2%}" if len(scores) > 1 else ""
         seeds = ", ".join(map(str, sorted(scores)))
         mean = statistics.mean(scores.values())
-        lines.append(f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}")
+        lines.append(
+            f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}"
+        )
     return "\n".join(lines)
 
 
 def _unused(path: Path) -> Path:
     """`path`, or with a number at its end where there is something already."""
-    names = itertools.chain([path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2)))
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    )
     return next(name for name in names if not name.exists())
 
 
@@ -112,13 +129,17 @@ def _config(folder: Path) -> dict:
     return {"start": None} | json.loads((folder / "config.json").read_text())
 
 
-def score(model: ResNet, info: dict, test: ImageSet, precision: str = "fp32") -> tuple[dict, Tensor]:
+def score(
+    model: ResNet, info: dict, test: ImageSet, precision: str = "fp32"
+) -> tuple[dict, Tensor]:
     """What the card and the README say of weights, and the logits (N, 10) without views."""
     views = predict_views(model, test.images, info["mean"], info["std"], precision, count=2)
     scores = {}
     for tta in ("none", "flip"):
         summary = summarize(average_views(views, tta), test.labels)
-        scores[f"tta_{tta}"] = {name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")}
+        scores[f"tta_{tta}"] = {
+            name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")
+        }
     plain = average_views(views, "none")
     scores["temperature"] = info["temperature"]
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
@@ -132,7 +153,8 @@ def score(model: ResNet, info: dict, test: ImageSet, precision: str = "fp32") ->
 
 
 def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
-    """The calibration error when each half of the images is scaled by the temperature of the other one."""
+    """The calibration error when each half of the images is scaled by the temperature of the other
+    one."""
     halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
     scaled = logits.clone()
     for fitted, measured in (halves, halves[::-1]):
@@ -141,7 +163,8 @@ def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def check() -> bool:
-    """Measure the package's weights on all test images, print the numbers, and tell whether they are the recorded ones.
+    """Measure the package's weights on all test images, print the numbers, and tell whether they
+    are the recorded ones.
 
     Without CIFAR-10 there is nothing to measure, and nothing to complain of.
     """
@@ -157,7 +180,9 @@ def check() -> bool:
     scores, _ = score(model, info, test, precision)
     shipped = SHIPPED_RUNS[-1]
     recorded = json.loads((shipped / "metrics.json").read_text())["half_precision"]
-    print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{shipped.name})")
+    print(
+        f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{shipped.name})"
+    )
     pairs = {
         label: (scores[name]["accuracy"], recorded[name]["accuracy"])
         for name, label in (
@@ -173,19 +198,29 @@ def check() -> bool:
     changed = f"{published['lost']} lost, {published['gained']} gained (McNemar's p = {published['mcnemar_p']:.1e})"
     print(f"  {'images, normalised as published':46} {changed}")
     for name, now, then in (
-        ("calibration error", *(each["tta_none"]["calibration_error"] for each in (scores, recorded))),
-        ("  after temperature scaling", *(each["calibration_error_after_temperature"] for each in (scores, recorded))),
+        (
+            "calibration error",
+            *(each["tta_none"]["calibration_error"] for each in (scores, recorded)),
+        ),
+        (
+            "  after temperature scaling",
+            *(each["calibration_error_after_temperature"] for each in (scores, recorded)),
+        ),
     ):
         print(f"  {name:46} {now:.2%}, recorded {then:.2%}")
     return all(abs(now - then) <= TOLERANCE for now, then in pairs.values())
 
 
-def on_custom_set(model: ResNet, info: dict, test: ImageSet, precision: str) -> dict[str, tuple[float, float]]:
-    """Accuracy now and as recorded in results/shift, with the channel statistics of the published run's custom set:
-    without adaptation, and by the default of `submit`."""
+def on_custom_set(
+    model: ResNet, info: dict, test: ImageSet, precision: str
+) -> dict[str, tuple[float, float]]:
+    """Accuracy now and as recorded in results/shift, with the channel statistics of the published
+    run's custom set: without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text())
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
-        print("  results/shift was measured with other weights, nothing to compare: see results/ablation.py")
+        print(
+            "  results/shift was measured with other weights, nothing to compare: see results/ablation.py"
+        )
         return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
@@ -193,7 +228,10 @@ def on_custom_set(model: ResNet, info: dict, test: ImageSet, precision: str) -> 
     for adaptation, tta in (("none", "none"), default):
         network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"], precision)
         now = accuracy(predict(network, images, mean, std, precision, tta), test.labels)
-        pairs[f"custom set, {adaptation}, views {tta}"] = now, verdict["custom"][f"{adaptation} + {tta}"]["accuracy"]
+        pairs[f"custom set, {adaptation}, views {tta}"] = (
+            now,
+            verdict["custom"][f"{adaptation} + {tta}"]["accuracy"],
+        )
     return pairs
 
 
@@ -202,7 +240,11 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     try:
         if sys.argv[1] == "--check":
-            raise SystemExit(0 if check() else "error: these differ by more than rounding: see results/publish.py")
+            raise SystemExit(
+                0
+                if check()
+                else "error: these differ by more than rounding: see results/publish.py"
+            )
         metrics = publish(Path(sys.argv[1]))
         print(json.dumps(metrics["half_precision"], indent=2))
         print(over_seeds(metrics["recipe"]))

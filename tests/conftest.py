@@ -5,14 +5,18 @@ import torch
 
 from cifar_lib.data import ImageSet, find_cifar10, generate_stand_in, load_cifar10
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other: ten times slower on busy cores
+torch.set_num_threads(
+    1
+)  # on tensors this small, threads only wait for each other: ten times slower on busy cores
 
 
 @pytest.fixture(scope="session")
 def cifar10() -> tuple[ImageSet, ImageSet]:
     home = Path(__file__).parent.parent / "data"
     if find_cifar10(home=home) is None:
-        pytest.skip("needs real CIFAR-10: it is not in CIFAR10_ROOT, data/ or Kaggle's input folder")
+        pytest.skip(
+            "needs real CIFAR-10: it is not in CIFAR10_ROOT, data/ or Kaggle's input folder"
+        )
     return load_cifar10(home=home)
 
 
@@ -30,7 +34,9 @@ def pictures() -> torch.Tensor:
     gradients = [
         torch.stack([across, down, 255 - across]),
         torch.stack([(across + down) / 2] * 3),  # grey
-        torch.stack([100 + across / 8, 90 + down / 8, 110 + across / 16]),  # low contrast, narrow histogram
+        torch.stack(
+            [100 + across / 8, 90 + down / 8, 110 + across / 16]
+        ),  # low contrast, narrow histogram
     ]
     noise = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
     flat = torch.tensor([200, 30, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)

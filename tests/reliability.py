@@ -1,7 +1,9 @@
-"""Faults on purpose, many times over: python tests/reliability.py [--kills 40] [--notebooks] [--write]
+"""Faults on purpose, many times over: python tests/reliability.py [--kills 40] [--notebooks]
+[--write]
 
-Every row is a promise. One that is broken ends the campaign with its traceback; `--write` writes the table of those
-that held to results/reliability.md. Needs a POSIX system; disks that fill up need the right to mount (root).
+Every row is a promise. One that is broken ends the campaign with its traceback; `--write` writes
+the table of those that held to results/reliability.md. Needs a POSIX system; disks that fill up
+need the right to mount (root).
 """
 
 import argparse
@@ -40,9 +42,17 @@ from cifar_lib.errors import InputError  # noqa: E402
 from cifar_lib.hardware import describe  # noqa: E402
 
 DATA = generate_stand_in(70, 30)
-SETTINGS = "blocks=1 channels=16 batch_size=16 epochs=4 warmup_epochs=1 learning_rate=0.02 ema_decay=0.9"
+SETTINGS = (
+    "blocks=1 channels=16 batch_size=16 epochs=4 warmup_epochs=1 learning_rate=0.02 ema_decay=0.9"
+)
 SETTINGS += " validation_size=10 step=plain"
-FINAL = ("checkpoint.pt", "checkpoint.previous.pt", "history.csv", "metrics.json", "model.safetensors")
+FINAL = (
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "history.csv",
+    "metrics.json",
+    "model.safetensors",
+)
 MOMENTS = {  # a name for the table: where the process kills itself, at the nth call
     "in a step": (cifar_lib.step, "smooth_cross_entropy"),
     "in an evaluation": (cifar_lib.train, "predict"),
@@ -63,7 +73,8 @@ class Row:
     happened: str
 
 
-# Processes. They are forks of this one, which never computes anything itself: a fork then starts at once and sound.
+# Processes. They are forks of this one, which never computes anything itself: a fork then starts at
+# once and sound.
 
 
 def forked(action: Callable[[], int | None]) -> int:
@@ -133,25 +144,50 @@ class HalfWritten:
 
 def command(path: Path, precision: str, *more: str) -> list[str]:
     fields = [word for setting in [*SETTINGS.split(), *more] for word in ("--set", setting)]
-    return ["train", "--recipe", "report", "--run", str(path), "--device", "cpu", "--precision", precision, *fields]
+    return [
+        "train",
+        "--recipe",
+        "report",
+        "--run",
+        str(path),
+        "--device",
+        "cpu",
+        "--precision",
+        precision,
+        *fields,
+    ]
 
 
-def train(arguments: list[str], kill: tuple[str, int] | None = None, rank: tuple[int, int, int] | None = None) -> int:
-    """`python -m cifar_lib train`, in this process; returns its exit code. `rank`: (rank, ranks, port)."""
+def train(
+    arguments: list[str],
+    kill: tuple[str, int] | None = None,
+    rank: tuple[int, int, int] | None = None,
+) -> int:
+    """`python -m cifar_lib train`, in this process; returns its exit code. `rank`: (rank, ranks,
+    port)."""
     cli.load_cifar10 = lambda _: DATA
     if rank:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
-        os.environ.update(zip(names, map(str, (*rank[:2], rank[0], rank[2], "127.0.0.1")), strict=True))
+        os.environ.update(
+            zip(names, map(str, (*rank[:2], rank[0], rank[2], "127.0.0.1")), strict=True)
+        )
     if kill:
         kill_at(*kill)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         return cli.main(arguments)
 
 
 def trained(path: Path, precision: str, ranks: int) -> None:
     """The run, to its end, undisturbed."""
     arguments, port = command(path, precision), free_port()
-    pids = [forked(lambda r=r: train(arguments, rank=(r, ranks, port) if ranks > 1 else None)) for r in range(ranks)]
+    pids = [
+        forked(lambda r=r: train(arguments, rank=(r, ranks, port) if ranks > 1 else None))
+        for r in range(ranks)
+    ]
     assert [ended(pid) for pid in pids] == [0] * ranks
 
 
@@ -164,7 +200,8 @@ def free_port() -> int:
 
 
 def killed_runs(folder: Path, precision: str, ranks: int, kills: int, dice: random.Random) -> Row:
-    """Runs that are killed again and again until they end, as often as it takes for `kills` kills."""
+    """Runs that are killed again and again until they end, as often as it takes for `kills`
+    kills."""
     start = time.monotonic()
     trained(folder / "whole", precision, ranks)
     duration = time.monotonic() - start
@@ -194,12 +231,18 @@ def killed_runs(folder: Path, precision: str, ranks: int, kills: int, dice: rand
     )
 
 
-def killed(path: Path, precision: str, ranks: int, moment: str | None, duration: float, dice: random.Random) -> bool:
+def killed(
+    path: Path, precision: str, ranks: int, moment: str | None, duration: float, dice: random.Random
+) -> bool:
     """One start, with a kill at the moment; whether it came to that before the run was over."""
     arguments, port, victim = command(path, precision), free_port(), dice.randrange(ranks)
     kill = (moment, dice.randint(1, 12)) if moment in MOMENTS else None
     pids = [
-        forked(lambda r=r: train(arguments, kill if r == victim else None, (r, ranks, port) if ranks > 1 else None))
+        forked(
+            lambda r=r: train(
+                arguments, kill if r == victim else None, (r, ranks, port) if ranks > 1 else None
+            )
+        )
         for r in range(ranks)
     ]
     if moment and not kill:
@@ -274,7 +317,10 @@ def damaged_checkpoints(folder: Path, times: int, dice: random.Random) -> Iterat
             assert "going on from checkpoint.previous.pt" in str(caught[0].message)
             if i < 2:
                 trained(run.path, "fp32", 1)
-                assert all((run.path / f).read_bytes() == (folder / "whole" / f).read_bytes() for f in FINAL)
+                assert all(
+                    (run.path / f).read_bytes() == (folder / "whole" / f).read_bytes()
+                    for f in FINAL
+                )
                 finished += 1
         yield Row(
             f"newest checkpoint {how}",
@@ -289,11 +335,20 @@ def damaged_checkpoints(folder: Path, times: int, dice: random.Random) -> Iterat
         before = contents(run.path)
         refused(run.load, "no usable checkpoint")
         assert contents(run.path) == before
-    yield Row("both checkpoints damaged", times, "refused, nothing overwritten", "refused in one line, same files")
+    yield Row(
+        "both checkpoints damaged",
+        times,
+        "refused, nothing overwritten",
+        "refused in one line, same files",
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def refused(action: Callable[[], object], message: str) -> None:
@@ -311,7 +366,11 @@ def refused(action: Callable[[], object], message: str) -> None:
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, capture_output=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+        check=True,
+        capture_output=True,
+    )
     try:
         yield folder
     finally:
@@ -323,7 +382,12 @@ def full_disks(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
         with small_disk(folder / "trial", 1 << 20):
             pass
     except (OSError, subprocess.CalledProcessError):
-        yield Row("disk full, disk read-only", 0, "the last checkpoint stays whole", "not tried: no right to mount")
+        yield Row(
+            "disk full, disk read-only",
+            0,
+            "the last checkpoint stays whole",
+            "not tried: no right to mount",
+        )
         return
     trained(folder / "whole", "fp32", 1)
     need = sum(path.stat().st_size for path in (folder / "whole").iterdir())
@@ -340,7 +404,10 @@ def full_disks(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
             # more room, and the same command
             subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
             trained(run.path, "fp32", 1)
-            assert all((run.path / name).read_bytes() == (folder / "whole" / name).read_bytes() for name in FINAL)
+            assert all(
+                (run.path / name).read_bytes() == (folder / "whole" / name).read_bytes()
+                for name in FINAL
+            )
     yield Row(
         "disk full (a small tmpfs), at a random byte of the run",
         times,
@@ -354,7 +421,12 @@ def full_disks(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
         assert ended(forked(lambda: train(command(disk / "run", "fp32")))) == 2
         assert ended(forked(lambda: train(command(disk / "new", "fp32")))) == 2
         assert contents(disk / "run") == before
-    yield Row("disk read-only: a run to go on with, a new one", 2, "exit code 2, nothing changed", "so it was")
+    yield Row(
+        "disk read-only: a run to go on with, a new one",
+        2,
+        "exit code 2, nothing changed",
+        "so it was",
+    )
 
 
 # Locks, losses, submissions, pickles
@@ -403,7 +475,12 @@ def losses_that_are_not_finite(folder: Path, times: int, dice: random.Random) ->
             )
             expected = f"not finite at epoch {epoch}, step {step}"
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                refused(lambda: cifar_lib.train.fit(config, path, *DATA, device="cpu", log=lambda _: None), expected)
+                refused(
+                    lambda: cifar_lib.train.fit(
+                        config, path, *DATA, device="cpu", log=lambda _: None
+                    ),
+                    expected,
+                )
 
         in_fork(poisoned)
         saved = RunDirectory(path).load()
@@ -423,7 +500,11 @@ def submissions(folder: Path, times: int, dice: random.Random) -> Row:
     kaggle.write_submission(folder / "expected.csv", **new)
     expected, old = (folder / "expected.csv").read_bytes(), b"an older submission"
     outcomes: Counter[str] = Counter()
-    moments = ["with a file half written", "before a file is flushed", "before a file gets its name"]
+    moments = [
+        "with a file half written",
+        "before a file is flushed",
+        "before a file gets its name",
+    ]
     for _ in range(times):
         path.write_bytes(old)
         moment, nth = dice.choice(moments), dice.randint(1, 2)
@@ -451,13 +532,21 @@ def pickles(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
         Path("test.pkl").write_bytes(content)
         refused(lambda: kaggle.read_test_file("test.pkl"), "test file: test.pkl")
         assert os.listdir() == ["test.pkl"], name
-    yield Row("hostile and broken pickles", len(CORPUS), "refused in one line, nothing runs", "so it was")
+    yield Row(
+        "hostile and broken pickles", len(CORPUS), "refused in one line, nothing runs", "so it was"
+    )
     read = 0
     slowest = 0.0
     for _ in range(times):
         content = bytearray(dice.choice(list(HONEST.values())))
         for _ in range(dice.randint(1, 8)):
-            at = dice.choice([dice.randrange(300), len(content) - dice.randrange(1, 200), dice.randrange(len(content))])
+            at = dice.choice(
+                [
+                    dice.randrange(300),
+                    len(content) - dice.randrange(1, 200),
+                    dice.randrange(len(content)),
+                ]
+            )
             content[at : at + dice.randint(0, 4)] = dice.randbytes(dice.randint(0, 6))
         Path("test.pkl").write_bytes(content)
         start = time.perf_counter()
@@ -475,7 +564,9 @@ def pickles(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
         f"{read} still read (a changed pixel is no fault that shows), the others refused; slowest {slowest:.2f} s",
     )
     variants = {
-        protocol: pickle.dumps({b"data": DATA[0].images.numpy().reshape(70, -1), b"ids": list(range(70))}, protocol)
+        protocol: pickle.dumps(
+            {b"data": DATA[0].images.numpy().reshape(70, -1), b"ids": list(range(70))}, protocol
+        )
         for protocol in range(6)
     }
     for content in variants.values():
@@ -499,7 +590,8 @@ def tests(fault: str, promised: str, *selection: str) -> Row:
 
 
 def notebooks(folder: Path) -> Row:
-    """Each notebook alone, every code cell twice, in a copy whose path has spaces and letters that are no ASCII."""
+    """Each notebook alone, every code cell twice, in a copy whose path has spaces and letters that
+    are no ASCII."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -510,10 +602,14 @@ def notebooks(folder: Path) -> Row:
     names = sorted(path.name for path in (copy / "notebooks").glob("0*.ipynb"))
     for name in names:
         notebook = nbformat.read(copy / "notebooks" / name, as_version=4)
-        notebook.cells = [cell for cell in notebook.cells for _ in range(1 + (cell.cell_type == "code"))]
+        notebook.cells = [
+            cell for cell in notebook.cells for _ in range(1 + (cell.cell_type == "code"))
+        ]
         for cell in notebook.cells:
             cell.pop("id", None)
-        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(copy)}}).execute()
+        NotebookClient(
+            notebook, timeout=None, resources={"metadata": {"path": str(copy)}}
+        ).execute()
         print(f"  {name}", flush=True)
     return Row(
         "notebooks from another working directory, path with spaces and 演習, every code cell twice",
@@ -525,11 +621,17 @@ def notebooks(folder: Path) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=40, help="for one process and each precision; a third for two")
-    parser.add_argument("--notebooks", action="store_true", help="also run the notebooks, which takes minutes")
+    parser.add_argument(
+        "--kills", type=int, default=40, help="for one process and each precision; a third for two"
+    )
+    parser.add_argument(
+        "--notebooks", action="store_true", help="also run the notebooks, which takes minutes"
+    )
     parser.add_argument("--write", action="store_true", help="write results/reliability.md")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[""], help="campaigns whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="campaigns whose name contains one of these"
+    )
     options = parser.parse_args()
     # A background job of a shell ignores SIGINT, and so would all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -585,7 +687,9 @@ def main() -> int:
 def write(rows: list[Row], minutes: float, options: argparse.Namespace) -> None:
     where = describe(torch.device("cpu"))
     machine = f"{where['cpu_cores']} cores, {torch.backends.cpu.get_cpu_capability()}"
-    flags = f" --kills {options.kills}" + " --notebooks" * options.notebooks + f" --seed {options.seed}"
+    flags = (
+        f" --kills {options.kills}" + " --notebooks" * options.notebooks + f" --seed {options.seed}"
+    )
     text = f"""# Reliability
 
 Faults on purpose, and what became of them. Made by `python tests/reliability.py{flags} --write`
@@ -598,7 +702,9 @@ test set evaluated each epoch. Bytes are compared: checkpoints, history, metrics
 | fault | times tried | promised | what happened |
 | --- | --- | --- | --- |
 """
-    text += "".join(f"| {row.fault} | {row.tried:,} | {row.promised} | {row.happened} |\n" for row in rows)
+    text += "".join(
+        f"| {row.fault} | {row.tried:,} | {row.promised} | {row.happened} |\n" for row in rows
+    )
     (ROOT / "results" / "reliability.md").write_text(text)
 
 

@@ -60,7 +60,8 @@ def with_pil(image: Image.Image, name: str, magnitude: float) -> Image.Image:
 
 
 def levels(space: dict, name: str, bin_: int) -> list[float]:
-    """The magnitudes that torchvision gives an operation in a bin: one, or two where it has a sign."""
+    """The magnitudes that torchvision gives an operation in a bin: one, or two where it has a
+    sign."""
     if name == "Identity":
         return [0.0]
     values, signed = space[name]
@@ -73,7 +74,9 @@ def assert_frequencies(observed: Counter, expected: dict, n: int) -> None:
     assert set(observed) <= set(expected)
     assert sum(expected.values()) == pytest.approx(1)
     assert min(expected.values()) * n > 5
-    assert chisquare([observed[k] for k in expected], [p * n for p in expected.values()]).pvalue > 1e-3
+    assert (
+        chisquare([observed[k] for k in expected], [p * n for p in expected.values()]).pvalue > 1e-3
+    )
 
 
 def drawn(policy: Policy, n: int = N) -> list[list[tuple[str, float]]]:
@@ -140,7 +143,9 @@ def test_each_image_gets_its_own_operations_in_their_order(pictures):
     result = apply_ops(pictures, table, ops)
     for image, (first, second), out in zip(pictures, ops.tolist(), result, strict=True):
         assert torch.equal(apply_op(apply_op(image[None], *table[first]), *table[second])[0], out)
-    assert not torch.equal(*(apply_ops(pictures[:1], table, torch.tensor([o]))[0] for o in ([1, 2], [2, 1])))
+    assert not torch.equal(
+        *(apply_ops(pictures[:1], table, torch.tensor([o]))[0] for o in ([1, 2], [2, 1]))
+    )
 
 
 # What is drawn
@@ -149,7 +154,11 @@ def test_each_image_gets_its_own_operations_in_their_order(pictures):
 def test_randaugment_draws_operations_and_signs_uniformly_and_independently():
     policy = Policy(num_ops=2, magnitude=9)
     space = SPACES["randaugment"]
-    single = {(name, m): 1 / 14 / len(levels(space, name, 9)) for name in OPS for m in levels(space, name, 9)}
+    single = {
+        (name, m): 1 / 14 / len(levels(space, name, 9))
+        for name in OPS
+        for m in levels(space, name, 9)
+    }
     assert len(single) == 23
     images = drawn(policy)
     for slot in (0, 1):
@@ -187,7 +196,9 @@ def test_autoaugment_draws_its_policies_as_torchvision_does():
         slots = []
         for name, p, k in pair:
             happening = levels(space, name, k or 0)
-            slots.append([((name, m), p / len(happening)) for m in happening] + [(("Identity", 0.0), 1 - p)])
+            slots.append(
+                [((name, m), p / len(happening)) for m in happening] + [(("Identity", 0.0), 1 - p)]
+            )
         for first, p in slots[0]:
             for second, q in slots[1]:
                 expected[first, second] += p * q / len(policies)
@@ -224,12 +235,21 @@ def measures(boxes: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def test_erased_boxes_have_torchvisions_sizes_and_places():
     torch.manual_seed(0)
     blank = torch.zeros(3, 32, 32)
-    theirs = torch.tensor([RandomErasing.get_params(blank, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)])
+    theirs = torch.tensor(
+        [RandomErasing.get_params(blank, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(4000)]
+    )
     ours = draw(N, Policy(erasing=1.0), seed=1, epoch=0).boxes
     top, left, height, width = ours.unbind(1)
-    assert (ours[:, :2] >= 0).all() and (ours[:, :2] + ours[:, 2:] <= 32).all() and (ours[:, 2:] < 32).all()
+    assert (
+        (ours[:, :2] >= 0).all()
+        and (ours[:, :2] + ours[:, 2:] <= 32).all()
+        and (ours[:, 2:] < 32).all()
+    )
     for name, ours_of, theirs_of in zip(
-        ("top", "left", "height", "width", "area", "aspect", "bottom"), measures(ours), measures(theirs), strict=True
+        ("top", "left", "height", "width", "area", "aspect", "bottom"),
+        measures(ours),
+        measures(theirs),
+        strict=True,
     ):
         assert ks_2samp(ours_of, theirs_of, method="asymp").pvalue > 1e-3, name
     for corner, side in ((top, height), (left, width)):
@@ -241,7 +261,9 @@ def test_cutout_is_centred_anywhere():
     assert (holes[:, 2:] == 8).all()
     centres = holes[:, :2] + 4
     assert centres.min() == 0 and centres.max() == 31
-    assert chisquare(torch.bincount(centres[:, 0] * 32 + centres[:, 1], minlength=1024)).pvalue > 1e-3
+    assert (
+        chisquare(torch.bincount(centres[:, 0] * 32 + centres[:, 1], minlength=1024)).pvalue > 1e-3
+    )
 
 
 def test_draws_of_an_image_depend_on_nothing_but_seed_and_epoch():
@@ -250,7 +272,9 @@ def test_draws_of_an_image_depend_on_nothing_but_seed_and_epoch():
     for name in vars(first):
         assert torch.equal(getattr(first, name), getattr(again, name))
     for other in (draw(50, policy, 4, 4), draw(50, policy, 3, 5)):
-        assert not any(torch.equal(getattr(first, name), getattr(other, name)) for name in vars(first))
+        assert not any(
+            torch.equal(getattr(first, name), getattr(other, name)) for name in vars(first)
+        )
 
 
 # The geometry
@@ -268,7 +292,9 @@ def test_a_crop_is_a_window_of_the_black_padded_image(pictures):
 def test_a_flip_mirrors_the_chosen_images_only(pictures):
     mirrored = torch.arange(12) % 3 == 0
     for image, chosen, out in zip(pictures, mirrored, flip(pictures, mirrored), strict=True):
-        assert out.tolist() == [[row[::-1] if chosen else row for row in channel] for channel in image.tolist()]
+        assert out.tolist() == [
+            [row[::-1] if chosen else row for row in channel] for channel in image.tolist()
+        ]
 
 
 def test_an_erased_box_is_black_and_the_rest_stays(pictures):
@@ -330,16 +356,29 @@ def test_a_policy_of_nothing_changes_nothing(pictures):
 
 
 def test_images_of_an_epoch_get_different_draws():
-    same = torch.arange(3 * 32 * 32).remainder(256).to(torch.uint8).view(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    same = (
+        torch.arange(3 * 32 * 32)
+        .remainder(256)
+        .to(torch.uint8)
+        .view(1, 3, 32, 32)
+        .repeat(64, 1, 1, 1)
+    )
     assert len(augment_epoch(same, Policy(), 0, 0).flatten(1).unique(dim=0)) > 60
 
 
 def test_a_fixed_epoch_of_the_report_policy_keeps_its_draws_and_bytes():
-    # On other images a CPU without fused multiply-add may round one pixel in 100,000 the other way (Color); on these
-    # the bytes are the same on x86-64 with and without it.
+    # On other images a CPU without fused multiply-add may round one pixel in 100,000 the other way
+    # (Color); on these the bytes are the same on x86-64 with and without it.
     pixel = torch.arange(128 * 3 * 32 * 32)
-    images = (pixel * 7 + pixel // 32 * 3 + pixel // 1024 * 50).remainder(256).to(torch.uint8).view(128, 3, 32, 32)
-    drawn_bytes = b"".join(tensor.numpy().tobytes() for tensor in vars(draw(128, Policy(), seed=42, epoch=7)).values())
+    images = (
+        (pixel * 7 + pixel // 32 * 3 + pixel // 1024 * 50)
+        .remainder(256)
+        .to(torch.uint8)
+        .view(128, 3, 32, 32)
+    )
+    drawn_bytes = b"".join(
+        tensor.numpy().tobytes() for tensor in vars(draw(128, Policy(), seed=42, epoch=7)).values()
+    )
     assert hashlib.sha256(drawn_bytes).hexdigest() == REPORT_DRAWS
     result = augment_epoch(images, Policy(), seed=42, epoch=7)
     assert hashlib.sha256(result.numpy().tobytes()).hexdigest() == REPORT_BYTES

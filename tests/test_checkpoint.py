@@ -21,7 +21,11 @@ with RunDirectory(sys.argv[1]):
 
 
 def state(epoch: int) -> dict:
-    return {"epoch": epoch, "model": {"weight": torch.full((100,), float(epoch))}, "history": [{"epoch": epoch}]}
+    return {
+        "epoch": epoch,
+        "model": {"weight": torch.full((100,), float(epoch))},
+        "history": [{"epoch": epoch}],
+    }
 
 
 @pytest.fixture
@@ -102,7 +106,9 @@ def test_a_failed_save_loses_no_epoch(run, monkeypatch, function, on_call):
 
 def test_a_missing_checkpoint_is_made_good_by_the_one_before_with_a_warning(run):
     (run.path / "checkpoint.pt").unlink()
-    with pytest.warns(UserWarning, match="checkpoint.pt is missing; going on from checkpoint.previous.pt"):
+    with pytest.warns(
+        UserWarning, match="checkpoint.pt is missing; going on from checkpoint.previous.pt"
+    ):
         assert run.load()["epoch"] == 1
 
 
@@ -118,9 +124,15 @@ def test_a_place_that_can_not_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write"):
         write_atomically(tmp_path / "file" / "below", b"new")
-    with pytest.raises(InputError, match="run directory: can't write into"), RunDirectory(tmp_path / "file" / "run"):
+    with (
+        pytest.raises(InputError, match="run directory: can't write into"),
+        RunDirectory(tmp_path / "file" / "run"),
+    ):
         pass
-    with pytest.raises(InputError, match="run directory: can't write into"), RunDirectory(tmp_path / "file"):
+    with (
+        pytest.raises(InputError, match="run directory: can't write into"),
+        RunDirectory(tmp_path / "file"),
+    ):
         pass
     assert files(tmp_path) == {"file": b""}
 
@@ -150,7 +162,9 @@ def test_equal_states_are_equal_bytes(tmp_path):
 @pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, how):
     damage(run.path / "checkpoint.pt", how)
-    with pytest.warns(UserWarning, match="checkpoint.pt: damaged .*going on from checkpoint.previous.pt"):
+    with pytest.warns(
+        UserWarning, match="checkpoint.pt: damaged .*going on from checkpoint.previous.pt"
+    ):
         assert run.load()["epoch"] == 1
     run.save(state(2))
     damage(run.path / "checkpoint.pt", how)
@@ -163,7 +177,9 @@ def test_two_damaged_checkpoints_are_refused_and_left_alone(run, how):
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         damage(run.path / name, how)
     before = files(run.path)
-    with pytest.raises(InputError, match=r"no usable checkpoint \(checkpoint.pt: .*checkpoint.previous.pt: "):
+    with pytest.raises(
+        InputError, match=r"no usable checkpoint \(checkpoint.pt: .*checkpoint.previous.pt: "
+    ):
         run.load()
     assert files(run.path) == before
 
@@ -187,7 +203,10 @@ def test_a_run_held_by_another_process_is_refused_until_that_is_killed(tmp_path)
     )  # fmt: skip
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=f"process {holder.pid} is training in"), RunDirectory(tmp_path):
+        with (
+            pytest.raises(InputError, match=f"process {holder.pid} is training in"),
+            RunDirectory(tmp_path),
+        ):
             pass
     finally:
         holder.kill()
@@ -202,7 +221,9 @@ def test_a_place_without_locks_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(InputError, match=r"can't be locked \(No locks available\): choose one on a local disk"):
+    with pytest.raises(
+        InputError, match=r"can't be locked \(No locks available\): choose one on a local disk"
+    ):
         RunDirectory(tmp_path).__enter__()
 
 
@@ -227,7 +248,11 @@ def test_rows_become_csv_with_empty_fields_for_none(tmp_path):
 def test_json_comes_back_and_broken_json_is_refused(tmp_path):
     run = RunDirectory(tmp_path)
     run.write_json("config.json", {"epochs": 3})
-    assert run.read_json("config.json") == json.loads((tmp_path / "config.json").read_text()) == {"epochs": 3}
+    assert (
+        run.read_json("config.json")
+        == json.loads((tmp_path / "config.json").read_text())
+        == {"epochs": 3}
+    )
     (tmp_path / "config.json").write_text('{"epochs"')
     with pytest.raises(InputError, match="config.json can't be read"):
         run.read_json("config.json")

@@ -23,14 +23,25 @@ from cifar_lib.model import ResNet, load_model, save_model
 from cifar_lib.notebook import SHIFT
 from cifar_lib.shift import ADAPTATIONS
 
-TINY = ["--set", "blocks=1,1", "--set", "channels=16,32", "--set", "validation_size=0", "--precision", "fp32"]
+TINY = [
+    "--set",
+    "blocks=1,1",
+    "--set",
+    "channels=16,32",
+    "--set",
+    "validation_size=0",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture
 def weights(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "tiny.safetensors"
-    save_model(path, ResNet((1, 1), (8, 16)), {"recipe": "quick", "mean": CIFAR10_MEAN, "std": CIFAR10_STD})
+    save_model(
+        path, ResNet((1, 1), (8, 16)), {"recipe": "quick", "mean": CIFAR10_MEAN, "std": CIFAR10_STD}
+    )
     return path
 
 
@@ -57,7 +68,11 @@ def test_info_json(capsys):
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["parameters"] == 4_916_284 and info["mult_adds_m"] == 769.05
-    assert (info["forward_backward_mb"], info["params_mb"], info["total_mb"]) == (14.33, 19.67, 34.01)
+    assert (info["forward_backward_mb"], info["params_mb"], info["total_mb"]) == (
+        14.33,
+        19.67,
+        34.01,
+    )
     assert len(info["learning_rates"]) == 60 and info["learning_rates"][:2] == [0, 0.01]
 
 
@@ -68,15 +83,43 @@ def test_info_of_another_recipe(capsys):
 
 def test_train_then_evaluate_agree(tmp_path, capsys, data):
     run = tmp_path / "a run with spaces, ü"
-    train = ["train", "--recipe", "quick", "--run", str(run), "--epochs", "1", "--train-size", "120", *TINY]
+    train = [
+        "train",
+        "--recipe",
+        "quick",
+        "--run",
+        str(run),
+        "--epochs",
+        "1",
+        "--train-size",
+        "120",
+        *TINY,
+    ]
     train += ["--set", "half_size_epochs=0", "--seed", "3", "--device", "cpu"]
     assert cli.main(train) == 0
     config = json.loads((run / "config.json").read_text())
-    assert (config["seed"], config["epochs"], config["train_size"], config["blocks"]) == (3, 1, 120, [1, 1])
+    assert (config["seed"], config["epochs"], config["train_size"], config["blocks"]) == (
+        3,
+        1,
+        120,
+        [1, 1],
+    )
     capsys.readouterr()
     assert cli.main(train) == 0  # a finished run is read, not trained again
     assert "epoch" not in capsys.readouterr().out
-    assert cli.main(["evaluate", "--weights", str(run / "model.safetensors"), "--json", "--precision", "fp32"]) == 0
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                "--weights",
+                str(run / "model.safetensors"),
+                "--json",
+                "--precision",
+                "fp32",
+            ]
+        )
+        == 0
+    )
     score = json.loads(capsys.readouterr().out)
     trained = json.loads((run / "metrics.json").read_text())["test"]
     assert score["n"] == 100 and score["confusion_matrix"] == trained["confusion_matrix"]
@@ -84,31 +127,39 @@ def test_train_then_evaluate_agree(tmp_path, capsys, data):
 
 
 def test_predict_names_three_classes(tmp_path, capsys, weights):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)).save(tmp_path / "ä b.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)).save(
+        tmp_path / "ä b.png"
+    )
     assert cli.main(["predict", "--weights", str(weights), str(tmp_path / "ä b.png")]) == 0
     assert capsys.readouterr().out.count("%") == 3
 
 
 def test_predict_writes_where_the_network_looks(tmp_path, capsys, weights):
     for name in ("one", "two"):
-        Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
-            tmp_path / f"{name}.jpg"
-        )
+        Image.fromarray(
+            np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        ).save(tmp_path / f"{name}.jpg")
     pictures = [str(tmp_path / "one.jpg"), str(tmp_path / "two.jpg")]
     folder = tmp_path / "grad cam"
-    assert cli.main(["predict", "--weights", str(weights), "--grad-cam", str(folder), *pictures]) == 0
+    assert (
+        cli.main(["predict", "--weights", str(weights), "--grad-cam", str(folder), *pictures]) == 0
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["one.png", "two.png"]
     with Image.open(folder / "one.png") as file:
         assert np.asarray(file.convert("L")).std() > 10
     capsys.readouterr()
-    assert "same name" in mistake(capsys, "predict", "--weights", weights, "--grad-cam", folder, *pictures[:1] * 2)
+    assert "same name" in mistake(
+        capsys, "predict", "--weights", weights, "--grad-cam", folder, *pictures[:1] * 2
+    )
 
 
 def test_probabilities_are_calibrated_by_the_temperature_in_the_weights(tmp_path, capsys, weights):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     model, info = load_model(weights)
     save_model(tmp_path / "warm", model, info | {"temperature": 1000.0})
-    assert cli.main(["predict", "--weights", str(tmp_path / "warm"), str(tmp_path / "red.png")]) == 0
+    assert (
+        cli.main(["predict", "--weights", str(tmp_path / "warm"), str(tmp_path / "red.png")]) == 0
+    )
     assert capsys.readouterr().out.count("10.0%") == 3
 
 
@@ -117,25 +168,60 @@ def test_submit_writes_a_row_an_image(tmp_path, weights, data, adapt):
     images = data[1].images[:20].permute(0, 2, 3, 1).numpy()
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"data": images, "ids": list(range(100, 120))}))
     out = tmp_path / "new folder" / "s.csv"
-    command = ["submit", "--weights", weights, "--test", tmp_path / "t.pkl", "--out", out, "--adapt", adapt, "--tta"]
+    command = [
+        "submit",
+        "--weights",
+        weights,
+        "--test",
+        tmp_path / "t.pkl",
+        "--out",
+        out,
+        "--adapt",
+        adapt,
+        "--tta",
+    ]
     assert cli.main([str(c) for c in command] + ["--label-column", "Category"]) == 0
     header, *rows = out.read_text().splitlines()
-    assert header == "ID,Category" and [row.split(",")[0] for row in rows] == [str(i) for i in range(100, 120)]
+    assert header == "ID,Category" and [row.split(",")[0] for row in rows] == [
+        str(i) for i in range(100, 120)
+    ]
 
 
 def test_submit_adapts_by_what_the_ablation_chose(tmp_path, capsys, weights):
     generate_test_file(tmp_path / "t.pkl", generate_stand_in(0, 20)[1])
-    command = ["submit", "--weights", weights, "--test", tmp_path / "t.pkl", "--out", tmp_path / "s.csv"]
+    command = [
+        "submit",
+        "--weights",
+        weights,
+        "--test",
+        tmp_path / "t.pkl",
+        "--out",
+        tmp_path / "s.csv",
+    ]
     assert cli.main([str(c) for c in command]) == 0
     chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
-    assert f"(adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})" in capsys.readouterr().out
+    assert (
+        f"(adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})"
+        in capsys.readouterr().out
+    )
 
 
 def test_batchnorm_on_a_single_image_says_why_it_cant(tmp_path, capsys, weights):
     generate_test_file(tmp_path / "one.pkl", generate_stand_in(0, 20)[1][:1])
-    submit = ["submit", "--weights", weights, "--test", tmp_path / "one.pkl", "--out", tmp_path / "s.csv"]
+    submit = [
+        "submit",
+        "--weights",
+        weights,
+        "--test",
+        tmp_path / "one.pkl",
+        "--out",
+        tmp_path / "s.csv",
+    ]
     found = mistake(capsys, *submit, "--adapt", "normalize+batchnorm")
-    assert "batchnorm takes its statistics from the images themselves" in found and "--adapt none" in found
+    assert (
+        "batchnorm takes its statistics from the images themselves" in found
+        and "--adapt none" in found
+    )
     assert not (tmp_path / "s.csv").exists()
 
 
@@ -148,7 +234,12 @@ def test_the_first_trial_of_a_search_is_the_recipe_itself(tmp_path, capsys, data
     assert cli.main(["tune", "--study", str(tmp_path / "s.log"), "--trials", "2", *sizes]) == 0
     assert "best on the validation split, of 2 trials" in capsys.readouterr().out
     trials, _ = tune.trials_table(tmp_path / "s.log")
-    assert trials.loc[0, ["learning_rate", "momentum", "weight_decay", "batch_size"]].tolist() == [0.1, 0.9, 2e-4, 128]
+    assert trials.loc[0, ["learning_rate", "momentum", "weight_decay", "batch_size"]].tolist() == [
+        0.1,
+        0.9,
+        2e-4,
+        128,
+    ]
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
@@ -165,18 +256,35 @@ def test_mistakes_are_one_line(tmp_path, capsys, weights, data):
     assert "precision" in mistake(capsys, *train, "--precision", "fp8")
     assert "device" in mistake(capsys, *train, "--device", "toaster")
     assert "5,000,000" in mistake(
-        capsys, *train, "--set", "channels=66,132,512", "--set", "validation_size=0", "--set", "train_size=none"
+        capsys,
+        *train,
+        "--set",
+        "channels=66,132,512",
+        "--set",
+        "validation_size=0",
+        "--set",
+        "train_size=none",
     )
     assert "invalid choice" in mistake(
         capsys, "submit", "--weights", weights, "--test", "t", "--out", "o", "--adapt", "x"
     )
     assert "found none" in mistake(capsys, "evaluate", "--weights", tmp_path / "none", "--json")
-    assert "found none" in mistake(capsys, "submit", "--weights", weights, "--test", tmp_path / "none", "--out", "o")
+    assert "found none" in mistake(
+        capsys, "submit", "--weights", weights, "--test", tmp_path / "none", "--out", "o"
+    )
     assert "no file" in mistake(capsys, "predict", "--weights", weights, tmp_path / "none.png")
     (tmp_path / "not.png").write_text("no picture")
     assert "picture" in mistake(capsys, "predict", "--weights", weights, tmp_path / "not.png")
     (tmp_path / "file").write_text("")
-    blocked = ["train", "--recipe", "quick", "--run", tmp_path / "file" / "run", "--train-size", "100"]
+    blocked = [
+        "train",
+        "--recipe",
+        "quick",
+        "--run",
+        tmp_path / "file" / "run",
+        "--train-size",
+        "100",
+    ]
     assert "can't write" in mistake(capsys, *blocked, "--set", "validation_size=0")
     assert not (tmp_path / "o").exists()
 
@@ -187,7 +295,12 @@ WRONG = [
     ("submit", "--test", LONG, "test file: expected a file, found none at"),
     ("submit", "--out", LONG, "(File name too long); nothing there was changed"),
     ("train", "--start", "nowhere", "weights: expected a file, found none at nowhere"),
-    ("tune", "--set", "batch_size=32", "tune: the recipe itself, the first trial, is outside the search space"),
+    (
+        "tune",
+        "--set",
+        "batch_size=32",
+        "tune: the recipe itself, the first trial, is outside the search space",
+    ),
     ("info", "--recipe", "", "recipe: expected one of report, best, quick; got ''"),
     ("train", "--recipe", "Report", "recipe: expected one of report, best, quick; got 'Report'"),
     ("train", "--run", "blocked/run", "run directory: can't write into"),
@@ -202,7 +315,12 @@ WRONG = [
     ("evaluate", "--weights", "blocked", "weights: blocked is no file of this package's weights"),
     ("evaluate", "--tta", "twice", "argument --tta: invalid choice: 'twice'"),
     ("evaluate", "--device", "gpu", "device: expected auto, cpu, cuda, cuda:N or mps"),
-    ("evaluate", "--precision", "half", "precision: expected one of auto, fp32, bf16, fp16; got 'half'"),
+    (
+        "evaluate",
+        "--precision",
+        "half",
+        "precision: expected one of auto, fp32, bf16, fp16; got 'half'",
+    ),
     ("predict", "--weights", "nowhere", "weights: expected a file, found none at nowhere"),
     ("submit", "--test", "blocked", "test file: blocked: it can't be read as a pickle"),
     ("submit", "--out", "blocked/out.csv", "can't write blocked/out.csv"),
@@ -213,10 +331,20 @@ WRONG = [
     ("submit", "--tta", "no", "argument --tta: invalid choice: 'no'"),
     ("tune", "--study", "blocked", "study: blocked is no study"),
     ("tune", "--study", "blocked/study.log", "study: blocked/study.log can't be written"),
-    ("tune", "--study", "postgresql+psycopg://me:secret@127.0.0.1:1/x", "@127.0.0.1:1/x can't be reached"),
+    (
+        "tune",
+        "--study",
+        "postgresql+psycopg://me:secret@127.0.0.1:1/x",
+        "@127.0.0.1:1/x can't be reached",
+    ),
     ("tune", "--trials", "0", "argument --trials: expected a whole number of at least 1, got '0'"),
     ("tune", "--recipe", "Table 1", "recipe: expected one of report, best, quick; got 'Table 1'"),
-    ("tune", "--set", "validation_size=0", "tune: expected a validation split to choose by, got none"),
+    (
+        "tune",
+        "--set",
+        "validation_size=0",
+        "tune: expected a validation split to choose by, got none",
+    ),
     ("tune", "--set", "train_size=201", "train_size: expected at most 200 images, got 201"),
 ]
 
@@ -232,7 +360,12 @@ def test_every_flag_with_a_wrong_value_is_a_mistake_of_one_line(
     monkeypatch.setattr(cli, "TUNING", cli.TUNING | {"train_size": 100, "validation_size": 20})
     right = {
         "info": {},
-        "train": {"--recipe": "quick", "--run": "run", "--train-size": "100", "--set": "validation_size=0"},
+        "train": {
+            "--recipe": "quick",
+            "--run": "run",
+            "--train-size": "100",
+            "--set": "validation_size=0",
+        },
         "evaluate": {"--weights": weights},
         "predict": {"--weights": weights},
         "submit": {"--weights": weights, "--test": "test.pkl", "--out": "out.csv"},
@@ -240,7 +373,9 @@ def test_every_flag_with_a_wrong_value_is_a_mistake_of_one_line(
     }[command]
     before = sorted(tmp_path.rglob("*"))
     words = [word for pair in right.items() for word in pair]
-    found = mistake(capsys, command, *(["picture.png"] if command == "predict" else []), *words, flag, value)
+    found = mistake(
+        capsys, command, *(["picture.png"] if command == "predict" else []), *words, flag, value
+    )
     assert message in found
     assert sorted(tmp_path.rglob("*")) == before and Path("blocked").read_text() == "a file"
 
@@ -254,24 +389,35 @@ def test_paths_with_spaces_and_letters_that_are_no_ascii(tmp_path, monkeypatch, 
     assert cli.main(["train", "--recipe", "quick", "--run", "Läufe/erster lauf", *short]) == 0
     weights = "Läufe/erster lauf/model.safetensors"
     assert cli.main(["evaluate", "--weights", weights, "--json"]) == 0
-    assert cli.main(["submit", "--weights", weights, "--test", "täst file.pkl", "--out", "abgabe ü.csv"]) == 0
+    assert (
+        cli.main(
+            ["submit", "--weights", weights, "--test", "täst file.pkl", "--out", "abgabe ü.csv"]
+        )
+        == 0
+    )
     assert len(Path("abgabe ü.csv").read_text().splitlines()) == 21
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA GPU is here")
 def test_cuda_asked_for_and_absent(tmp_path, capsys, data):
-    assert "cuda" in mistake(capsys, "train", "--recipe", "quick", "--run", tmp_path / "r", "--device", "cuda")
+    assert "cuda" in mistake(
+        capsys, "train", "--recipe", "quick", "--run", tmp_path / "r", "--device", "cuda"
+    )
 
 
 def test_missing_data_is_one_line(tmp_path, capsys, monkeypatch, weights):
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
     assert "CIFAR10_ROOT" in mistake(capsys, "evaluate", "--weights", weights)
-    assert str(tmp_path / "x") in mistake(capsys, "evaluate", "--weights", weights, "--data", tmp_path / "x")
+    assert str(tmp_path / "x") in mistake(
+        capsys, "evaluate", "--weights", weights, "--data", tmp_path / "x"
+    )
 
 
 def test_a_name_that_is_too_long_holds_no_data(capsys, monkeypatch, weights):
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
-    assert "expected cifar-10-batches-py/" in mistake(capsys, "evaluate", "--weights", weights, "--data", LONG)
+    assert "expected cifar-10-batches-py/" in mistake(
+        capsys, "evaluate", "--weights", weights, "--data", LONG
+    )
 
 
 @pytest.fixture
@@ -294,7 +440,10 @@ def test_an_interrupt_inside_c_code_is_one_too(capsys, failing):
     error = SystemError("a function returned a result with an exception set")
     error.__cause__ = KeyboardInterrupt()
     assert cli.main(failing(error)) == 130
-    assert capsys.readouterr().err == "\ninterrupted: the same command goes on from the last finished epoch\n"
+    assert (
+        capsys.readouterr().err
+        == "\ninterrupted: the same command goes on from the last finished epoch\n"
+    )
     with pytest.raises(SystemError):
         cli.main(failing(SystemError("another one")))
 
@@ -310,7 +459,17 @@ def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path
         "import sys; from cifar_lib import cli; from cifar_lib.data import generate_stand_in; "
         "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); sys.exit(cli.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", script, "train", "--recipe", "quick", "--run", str(tmp_path / "run"), *TINY]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "train",
+        "--recipe",
+        "quick",
+        "--run",
+        str(tmp_path / "run"),
+        *TINY,
+    ]
     command += ["--epochs", "10000", "--train-size", "100", "--set", "step=plain"]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}

@@ -62,18 +62,25 @@ def nowhere(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def tiny(tmp_path_factory, monkeypatch) -> Path:
-    """A CIFAR-10 of two images a file, in the real format, that torchvision takes for the real one."""
+    """A CIFAR-10 of two images a file, in the real format, that torchvision takes for the real
+    one."""
     folder = tmp_path_factory.mktemp("tiny") / FOLDER
     folder.mkdir()
     listed: dict[str, str] = {}
     for i, (name, _) in enumerate(data.FILES):
         pixels = np.full((2, 3072), i, dtype=np.uint8)
         pixels[:, 1] = 77  # row 0, column 1, red
-        content = {"label_names": list(CLASSES)} if name.endswith("meta") else {"data": pixels, "labels": [i, 9 - i]}
+        content = (
+            {"label_names": list(CLASSES)}
+            if name.endswith("meta")
+            else {"data": pixels, "labels": [i, 9 - i]}
+        )
         (folder / name).write_bytes(pickle.dumps(content))
         listed[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     monkeypatch.setattr(data, "FILES", tuple(listed.items()))
-    monkeypatch.setattr(CIFAR10, "train_list", [[n, m] for n, m in listed.items() if n.startswith("data_")])
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[n, m] for n, m in listed.items() if n.startswith("data_")]
+    )
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", listed["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": listed["batches.meta"]})
     return folder.parent
@@ -90,7 +97,8 @@ def archive(tiny, monkeypatch) -> bytes:
 
 @pytest.fixture
 def serve():
-    """serve(answer) starts a server whose every GET is handled by `answer`, and gives its address."""
+    """serve(answer) starts a server whose every GET is handled by `answer`, and gives its
+    address."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(answer: Callable[[BaseHTTPRequestHandler], None]) -> str:
@@ -103,7 +111,9 @@ def serve():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -142,7 +152,10 @@ def refused_download(root: Path, mirror: str, give_up_after: float | None = None
     (root / FOLDER / "mine").write_text("mine")
     with pytest.raises(InputError) as error:
         download_cifar10(root, mirror, give_up_after)
-    assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) == [FOLDER, f"{FOLDER}/mine"]
+    assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) == [
+        FOLDER,
+        f"{FOLDER}/mine",
+    ]
     message = str(error.value)
     assert "\n" not in message and mirror in message and "CIFAR10_ROOT" in message
     return message
@@ -191,7 +204,10 @@ def test_files_are_read_as_channels_first_images(nowhere, tiny):
     train, test = load_cifar10(tiny)
     assert train.images.shape == (10, 3, 32, 32) and train.images.dtype == torch.uint8
     assert train.images.is_contiguous()
-    assert train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5] and train.labels.dtype == torch.int64
+    assert (
+        train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
+        and train.labels.dtype == torch.int64
+    )
     assert test.labels.tolist() == [5, 4] and len(test) == 2
     assert train.images[2:4].unique().tolist() == [1, 77]
     assert (train.images == 77).nonzero()[:, 1:].unique(dim=0).tolist() == [[0, 0, 1]]
@@ -225,7 +241,9 @@ def test_labels_that_are_no_class_are_refused():
     wrong[3] = 10
     with pytest.raises(InputError, match="stand-in data: expected labels from 0 to 9, got 0 to 10"):
         with_labels(replace(train, labels=wrong))
-    with pytest.raises(InputError, match="expected a label for each of 10 images, got labels of shape"):
+    with pytest.raises(
+        InputError, match="expected a label for each of 10 images, got labels of shape"
+    ):
         with_labels(replace(train, labels=train.labels[:9]))
     with pytest.raises(InputError, match="expected a label for each of 10 images, got none"):
         fit(recipe("quick"), "run", replace(train, labels=None), train)
@@ -245,7 +263,9 @@ def test_what_is_not_found_is_downloaded_into_data_once(nowhere, archive, serve,
 
 
 def test_what_a_killed_download_left_is_removed_but_not_one_that_goes_on(nowhere, archive, serve):
-    killed, going_on = (nowhere / "data" / name for name in (".download-killed", ".download-going-on"))
+    killed, going_on = (
+        nowhere / "data" / name for name in (".download-killed", ".download-going-on")
+    )
     for folder, written in ((killed, time.time() - 7200), (going_on, time.time())):
         folder.mkdir(parents=True)
         (folder / "half").write_text("")
@@ -261,7 +281,9 @@ def test_a_named_mirror_comes_before_the_variable(nowhere, archive, serve, monke
 
 
 def test_a_wrong_archive_is_refused(nowhere, archive, serve):
-    assert "corrupted" in refused_download(nowhere / "root", serve(send(archive[:-10] + b"0123456789")))
+    assert "corrupted" in refused_download(
+        nowhere / "root", serve(send(archive[:-10] + b"0123456789"))
+    )
 
 
 def test_a_connection_that_breaks_is_refused(nowhere, archive, serve):
@@ -272,11 +294,15 @@ def test_a_server_that_refuses_is_named(nowhere, serve):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     assert "refused" in refused_download(nowhere / "root", f"http://127.0.0.1:{port}")
-    assert "404" in refused_download(nowhere / "root", serve(lambda request: request.send_error(404)))
+    assert "404" in refused_download(
+        nowhere / "root", serve(lambda request: request.send_error(404))
+    )
 
 
 def test_a_server_that_does_not_speak_http_is_refused(nowhere, serve):
-    refused_download(nowhere / "root", serve(lambda request: request.wfile.write(b"220 ftp ready\r\n\r\n")))
+    refused_download(
+        nowhere / "root", serve(lambda request: request.wfile.write(b"220 ftp ready\r\n\r\n"))
+    )
 
 
 def test_a_body_that_ends_early_is_refused(nowhere, serve):
@@ -299,26 +325,36 @@ def test_a_malformed_mirror_is_refused(nowhere, mirror):
 def test_a_stalled_download_is_given_up_in_time(nowhere, serve):
     handler = signal.getsignal(signal.SIGALRM)
     start = time.perf_counter()
-    assert "gave up after 1 s" in refused_download(nowhere / "root", serve(stall), give_up_after=0.6)
+    assert "gave up after 1 s" in refused_download(
+        nowhere / "root", serve(stall), give_up_after=0.6
+    )
     assert time.perf_counter() - start < 2
     assert signal.getsignal(signal.SIGALRM) is handler
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_a_stalled_socket_is_given_up_without_a_limit_and_in_any_thread(nowhere, serve, monkeypatch):
+def test_a_stalled_socket_is_given_up_without_a_limit_and_in_any_thread(
+    nowhere, serve, monkeypatch
+):
     monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
     messages: list[str] = []
     address = serve(stall)
-    thread = threading.Thread(target=lambda: messages.append(refused_download(nowhere / "root", address)))
+    thread = threading.Thread(
+        target=lambda: messages.append(refused_download(nowhere / "root", address))
+    )
     thread.start()
     thread.join(timeout=2.5)
     assert "timed out" in messages[0]
     assert socket.getdefaulttimeout() is None
 
 
-def test_the_time_limit_holds_where_torchvision_tries_http_after_https(nowhere, silence, monkeypatch):
+def test_the_time_limit_holds_where_torchvision_tries_http_after_https(
+    nowhere, silence, monkeypatch
+):
     monkeypatch.setattr(data, "STALL_SECONDS", 3.0)
-    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)  # as the origin: none
+    monkeypatch.setattr(
+        "torchvision.datasets.utils._get_redirect_url", lambda url, **_: url
+    )  # as the origin: none
     start = time.perf_counter()
     refused_download(nowhere / "root", f"https://{silence}", give_up_after=0.3)
     assert time.perf_counter() - start < 2
@@ -336,9 +372,13 @@ def test_a_place_that_can_not_be_written_is_refused(nowhere):
 def test_split_is_stratified_disjoint_and_by_seed():
     labels = torch.arange(200) % 10
     train, validation = stratified_split(labels, 50, seed=3)
-    assert train.dtype == torch.int64 and torch.cat([train, validation]).sort().values.tolist() == list(range(200))
+    assert train.dtype == torch.int64 and torch.cat(
+        [train, validation]
+    ).sort().values.tolist() == list(range(200))
     assert labels[validation].bincount().tolist() == [5] * 10
-    assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(validation.tolist())
+    assert train.tolist() == sorted(train.tolist()) and validation.tolist() == sorted(
+        validation.tolist()
+    )
     assert torch.equal(stratified_split(labels, 50, seed=3)[1], validation)
     assert not torch.equal(stratified_split(labels, 50, seed=4)[1], validation)
 
@@ -353,7 +393,9 @@ def test_a_split_without_every_class_in_both_parts_is_refused(n_validation):
 def random_images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     top = torch.tensor([256, 100, 30]).view(3, 1, 1)
-    return (torch.rand(2100, 3, 4, 4, generator=generator) * top).to(torch.uint8)  # more than a chunk of 2000
+    return (torch.rand(2100, 3, 4, 4, generator=generator) * top).to(
+        torch.uint8
+    )  # more than a chunk of 2000
 
 
 def test_channel_statistics_are_torchs_in_float64(random_images):
@@ -381,7 +423,9 @@ def test_mean_of_image_stds_leaves_out_differences_between_images(random_images)
 def test_normalize_is_channel_by_channel(random_images):
     images, mean, std = random_images[:50], (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
     before = images.clone()
-    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(
+        3, 1, 1
+    )
     result = normalize(images, mean, std)
     torch.testing.assert_close(result.double(), expected, atol=1e-6, rtol=1e-6)
     assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
@@ -424,7 +468,9 @@ def test_stand_in_is_deterministic_balanced_and_marked():
     first, second = generate_stand_in(120, 40), generate_stand_in(120, 40)
     for ours, again, n in zip(first, second, (120, 40), strict=True):
         assert ours.images.shape == (n, 3, 32, 32) and ours.images.dtype == torch.uint8
-        assert ours.labels.dtype == torch.int64 and ours.labels.bincount().tolist() == [n // 10] * 10
+        assert (
+            ours.labels.dtype == torch.int64 and ours.labels.bincount().tolist() == [n // 10] * 10
+        )
         assert torch.equal(ours.images, again.images) and torch.equal(ours.labels, again.labels)
         assert ours.source == STAND_IN
         assert len(ours.images.flatten(1).unique(dim=0)) == n
@@ -470,7 +516,10 @@ def test_a_picture_becomes_its_central_square_averaged_down(tmp_path):
     Image.fromarray(picture).save(tmp_path / "a b.png")
     image = read_picture(tmp_path / "a b.png")
     assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
-    assert image[:, :16].flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50] and image[:, 16:].max() == 0
+    assert (
+        image[:, :16].flatten(1).unique(dim=1).flatten().tolist() == [200, 100, 50]
+        and image[:, 16:].max() == 0
+    )
 
 
 def test_a_picture_is_turned_as_its_camera_says_and_transparency_is_white(tmp_path):

@@ -48,7 +48,9 @@ def linear() -> nn.Module:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randint(0, 256, (23, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (23, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
@@ -58,7 +60,9 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
 def logits_for(guesses: list[int], confidences: list[float] | None = None) -> torch.Tensor:
     """Float64 logits whose softmax is `confidences` at `guesses` and the rest spread evenly."""
     confidence = torch.tensor(confidences or [0.9] * len(guesses), dtype=torch.float64)[:, None]
-    probabilities = ((1 - confidence) / 9).repeat(1, 10).scatter_(1, torch.tensor(guesses)[:, None], confidence)
+    probabilities = (
+        ((1 - confidence) / 9).repeat(1, 10).scatter_(1, torch.tensor(guesses)[:, None], confidence)
+    )
     return probabilities.log()
 
 
@@ -92,7 +96,9 @@ def test_predict_in_bf16_is_close_and_gives_float32(linear, images):
 def test_flip_averages_the_image_and_its_mirror(linear, images):
     plain, mirrored = (predict(linear, batch, MEAN, STD) for batch in (images, images.flip(3)))
     assert not torch.allclose(plain, mirrored, atol=0.01)
-    torch.testing.assert_close(predict(linear, images, MEAN, STD, tta="flip"), (plain + mirrored) / 2)
+    torch.testing.assert_close(
+        predict(linear, images, MEAN, STD, tta="flip"), (plain + mirrored) / 2
+    )
 
 
 def test_flip_shift_weights_the_centre_half_and_two_corners_a_quarter_each(linear, images):
@@ -131,7 +137,9 @@ def test_confusion_matrix_has_true_classes_in_rows():
 
 def test_per_class_agrees_with_scikit_learn():
     generator = torch.Generator().manual_seed(2)
-    labels, guesses = torch.randint(0, 8, (2, 200), generator=generator)  # ship and truck occur in neither
+    labels, guesses = torch.randint(
+        0, 8, (2, 200), generator=generator
+    )  # ship and truck occur in neither
     labels[labels == 2] = 3  # bird is predicted, never true
     ours = per_class(confusion_matrix(logits_for(guesses.tolist()), labels))
     theirs = precision_recall_fscore_support(labels, guesses, labels=range(10), zero_division=0)
@@ -144,7 +152,11 @@ def test_most_confused_pairs_of_the_published_matrix_are_dog_and_cat():
     rows = list(csv.reader((PUBLISHED / "confusion_matrix.csv").open()))[1:]
     matrix = np.array([row[1:] for row in rows], dtype=np.int64)
     assert matrix.trace() == 9556
-    assert most_confused_pairs(matrix, k=3) == [("dog", "cat", 55), ("cat", "dog", 45), ("cat", "bird", 20)]
+    assert most_confused_pairs(matrix, k=3) == [
+        ("dog", "cat", 55),
+        ("cat", "dog", 45),
+        ("cat", "bird", 20),
+    ]
 
 
 def test_most_confused_pairs_leave_out_hits_and_what_never_happened():
@@ -166,7 +178,8 @@ def test_most_confident_mistakes_come_most_confident_first():
 
 
 def test_calibration_error_of_a_hand_made_set():
-    # bin (0.4, 0.5]: two images at 0.45, one right: gap 0.05; bin (0.8, 0.9]: three at 0.85, all wrong: gap 0.85
+    # bin (0.4, 0.5]: two images at 0.45, one right: gap 0.05; bin (0.8, 0.9]: three at 0.85, all
+    # wrong: gap 0.85
     logits = logits_for([0] * 5, [0.45, 0.45, 0.85, 0.85, 0.85])
     labels = torch.tensor([0, 1, 2, 2, 2])
     assert calibration_error(logits, labels, bins=10) == pytest.approx((2 * 0.05 + 3 * 0.85) / 5)
@@ -191,13 +204,19 @@ def test_reliability_bins_are_open_below_and_closed_above():
 
 def test_summary_goes_into_json_and_agrees_with_its_parts():
     generator = torch.Generator().manual_seed(3)
-    logits, labels = torch.randn(50, 10, generator=generator), torch.randint(0, 10, (50,), generator=generator)
+    logits, labels = (
+        torch.randn(50, 10, generator=generator),
+        torch.randint(0, 10, (50,), generator=generator),
+    )
     summary = json.loads(json.dumps(summarize(logits, labels)))
     assert summary["n"] == 50
     assert summary["accuracy"] == pytest.approx(accuracy(logits, labels))
     assert summary["interval"][0] < summary["accuracy"] < summary["interval"][1]
     assert summary["cross_entropy"] == pytest.approx(F.cross_entropy(logits, labels).item())
-    assert np.array(summary["confusion_matrix"]).sum(1).tolist() == labels.bincount(minlength=10).tolist()
+    assert (
+        np.array(summary["confusion_matrix"]).sum(1).tolist()
+        == labels.bincount(minlength=10).tolist()
+    )
     assert summary["calibration_error"] == calibration_error(logits, labels)
 
 
@@ -206,7 +225,9 @@ def test_the_cpu_is_always_there():
     assert choose_device("auto").type in ("cpu", "cuda", "mps")
 
 
-@pytest.mark.parametrize("name", ["toaster", "", "meta", "cuda:99", "cuda:-1", "hpu", "privateuseone"])
+@pytest.mark.parametrize(
+    "name", ["toaster", "", "meta", "cuda:99", "cuda:-1", "hpu", "privateuseone"]
+)
 def test_a_device_that_is_not_here_is_refused_in_one_line(name):
     with pytest.raises(InputError, match="^device: .*--device auto") as error:
         choose_device(name)
@@ -221,7 +242,11 @@ def test_cuda_asked_for_and_absent_is_refused():
 
 def test_precision_is_taken_as_named_or_chosen():
     cpu = torch.device("cpu")
-    assert [choose_precision(name, cpu) for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp16"]
+    assert [choose_precision(name, cpu) for name in ("fp32", "bf16", "fp16")] == [
+        "fp32",
+        "bf16",
+        "fp16",
+    ]
     with pytest.raises(InputError, match="fp8"):
         choose_precision("fp8", cpu)
 
@@ -237,14 +262,18 @@ def test_precision_is_taken_as_named_or_chosen():
         ("cuda", "", (8, 0), "bf16"),  # an A100
     ],
 )
-def test_precision_is_what_the_hardware_is_good_for(monkeypatch, tmp_path, device, flags, capability, chosen):
+def test_precision_is_what_the_hardware_is_good_for(
+    monkeypatch, tmp_path, device, flags, capability, chosen
+):
     (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
     monkeypatch.setattr("cifar_lib.hardware.CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
     assert choose_precision("auto", torch.device(device)) == chosen
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
 def test_autocast_computes_in_the_precision(precision, dtype):
     with autocast(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
@@ -254,7 +283,9 @@ def test_large_tensors_ask_for_huge_pages():
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("needs Linux with transparent huge pages")
     code = "import torch, cifar_lib; x = torch.ones(2**24); print(open('/proc/self/smaps').read())"
-    smaps = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    smaps = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert any("hg" in line.split() for line in smaps.splitlines() if line.startswith("VmFlags"))
 
 
@@ -283,7 +314,9 @@ def test_nearest_goes_by_direction_not_by_length():
     others = torch.tensor([[1.0, 0.0], [0.0, 5.0], [10.0, 1.0]])
     similarity, position = nearest(torch.tensor([[2.0, 0.0], [0.0, 0.1]]), others, 2)
     assert position.tolist() == [[0, 2], [1, 2]]
-    assert similarity[:, 0].tolist() == [1, 1] and similarity[0, 1].item() == pytest.approx(10 / 101**0.5)
+    assert similarity[:, 0].tolist() == [1, 1] and similarity[0, 1].item() == pytest.approx(
+        10 / 101**0.5
+    )
 
 
 def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():
@@ -305,5 +338,7 @@ def test_views_are_those_that_a_way_of_tta_averages():
     assert views.shape == (6, 20, 10)
     for tta, weights in TTA.items():
         assert sum(weights) == 1
-        torch.testing.assert_close(average_views(views, tta), predict(network, images, MEAN, STD, tta=tta))
+        torch.testing.assert_close(
+            average_views(views, tta), predict(network, images, MEAN, STD, tta=tta)
+        )
     assert predict_views(network, images[:0], MEAN, STD, count=2).shape == (2, 0, 10)

@@ -40,16 +40,20 @@ def refusal(path):
 @pytest.mark.parametrize("keys", [("data", "ids"), (b"data", b"ids")], ids=["str", "bytes"])
 def test_every_honest_variant_reads_the_same(tmp_path, protocol, data, keys):
     for ids in (IDS, tuple(IDS), np.array(IDS), list(np.array(IDS))):
-        read = read_test_file(written(tmp_path, dict(zip(keys, (data, ids), strict=True)), protocol))
+        read = read_test_file(
+            written(tmp_path, dict(zip(keys, (data, ids), strict=True)), protocol)
+        )
         assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS) and read.labels is None
 
 
 def test_files_of_python_2_and_older_numpy_are_read(tmp_path):
-    # protocol 2 as Python 2 wrote it: byte strings (U, T) for keys and pixels, numpy.core instead of numpy._core
+    # protocol 2 as Python 2 wrote it: byte strings (U, T) for keys and pixels, numpy.core instead
+    # of numpy._core
     pixels = HWC.tobytes()
     shape = b"(K%cK\x20K\x20K\x03t" % N
     python_2 = (
-        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01" + shape
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        + shape
     )
     python_2 += b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
     python_2 += len(pixels).to_bytes(4, "little") + pixels + b"tbU\x03ids](K\x07K\x03K\x0bK\x00eu."
@@ -60,18 +64,28 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path):
 def test_files_of_python_2s_default_protocol_are_read(tmp_path):
     # protocol 0: text, with all bytes that aren't printable escaped inside of quotes
     pixels = repr(HWC.tobytes())[1:].encode()
-    python_2 = (
-        b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\ntp5\nS'b'\np6\n"
+    python_2 = b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\ntp5\nS'b'\np6\n"
+    python_2 += (
+        b"tp7\nRp8\n(I1\n(I%d\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\nI1\ntp12\nRp13\n"
+        % N
     )
-    python_2 += b"tp7\nRp8\n(I1\n(I%d\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\nI1\ntp12\nRp13\n" % N
-    python_2 += b"(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS" + pixels + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\n"
+    python_2 += (
+        b"(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS"
+        + pixels
+        + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\n"
+    )
     python_2 += b"I7\naI3\naI11\naI0\nas."
     read = read_test_file(written(tmp_path, python_2))
     assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
 
 
 def test_names_as_ids_are_carried(tmp_path):
-    assert read_test_file(written(tmp_path, {"data": HWC, "ids": [b"a", "b", "c", "d"]})).ids == ("a", "b", "c", "d")
+    assert read_test_file(written(tmp_path, {"data": HWC, "ids": [b"a", "b", "c", "d"]})).ids == (
+        "a",
+        "b",
+        "c",
+        "d",
+    )
 
 
 class Runs:
@@ -85,13 +99,21 @@ class Runs:
 @pytest.mark.parametrize("where", ["data", "ids", "key"])
 @pytest.mark.parametrize(
     "function, arguments",
-    [(os.system, ("touch owned",)), (subprocess.Popen, (["touch", "owned"],)), (eval, ("open('owned', 'w')",))],
+    [
+        (os.system, ("touch owned",)),
+        (subprocess.Popen, (["touch", "owned"],)),
+        (eval, ("open('owned', 'w')",)),
+    ],
     ids=["system", "popen", "eval"],
 )
 def test_no_code_of_the_file_runs(tmp_path, monkeypatch, where, function, arguments):
     monkeypatch.chdir(tmp_path)
     gadget = Runs(function, *arguments)
-    content = {"data": {"data": gadget, "ids": IDS}, "ids": {"data": HWC, "ids": [gadget]}, "key": [gadget]}[where]
+    content = {
+        "data": {"data": gadget, "ids": IDS},
+        "ids": {"data": HWC, "ids": [gadget]},
+        "key": [gadget],
+    }[where]
     assert "wants to run" in refusal(written(tmp_path, content))
     assert not (tmp_path / "owned").exists()
 
@@ -169,10 +191,22 @@ def test_match_statistics_reaches_its_target():
 
 
 def test_generated_file_reads_back_with_its_labels_in_step(tmp_path):
-    marked = torch.arange(40, dtype=torch.uint8).mul(6).view(-1, 1, 1, 1).expand(-1, 3, 32, 32).contiguous()
+    marked = (
+        torch.arange(40, dtype=torch.uint8)
+        .mul(6)
+        .view(-1, 1, 1, 1)
+        .expand(-1, 3, 32, 32)
+        .contiguous()
+    )
     test = ImageSet(marked, torch.arange(40) % 10)
     known = generate_test_file(tmp_path / "g.pkl", test)
     read = read_test_file(tmp_path / "g.pkl")
-    assert torch.equal(read.images, known.images) and read.ids == tuple(range(40)) and read.labels is None
+    assert (
+        torch.equal(read.images, known.images)
+        and read.ids == tuple(range(40))
+        and read.labels is None
+    )
     order = known.images[:, 0, 0, 0].int().argsort()  # the shift keeps the order of brightness
-    assert torch.equal(known.labels[order], test.labels) and not torch.equal(known.labels, test.labels)
+    assert torch.equal(known.labels[order], test.labels) and not torch.equal(
+        known.labels, test.labels
+    )

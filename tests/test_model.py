@@ -41,7 +41,9 @@ def refusal(path) -> str:
 
 def table_rows(text: str) -> list[list[str]]:
     """[type and depth, output shape, parameters] of every layer."""
-    lines = [line for line in text.splitlines() if line.endswith(tuple("-0123456789")) and "[" in line]
+    lines = [
+        line for line in text.splitlines() if line.endswith(tuple("-0123456789")) and "[" in line
+    ]
     assert all(line.count("[") == 1 for line in lines)
     rows = [line.replace("[", "|[").replace("]", "]|").split("|") for line in lines]
     return [[cell.strip() for cell in "|".join(row).rsplit("|", 2)] for row in rows]
@@ -63,11 +65,18 @@ def test_every_row_of_the_published_layer_table_comes_out_the_same(summary):
 
 @pytest.mark.parametrize(
     ("blocks", "channels", "num_classes"),
-    [((3, 4, 3), (66, 132, 264), 10), ((1,), (8,), 2), ((2, 1), (8, 8), 10), ((1, 3, 1, 2), (4, 8, 4, 6), 100)],
+    [
+        ((3, 4, 3), (66, 132, 264), 10),
+        ((1,), (8,), 2),
+        ((2, 1), (8, 8), 10),
+        ((1, 3, 1, 2), (4, 8, 4, 6), 100),
+    ],
 )
 def test_count_parameters_is_the_real_count(blocks, channels, num_classes):
     model = ResNet(blocks, channels, num_classes)
-    assert count_parameters(blocks, channels, num_classes) == sum(p.numel() for p in model.parameters())
+    assert count_parameters(blocks, channels, num_classes) == sum(
+        p.numel() for p in model.parameters()
+    )
     assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, num_classes)
     assert len(model.stages) == len(blocks)
 
@@ -81,7 +90,9 @@ def test_a_block_adds_its_input_even_where_its_convolutions_give_nothing():
 
 
 def test_budget_error_names_both_numbers():
-    with pytest.raises(InputError, match=r"(?s)^(?!.*\n).*5,\d{3},\d{3} parameters.*budget of 5,000,000"):
+    with pytest.raises(
+        InputError, match=r"(?s)^(?!.*\n).*5,\d{3},\d{3} parameters.*budget of 5,000,000"
+    ):
         ResNet((3, 4, 3), (67, 134, 268))
     with pytest.raises(InputError, match=r"4,916,284.*4,916,283"):
         ResNet(budget=4_916_283)
@@ -90,7 +101,8 @@ def test_budget_error_names_both_numbers():
 
 
 @pytest.mark.parametrize(
-    ("blocks", "channels"), [((1, 1), (4,)), ((), ()), ((0,), (4,)), ((1,), (-4,)), ((1.5,), (4,)), (("1",), (4,))]
+    ("blocks", "channels"),
+    [((1, 1), (4,)), ((), ()), ((0,), (4,)), ((1,), (-4,)), ((1.5,), (4,)), (("1",), (4,))],
 )
 def test_malformed_shapes_are_refused(blocks, channels):
     with pytest.raises(InputError, match="as many blocks as channels"):
@@ -124,7 +136,9 @@ def test_weights_of_a_channels_last_network_come_back(tmp_path):
     model = ResNet((1,), (4,)).to(memory_format=torch.channels_last)
     save_model(tmp_path / "m.safetensors", model, INFO)
     loaded, _ = load_model(tmp_path / "m.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(("blocks", "channels"), [((1, 1), (4, 6)), ((2, 1), (4, 8)), ((1,), (4,))])
@@ -150,9 +164,19 @@ def test_a_file_that_is_no_safetensors_is_refused(weights):
 @pytest.mark.parametrize(
     "info",
     [
-        *(None, [], {}, {"mean": [0.5], "std": [0.2]}, {"mean": 0.5, "std": 0.2}, {"mean": "abc", "std": [1, 1, 1]}),
+        *(
+            None,
+            [],
+            {},
+            {"mean": [0.5], "std": [0.2]},
+            {"mean": 0.5, "std": 0.2},
+            {"mean": "abc", "std": [1, 1, 1]},
+        ),
         *(INFO | {"mean": values} for values in (["0.5", "0.4", "0.3"], [0.5, 0.4, math.nan])),
-        *(INFO | {"std": values} for values in ([0.2, 0.2, 0], [0.2, 0.2, -0.2], [0.2, 0.2, math.inf])),
+        *(
+            INFO | {"std": values}
+            for values in ([0.2, 0.2, 0], [0.2, 0.2, -0.2], [0.2, 0.2, math.inf])
+        ),
         *(INFO | {"temperature": value} for value in ("warm", None, 0, -1, math.nan)),
     ],
 )
@@ -195,7 +219,9 @@ def test_half_precision_is_for_convolutions_only_and_halves_the_file(tmp_path):
     sizes = [(tmp_path / name).stat().st_size for name in ("whole", "half")]
     assert sizes[1] < 0.6 * sizes[0]
     loaded, _ = load_model(tmp_path / "half")
-    for (name, theirs), ours in zip(loaded.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, theirs), ours in zip(
+        loaded.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         wanted = ours.half().float() if ours.ndim == 4 else ours
         assert theirs.dtype == ours.dtype and torch.equal(theirs, wanted), name
 
@@ -205,19 +231,25 @@ def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_sa
     assert sum(p.numel() for p in model.parameters()) == 4_916_284
     assert next(model.parameters()).dtype == torch.float32 and not model.training
     metrics = json.loads((SHIPPED_RUNS[-1] / "metrics.json").read_text())
-    assert all(metrics[name] == info[name] for name in ("recipe", "seed", "data", "epochs", "mean", "std"))
+    assert all(
+        metrics[name] == info[name] for name in ("recipe", "seed", "data", "epochs", "mean", "std")
+    )
     assert SHIPPED.stat().st_size == metrics["half_precision"]["bytes"] <= 10e6
 
 
 def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):
     model, info = load_model("pretrained")
     test = cifar10[1]
-    shipped = json.loads((SHIPPED_RUNS[-1] / "metrics.json").read_text())["half_precision"]["tta_none"]
+    shipped = json.loads((SHIPPED_RUNS[-1] / "metrics.json").read_text())["half_precision"][
+        "tta_none"
+    ]
     said = f"{shipped['accuracy']:.2%}".replace("%", " %")
     for text in (Path(__file__).parents[1] / "README.md", SHIPPED.parent / "README.md"):
         assert said in text.read_text(), text
     _, part = stratified_split(test.labels, 400, seed=1)
-    right = accuracy(predict(model, test.images[part], info["mean"], info["std"]), test.labels[part])
+    right = accuracy(
+        predict(model, test.images[part], info["mean"], info["std"]), test.labels[part]
+    )
     low, high = wilson_interval(round(400 * right), 400, confidence=0.9999)
     assert low < shipped["accuracy"] < high
 
@@ -227,7 +259,9 @@ def test_the_shifts_were_measured_with_these_weights():
     assert json.loads((SHIFT / "verdict.json").read_text())["weights"]["sha256"] == digest
 
 
-@pytest.mark.parametrize("damage", ["another byte", "no file", "no list", "not listed", "an odd list"])
+@pytest.mark.parametrize(
+    "damage", ["another byte", "no file", "no list", "not listed", "an odd list"]
+)
 def test_damaged_weights_of_the_package_are_refused(tmp_path, monkeypatch, weights, damage):
     monkeypatch.setattr("cifar_lib.model.SHIPPED", weights)
     sums = tmp_path / "SHA256SUMS"
@@ -241,5 +275,7 @@ def test_damaged_weights_of_the_package_are_refused(tmp_path, monkeypatch, weigh
         sums.unlink()
     else:
         sums.write_text("0  other.safetensors\n" if damage == "not listed" else "one two three\n")
-    with pytest.raises(InputError, match=r"^weights: [^\n]*: get cifar_lib/weights of the repository again$"):
+    with pytest.raises(
+        InputError, match=r"^weights: [^\n]*: get cifar_lib/weights of the repository again$"
+    ):
         load_model("pretrained")

@@ -1,4 +1,5 @@
-"""The notebooks as files: one skeleton, small cells, clean outputs; and what they share. nbmake runs them."""
+"""The notebooks as files: one skeleton, small cells, clean outputs; and what they share. nbmake
+runs them."""
 
 import json
 import os
@@ -18,8 +19,16 @@ from cifar_lib.notebook import Session, published_confusion, published_history
 from cifar_lib.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["01_data_statistics", "02_augmentation_preview", "03_training", "04_error_analysis", "05_kaggle_submission"]
-ADDRESS = re.search(r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text())[1]
+NAMES = [
+    "01_data_statistics",
+    "02_augmentation_preview",
+    "03_training",
+    "04_error_analysis",
+    "05_kaggle_submission",
+]
+ADDRESS = re.search(
+    r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text()
+)[1]
 
 
 def cells(name, kind):
@@ -35,7 +44,9 @@ def test_skeleton(name):
     assert all(part in text[0] for part in ("**You will learn**", "**Reads**", "**Writes**"))
     whole = "\n\n".join(text)
     sections = re.findall(r"^## (?!Takeaways|Exercises)(.*)", whole, re.M)
-    assert [s.split(".")[0] for s in sections] == [str(i + 1) for i in range(len(sections))] and len(sections) > 4
+    assert [s.split(".")[0] for s in sections] == [
+        str(i + 1) for i in range(len(sections))
+    ] and len(sections) > 4
     assert "## Takeaways" in whole and "## Exercises" in whole
     at = NAMES.index(name)
     before = f"[previous]({NAMES[at - 1]}.ipynb)" if at else "previous"
@@ -50,7 +61,9 @@ def test_skeleton(name):
 def test_set_up_is_the_same_and_names_the_one_address(name):
     badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
     assert badge in cells(name, "markdown")[0].source
-    set_up = [cells(each, "code")[0].source.split("sys.path.insert")[0] for each in (name, NAMES[0])]
+    set_up = [
+        cells(each, "code")[0].source.split("sys.path.insert")[0] for each in (name, NAMES[0])
+    ]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
 
@@ -105,14 +118,20 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR_PROFILE", raising=False)
     monkeypatch.setattr("cifar_lib.notebook.load_cifar10", nothing)
-    monkeypatch.setattr("cifar_lib.notebook.generate_stand_in", lambda: generate_stand_in(1200, 1100))
+    monkeypatch.setattr(
+        "cifar_lib.notebook.generate_stand_in", lambda: generate_stand_in(1200, 1100)
+    )
     monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
 
 
 def test_without_data_quick_goes_on_and_says_so_on_everything(offline, tmp_path, capsys):
     session = Session.open()
     assert "stand-in data" in capsys.readouterr().out and session.train.source == STAND_IN
-    assert "stand-in" in session.note and "stand-in" in str(session.folder) and "stand-in" in session.scored.source
+    assert (
+        "stand-in" in session.note
+        and "stand-in" in str(session.folder)
+        and "stand-in" in session.scored.source
+    )
     assert "stand-in data" in session.table(published_confusion(), "counts").to_html()
 
 
@@ -138,7 +157,11 @@ def test_an_unknown_profile_is_refused(monkeypatch):
 def test_published_numbers_are_the_reports():
     history, matrix = published_history(), published_confusion().to_numpy()
     assert len(history) == 60 and history.test_accuracy.iloc[-1] == pytest.approx(0.9556)
-    assert matrix.sum() == 10_000 and matrix.trace() == 9556 and (matrix[3, 5], matrix[5, 3]) == (45, 55)
+    assert (
+        matrix.sum() == 10_000
+        and matrix.trace() == 9556
+        and (matrix[3, 5], matrix[5, 3]) == (45, 55)
+    )
 
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
@@ -146,13 +169,20 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
     monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
     train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
-    tiny = recipe("report", blocks="1,1", channels="16,32", epochs=1, train_size=100, precision="fp32")
+    tiny = recipe(
+        "report", blocks="1,1", channels="16,32", epochs=1, train_size=100, precision="fp32"
+    )
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
-    session.show(plots.curves(session.curves("accuracy"), "epoch", "accuracy", "T"), "curves", "five curves")
+    session.show(
+        plots.curves(session.curves("accuracy"), "epoch", "accuracy", "T"), "curves", "five curves"
+    )
     table = session.comparison()
     assert table.loc["test accuracy", "this run"] == f"{metrics['test']['accuracy']:.2%}"
-    assert table.loc["test accuracy", "published"] == "95.56%" and table.loc["epochs", "this run"] == "1"
+    assert (
+        table.loc["test accuracy", "published"] == "95.56%"
+        and table.loc["epochs", "this run"] == "1"
+    )
     assert session.specifications().loc["gpu", "published"] == "NVIDIA A100-SXM4-40GB"
     model, info = session.trained_model()
     assert info["seed"] == 42 and not model.training
@@ -164,4 +194,7 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
 def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):
     makefile = (ROOT / "Makefile").read_text()
     assert "--run runs/$$recipe-seed$$seed" in makefile
-    assert Session("full", *stand_in, stand_in[1], recipe("report")).run == ROOT / "runs" / "report-seed42"
+    assert (
+        Session("full", *stand_in, stand_in[1], recipe("report")).run
+        == ROOT / "runs" / "report-seed42"
+    )

@@ -1,4 +1,5 @@
-"""Pickles from strangers: a corpus of hostile and broken files, a fuzzer, and every honest variant."""
+"""Pickles from strangers: a corpus of hostile and broken files, a fuzzer, and every honest
+variant."""
 
 import pickle
 import struct
@@ -17,9 +18,12 @@ from cifar_lib.kaggle import read_test_file
 from cifar_lib.pickles import MAX_BYTES, MAX_INSTRUCTIONS, read
 
 DATA = np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 32, 32, 3)
-HONEST = {protocol: pickle.dumps({b"data": DATA, b"ids": [0, 1]}, protocol) for protocol in range(6)}
+HONEST = {
+    protocol: pickle.dumps({b"data": DATA, b"ids": [0, 1]}, protocol) for protocol in range(6)
+}
 
-# What has been used to run code, under prefixes that blocklists and allowlists let through among them
+# What has been used to run code, under prefixes that blocklists and allowlists let through among
+# them
 GADGETS = """
 os system|posix system|nt system|os popen|os execv|os.path os|subprocess Popen|subprocess check_output|subprocess run
 builtins eval|builtins exec|builtins getattr|builtins open|builtins __import__|builtins compile|builtins bytes
@@ -58,18 +62,24 @@ ARRAY = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01
 ENCODE = b"c_codecs\nencode\n"
 
 
-def dtype(code: str, state: bytes = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb") -> bytes:
+def dtype(
+    code: str, state: bytes = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+) -> bytes:
     return b"cnumpy\ndtype\n" + text(code) + b"\x89\x88\x87R" + state
 
 
 def filled(shape: bytes, kind: bytes, content: bytes) -> bytes:
     """A dict whose data are an array of that shape, type and content."""
-    return b"\x80\x04}" + text("data") + ARRAY + b"(K\x01" + shape + kind + b"\x89" + content + b"tbs."
+    return (
+        b"\x80\x04}" + text("data") + ARRAY + b"(K\x01" + shape + kind + b"\x89" + content + b"tbs."
+    )
 
 
 def doubled(n: int) -> bytes:
     """A tuple of a tuple of ... twice each: small to write, 2^n to walk."""
-    return b")\x94" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(n))
+    return b")\x94" + b"".join(
+        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(n)
+    )
 
 
 CORPUS = {
@@ -97,8 +107,15 @@ CORPUS = {
     "_reconstruct of another class": ARRAY.replace(b"ndarray", b"dtype") + b".",
     "_reconstruct of another shape": ARRAY.replace(b"K\x00\x85", b"J\xff\xff\xff\x7f\x85") + b".",
     "encode by another codec": b"\x80\x02" + ENCODE + text("a") + text("zlib") + b"\x86R.",
-    "__setstate__ chain": b"\x80\x04" + ARRAY + b"(K\x01K\x00\x85" + dtype("u1") + b"\x89C\x00tb(K\x01)tb.",
-    "array filled twice": b"\x80\x04" + ARRAY + (b"(K\x01K\x00\x85" + dtype("u1") + b"\x89C\x00tb") * 2 + b".",
+    "__setstate__ chain": b"\x80\x04"
+    + ARRAY
+    + b"(K\x01K\x00\x85"
+    + dtype("u1")
+    + b"\x89C\x00tb(K\x01)tb.",
+    "array filled twice": b"\x80\x04"
+    + ARRAY
+    + (b"(K\x01K\x00\x85" + dtype("u1") + b"\x89C\x00tb") * 2
+    + b".",
     "array never filled": b"\x80\x04" + ARRAY + b".",
     "only a name": b"\x80\x04cnumpy\nndarray\n.",
     "only a type": b"\x80\x04" + dtype("u1") + b".",
@@ -109,23 +126,37 @@ CORPUS = {
     "records": filled(b"K\x01\x85", dtype("i4,i4"), short_bytes(bytes(8))),
     "void": filled(b"K\x01\x85", dtype("V8"), short_bytes(bytes(8))),
     "dates": filled(b"K\x01\x85", dtype("M8"), short_bytes(bytes(8))),
-    "type with fields": filled(b"K\x01\x85", dtype("u1", b"(K\x03U\x01|N(U\x01at}U\x01aNstb"), short_bytes(b"a")),
-    "type inside a type": filled(b"K\x01\x85", dtype("u1", b"(K\x03U\x01|cnumpy\ndtype\nNNtb"), short_bytes(b"a")),
+    "type with fields": filled(
+        b"K\x01\x85", dtype("u1", b"(K\x03U\x01|N(U\x01at}U\x01aNstb"), short_bytes(b"a")
+    ),
+    "type inside a type": filled(
+        b"K\x01\x85", dtype("u1", b"(K\x03U\x01|cnumpy\ndtype\nNNtb"), short_bytes(b"a")
+    ),
     "giant element": filled(b"K\x01\x85", dtype("S999999999"), short_bytes(b"a")),
     "empty element": filled(b"J\xff\xff\xff\x7f\x85", dtype("S0"), short_bytes(b"")),
     "giant shape": filled(b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85", dtype("u1"), short_bytes(b"a")),
     "negative shape": filled(b"J\xff\xff\xff\xff\x85", dtype("u1"), short_bytes(b"a")),
-    "shape of floats": filled(b"G?\xf0\x00\x00\x00\x00\x00\x00\x85", dtype("u1"), short_bytes(b"a")),
+    "shape of floats": filled(
+        b"G?\xf0\x00\x00\x00\x00\x00\x00\x85", dtype("u1"), short_bytes(b"a")
+    ),
     "shape that overflows": filled(
         b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7fJ\x04\x00\x00\x00\x87", dtype("u1"), short_bytes(b"a")
     ),
     "forty dimensions": filled(b"(" + b"K\x01" * 40 + b"t", dtype("u1"), short_bytes(b"a")),
-    "scalar too short": b"\x80\x04cnumpy._core.multiarray\nscalar\n" + dtype("i8") + b"C\x01a\x86R.",
+    "scalar too short": b"\x80\x04cnumpy._core.multiarray\nscalar\n"
+    + dtype("i8")
+    + b"C\x01a\x86R.",
     # bombs
     "memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff" + b"r\xfe\xff\xff\xff.",
     "memo that isn't": b"\x80\x02h\x07.",
     "endless key": b"\x80\x04}" + doubled(60) + b"Ns.",
-    "endless ids": b"\x80\x04}" + text("ids") + doubled(60) + b"s" + text("data") + doubled(60) + b"s.",
+    "endless ids": b"\x80\x04}"
+    + text("ids")
+    + doubled(60)
+    + b"s"
+    + text("data")
+    + doubled(60)
+    + b"s.",
     "list of itself": b"\x80\x04]\x94h\x00a.",
     "bytes made again and again": b"\x80\x02"
     + text("x" * 10**6)
@@ -209,8 +240,8 @@ def test_a_name_is_refused_where_it_is_named():
 
 
 def test_the_whole_corpus_needs_less_than_a_gigabyte_and_runs_nothing(tmp_path):
-    # A process of its own, which the kernel holds to the limit; sys.addaudithook hears of everything that is opened,
-    # imported, compiled or started.
+    # A process of its own, which the kernel holds to the limit; sys.addaudithook hears of
+    # everything that is opened, imported, compiled or started.
     (tmp_path / "corpus.pkl").write_bytes(pickle.dumps(list(CORPUS.values())))
     script = """
 import pickle, resource, sys
@@ -232,7 +263,12 @@ print(sorted(set(heard)))
 """
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.stdout == "[]\n", done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.pkl"]
@@ -250,7 +286,11 @@ def test_an_honest_file_cut_off_at_every_tenth_byte_is_refused(protocol):
     "value",
     [
         {"data": DATA, "ids": [0, 1]},
-        {b"data": np.asfortranarray(DATA), b"ids": (0, 1), b"more": [None, True, 1.5, -3, 2**40, "é", b"\x00\xff", {}]},
+        {
+            b"data": np.asfortranarray(DATA),
+            b"ids": (0, 1),
+            b"more": [None, True, 1.5, -3, 2**40, "é", b"\x00\xff", {}],
+        },
         {"data": DATA.reshape(2, -1), "ids": np.array([5, 6], dtype=">i4")},
         {"data": DATA, "ids": np.array(["a", "bé"])},
         {"data": DATA, "ids": [np.int64(3), np.str_("x")]},
@@ -276,7 +316,11 @@ def test_files_of_numpy_1_and_2_read_the_same(protocol):
 @settings(max_examples=300, deadline=5000, suppress_health_check=list(HealthCheck))
 @given(
     protocol=st.sampled_from(list(HONEST)),
-    edits=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=12)), min_size=1, max_size=6),
+    edits=st.lists(
+        st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=12)),
+        min_size=1,
+        max_size=6,
+    ),
 )
 def test_an_honest_file_changed_anywhere_is_read_or_refused(protocol, edits):
     content = bytearray(HONEST[protocol])
@@ -293,7 +337,12 @@ def test_an_honest_file_changed_anywhere_is_read_or_refused(protocol, edits):
 @settings(max_examples=300, deadline=5000)
 @given(
     st.lists(
-        st.sampled_from([c for c in b"(.0123456789:;<>=?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz})\n"])
+        st.sampled_from(
+            [
+                c
+                for c in b"(.0123456789:;<>=?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz})\n"
+            ]
+        )
         | st.integers(0x80, 0x98),
         max_size=200,
     )

@@ -1,4 +1,5 @@
-"""Figures: every function draws what it was given, and a figure says when it is made from generated data."""
+"""Figures: every function draws what it was given, and a figure says when it is made from generated
+data."""
 
 import io
 
@@ -22,15 +23,25 @@ MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
 TRIALS = pd.DataFrame(
     {
         **{"number": [0, 1, 2], "accuracy": [0.3, 0.2, 0.4], "complete": [True, False, True]},
-        **{"momentum": [0.9, 0.8, 0.95], "shape": ["3,4,3", "2,2,2", "3,4,3"], "batch_size": [128, 64, 64]},
+        **{
+            "momentum": [0.9, 0.8, 0.95],
+            "shape": ["3,4,3", "2,2,2", "3,4,3"],
+            "batch_size": [128, 64, 64],
+        },
     }
 )
 FIGURES = {
-    "image_grid": lambda: plots.image_grid(PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"),
+    "image_grid": lambda: plots.image_grid(
+        PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"
+    ),
     "class_counts": lambda: plots.class_counts({"train": range(10), "test": range(10)}, "T"),
-    "channel_histograms": lambda: plots.channel_histograms({"a": np.ones((3, 256)), "b": np.ones((3, 256))}, "T"),
+    "channel_histograms": lambda: plots.channel_histograms(
+        {"a": np.ones((3, 256)), "b": np.ones((3, 256))}, "T"
+    ),
     "channel_dots": lambda: plots.channel_dots({"a": (0.1, 0.2, 0.3)}, "T", "x"),
-    "curves": lambda: plots.curves({"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True),
+    "curves": lambda: plots.curves(
+        {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
+    ),
     "frequencies": lambda: plots.frequencies({"a": 0.5, "b": 0.5}, 0.5, "T"),
     "confusion": lambda: plots.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
     "class_scores": lambda: plots.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
@@ -39,9 +50,15 @@ FIGURES = {
     "empty gallery": lambda: plots.gallery(PICTURES[:0], [], "T"),
     "reliability_diagram": lambda: plots.reliability_diagram(BINS, 0.1, "T"),
     "intervals": lambda: plots.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
-    "severity_maps": lambda: plots.severity_maps({"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}),
-    "search_history": lambda: plots.search_history(TRIALS, {"momentum": 0.7, "batch_size": 0.3}, "T"),
-    "search_slices": lambda: plots.search_slices(TRIALS, ["momentum", "shape"], "T", logarithmic=["momentum"]),
+    "severity_maps": lambda: plots.severity_maps(
+        {"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}
+    ),
+    "search_history": lambda: plots.search_history(
+        TRIALS, {"momentum": 0.7, "batch_size": 0.3}, "T"
+    ),
+    "search_slices": lambda: plots.search_slices(
+        TRIALS, ["momentum", "shape"], "T", logarithmic=["momentum"]
+    ),
 }
 
 
@@ -51,14 +68,18 @@ def pixels(png):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_has_ink_and_the_note_adds_some(name):
-    plain, noted = pixels(plots.to_png(FIGURES[name]())), pixels(plots.to_png(FIGURES[name](), note="stand-in data"))
+    plain, noted = (
+        pixels(plots.to_png(FIGURES[name]())),
+        pixels(plots.to_png(FIGURES[name](), note="stand-in data")),
+    )
     assert (plain != 255).any(axis=2).mean() > 0.002
     note = np.abs(noted.astype(int) - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
     assert note[-40:].sum() > 100, "the note is not at the foot of the figure"
 
 
 @pytest.mark.parametrize(
-    "kind, text", [("counts", "90"), ("rows", f"{9000 / MATRIX[3].sum():.1f}"), ("difference", "+90")]
+    "kind, text",
+    [("counts", "90"), ("rows", f"{9000 / MATRIX[3].sum():.1f}"), ("difference", "+90")],
 )
 def test_confusion_prints_every_cell(kind, text):
     figure = plots.confusion({"a": MATRIX}, kind, "T")

@@ -16,7 +16,13 @@ from cifar_lib.recipes import recipe
 from cifar_lib.shift import shifted
 from cifar_lib.train import fit
 
-SMALL = {"blocks": "1", "channels": "16", "train_size": "60", "epochs": "1", "half_size_epochs": "0"}
+SMALL = {
+    "blocks": "1",
+    "channels": "16",
+    "train_size": "60",
+    "epochs": "1",
+    "half_size_epochs": "0",
+}
 
 
 @pytest.fixture
@@ -49,7 +55,9 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     assert (script.WEIGHTS / "SHA256SUMS").read_text() == f"{digest}  quick.safetensors\n"
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
-    torch.testing.assert_close(model.conv1.weight, whole.conv1.weight.half().float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.conv1.weight, whole.conv1.weight.half().float(), rtol=0, atol=0
+    )
     assert info["temperature"] == metrics["half_precision"]["temperature"] > 0
     folder = script.RESULTS / "quick-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
@@ -64,12 +72,19 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
         scores.append(100 * metrics["test"]["accuracy"])
     assert not list(script.WEIGHTS.iterdir())
     spread = abs(scores[0] - scores[1]) / 2**0.5
-    assert script.over_seeds("quick") == f"quick, 1 epochs, seed 0, 1: {sum(scores) / 2:.2f}% ± {spread:.2f}%"
+    assert (
+        script.over_seeds("quick")
+        == f"quick, 1 epochs, seed 0, 1: {sum(scores) / 2:.2f}% ± {spread:.2f}%"
+    )
     older = script.RESULTS / "quick-seed0" / "config.json"  # from before there was a `start`
-    older.write_text(json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "start"}))
+    older.write_text(
+        json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "start"})
+    )
     assert len(script.over_seeds("quick").splitlines()) == 1
     script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
-    assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration is no other seed"
+    assert len(script.over_seeds("quick").splitlines()) == 2, (
+        "another configuration is no other seed"
+    )
 
 
 def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
@@ -79,7 +94,9 @@ def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
     names = ("quick-seed0-1-epochs", "quick-seed0-1-epochs-2", "quick-seed0")
     assert sorted(folder.name for folder in script.RESULTS.iterdir()) == sorted(names)
     for run, name in zip(runs, names, strict=True):
-        assert (script.RESULTS / name / "config.json").read_bytes() == (run / "config.json").read_bytes()
+        assert (script.RESULTS / name / "config.json").read_bytes() == (
+            run / "config.json"
+        ).read_bytes()
 
 
 def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10, stand_in):
@@ -102,15 +119,25 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
     moved = shifted(test.images, "statistics", 1)
     own = tuple(tuple(values.tolist()) for values in channel_statistics(moved))
     plain, normalized = (
-        accuracy(predict(model, moved, *mean_std), test.labels) for mean_std in ((info["mean"], info["std"]), own)
+        accuracy(predict(model, moved, *mean_std), test.labels)
+        for mean_std in ((info["mean"], info["std"]), own)
     )
     shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     for recorded in (normalized, normalized - 0.1):
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
-        verdict = {"default": {"adapt": "normalize", "tta": "none"}, "custom": ways, "weights": {"sha256": shipped}}
+        verdict = {
+            "default": {"adapt": "normalize", "tta": "none"},
+            "custom": ways,
+            "weights": {"sha256": shipped},
+        }
         (tmp_path / "verdict.json").write_text(json.dumps(verdict))
         assert script.check() == (recorded == normalized)
-    assert f"custom set, normalize, views none              {normalized:.2%}" in capsys.readouterr().out
+    assert (
+        f"custom set, normalize, views none              {normalized:.2%}"
+        in capsys.readouterr().out
+    )
     (tmp_path / "verdict.json").write_text(json.dumps(verdict | {"weights": {"sha256": "another"}}))
-    assert script.check(), "the shifts were measured with other weights: no comparison, no complaint"
+    assert script.check(), (
+        "the shifts were measured with other weights: no comparison, no complaint"
+    )
     assert "measured with other weights" in capsys.readouterr().out

@@ -20,9 +20,21 @@ from cifar_lib.train import fit
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that `together` runs once
 
 ROOT = Path(__file__).parent.parent
-FIELDS = {"blocks": "1,1", "channels": "16,24", "batch_size": "15", "epochs": "3", "warmup_epochs": "1"}
-FIELDS |= {"precision": "fp32", "learning_rate": "0.02", "ema_decay": "0.5", "validation_size": "10"}
-# Trains `FIELDS` on generated images, keeps what this rank ended with, and dies after the epoch that DIE_AFTER names.
+FIELDS = {
+    "blocks": "1,1",
+    "channels": "16,24",
+    "batch_size": "15",
+    "epochs": "3",
+    "warmup_epochs": "1",
+}
+FIELDS |= {
+    "precision": "fp32",
+    "learning_rate": "0.02",
+    "ema_decay": "0.5",
+    "validation_size": "10",
+}
+# Trains `FIELDS` on generated images, keeps what this rank ended with, and dies after the epoch
+# that DIE_AFTER names.
 SCRIPT = """
 import os, sys, torch
 from cifar_lib import cli, ranks, train
@@ -44,14 +56,37 @@ sys.exit(cli.main(sys.argv[1:]))
 def start(
     folder: Path, processes: int = 2, die_after: int | None = None, **changes: str
 ) -> subprocess.CompletedProcess:
-    fields = [text for name, value in {**FIELDS, **changes}.items() for text in ("--set", f"{name}={value}")]
+    fields = [
+        text
+        for name, value in {**FIELDS, **changes}.items()
+        for text in ("--set", f"{name}={value}")
+    ]
     (folder / "script.py").write_text(SCRIPT)
     # After --, as torchrun would read --run as the beginning of an option of its own
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command += ["--", "script.py", "train", "--recipe", "report", "--run", "run", "--device", "cpu", *fields]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
+    command += [
+        "--",
+        "script.py",
+        "train",
+        "--recipe",
+        "report",
+        "--run",
+        "run",
+        "--device",
+        "cpu",
+        *fields,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {} if die_after is None else {"DIE_AFTER": str(die_after)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +95,9 @@ def together(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     done = start(folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 3/3") == done.stdout.count("test accuracy") == 1  # one rank speaks
+    assert (
+        done.stdout.count("epoch 3/3") == done.stdout.count("test accuracy") == 1
+    )  # one rank speaks
     return folder
 
 
@@ -74,7 +111,13 @@ def test_replicas_stay_identical_in_weights_averages_and_batch_statistics(togeth
 
 
 def test_two_ranks_train_to_nearly_what_one_process_does(together, tmp_path):
-    alone = fit(recipe("report", **FIELDS), tmp_path / "run", *generate_stand_in(70, 31), device="cpu", log=str)
+    alone = fit(
+        recipe("report", **FIELDS),
+        tmp_path / "run",
+        *generate_stand_in(70, 31),
+        device="cpu",
+        log=str,
+    )
     shared = json.loads((together / "run" / "metrics.json").read_text())
     # Batch normalisation over 7 or 8 images instead of 15 is the only difference but rounding.
     one, two = (RunDirectory(path / "run").load()["history"] for path in (tmp_path, together))
@@ -89,7 +132,9 @@ def test_a_killed_run_of_two_ranks_ends_with_the_same_bytes(together, tmp_path):
     again = start(tmp_path)
     assert again.returncode == 0 and re.search("going on from epoch [12] of 3", again.stdout)
     for name in ("checkpoint.pt", "history.csv", "model.safetensors", "metrics.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (together / "run" / name).read_bytes(), name
+        assert (tmp_path / "run" / name).read_bytes() == (together / "run" / name).read_bytes(), (
+            name
+        )
 
 
 def test_another_number_of_ranks_is_refused(together):
@@ -101,18 +146,32 @@ def test_another_number_of_ranks_is_refused(together):
 
 def test_a_batch_too_small_to_share_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(InputError, match="batch_size: batches of 59 out of 60 images end with 1, too few for 2 ranks"):
+    with pytest.raises(
+        InputError,
+        match="batch_size: batches of 59 out of 60 images end with 1, too few for 2 ranks",
+    ):
         fit(
-            recipe("report", **{**FIELDS, "batch_size": 59}), tmp_path / "run", *generate_stand_in(70, 31), device="cpu"
+            recipe("report", **{**FIELDS, "batch_size": 59}),
+            tmp_path / "run",
+            *generate_stand_in(70, 31),
+            device="cpu",
         )
     assert not (tmp_path / "run").exists()
 
 
 def test_environment_variables_of_torchrun_are_checked(monkeypatch):
-    values = {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    values = {
+        "RANK": "0",
+        "WORLD_SIZE": "two",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29500",
+    }
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="WORLD_SIZE: expected the value that torchrun sets, got 'two'"):
+    with pytest.raises(
+        InputError, match="WORLD_SIZE: expected the value that torchrun sets, got 'two'"
+    ):
         ranks.join("cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK")

@@ -9,8 +9,22 @@ import pytest
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_killed_training_ends_with_the_same_bytes_and_no_fault_loses_anything():
-    command = [sys.executable, str(Path(__file__).with_name("reliability.py")), "--kills", "5", "--only"]
-    campaigns = ["kills fp32", "kills bf16 1", "checkpoints", "disks", "locks", "losses", "submissions"]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("reliability.py")),
+        "--kills",
+        "5",
+        "--only",
+    ]
+    campaigns = [
+        "kills fp32",
+        "kills bf16 1",
+        "checkpoints",
+        "disks",
+        "locks",
+        "losses",
+        "submissions",
+    ]
     done = subprocess.run([*command, *campaigns], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()]

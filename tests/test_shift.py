@@ -84,7 +84,9 @@ def test_a_severity_out_of_range_is_refused(images, severity):
 
 
 def test_an_unknown_shift_is_refused_with_the_known_ones(images):
-    with pytest.raises(InputError, match="shift: expected one of statistics, brightness.*; got 'fog'"):
+    with pytest.raises(
+        InputError, match="shift: expected one of statistics, brightness.*; got 'fog'"
+    ):
         shifted(images, "fog", 1)
 
 
@@ -100,7 +102,9 @@ def test_channel_distance_of_a_constant_move_is_the_move():
 def test_frechet_distance_is_the_formula():
     torch.manual_seed(0)
     a, b = torch.randn(300, 5), torch.randn(300, 5) @ torch.randn(5, 5) + 1
-    (m1, c1), (m2, c2) = ((x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b))
+    (m1, c1), (m2, c2) = (
+        (x.double().mean(0).numpy(), np.cov(x.double().numpy(), rowvar=False)) for x in (a, b)
+    )
     wanted = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -110,7 +114,9 @@ def test_frechet_distance_is_the_formula():
 def test_features_are_what_the_last_layer_sees(model, images):
     rows = features(model, images, MEAN, STD)
     assert rows.shape == (200, 32) and rows.dtype == torch.float32
-    torch.testing.assert_close(model.linear(rows), predict(model, images, MEAN, STD), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.linear(rows), predict(model, images, MEAN, STD), atol=1e-5, rtol=1e-5
+    )
 
 
 # Adaptation
@@ -137,33 +143,45 @@ def test_batchnorm_mixes_the_images_statistics_with_the_training_ones(model, ima
     assert (mean, std) == (MEAN, STD) and not adapted.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name  # the network itself stays
-    inputs = model.conv1((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    inputs = model.conv1(
+        (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    )
     weight = len(images) / (PRIOR + len(images))
     own = {"running_mean": inputs.mean((0, 2, 3)), "running_var": inputs.var((0, 2, 3))}
     for name, value in own.items():
         wanted = weight * value + (1 - weight) * before[f"bn1.{name}"]
-        torch.testing.assert_close(getattr(adapted.bn1, name), wanted.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(adapted.bn1, name), wanted.detach(), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_batches_of_nearly_equal_size_count_alike(model, images):
-    """260 images are batches of 130 and 130, not of 250 and 10, whose statistics would count as much."""
+    """260 images are batches of 130 and 130, not of 250 and 10, whose statistics would count as
+    much."""
     twice = torch.cat([images, images[:60]])
     adapted, *_ = adapt("batchnorm", model, twice, MEAN, STD)
-    inputs = model.conv1((twice / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+    inputs = model.conv1(
+        (twice / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    )
     weight = 260 / (PRIOR + 260)
     wanted = weight * inputs.mean((0, 2, 3)) + (1 - weight) * model.bn1.running_mean
     torch.testing.assert_close(adapted.bn1.running_mean, wanted.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_rebasing_keeps_the_function_and_takes_what_is_no_shift_from_batchnorm(model, images):
-    """The images have other statistics than the network was left with; they are no shift for a rebased one."""
+    """The images have other statistics than the network was left with; they are no shift for a
+    rebased one."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rebased = rebase_batch_norm(model, images, MEAN, STD)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     reference = predict(model, images, MEAN, STD)
     torch.testing.assert_close(predict(rebased, images, MEAN, STD), reference, atol=1e-4, rtol=1e-4)
-    inputs = model.conv1((images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
-    torch.testing.assert_close(rebased.bn1.running_mean, inputs.mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-4)
+    inputs = model.conv1(
+        (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    )
+    torch.testing.assert_close(
+        rebased.bn1.running_mean, inputs.mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-4
+    )
     error = {}
     for name, network in (("as trained", model), ("rebased", rebased)):
         adapted, mean, std = adapt("batchnorm", network, images, MEAN, STD)
@@ -178,7 +196,9 @@ def test_one_image_has_no_batch_statistics(model, images, method):
 
 
 def test_an_unknown_adaptation_and_a_constant_channel_are_refused(model, images):
-    with pytest.raises(InputError, match=f"adapt: expected one of {', '.join(ADAPTATIONS)}".replace("+", "\\+")):
+    with pytest.raises(
+        InputError, match=f"adapt: expected one of {', '.join(ADAPTATIONS)}".replace("+", "\\+")
+    ):
         adapt("magic", model, images, MEAN, STD)
     flat = images.clone()
     flat[:, 1] = 7
@@ -207,14 +227,22 @@ def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(
         base = dice.random(200) < 0.6
         better = base | (dice.random(200) < 0.3)
         helps = helped == "all" or (helped == "chosen on" and family in script.CHOSEN_ON)
-        right[shift] = np.array([better if helps and way == ("batchnorm", "flip") else base for way in script.WAYS])
+        right[shift] = np.array(
+            [better if helps and way == ("batchnorm", "flip") else base for way in script.WAYS]
+        )
     verdict = script.verdict(right)
-    assert verdict["confirmed"] == verdict["beats_none_outside_the_intervals_on_the_custom_set"] == (helped == "all")
+    assert (
+        verdict["confirmed"]
+        == verdict["beats_none_outside_the_intervals_on_the_custom_set"]
+        == (helped == "all")
+    )
     best = {"adapt": "batchnorm", "tta": "flip"}
     assert verdict["default"] == (best if helped == "all" else {"adapt": "none", "tta": "none"})
     table = script.accuracy_table(right)
     assert len(table) == len(right) * len(script.WAYS)
-    row = table.query("family == 'noise' and severity == 2 and adapt == 'batchnorm' and tta == 'flip'").iloc[0]
+    row = table.query(
+        "family == 'noise' and severity == 2 and adapt == 'batchnorm' and tta == 'flip'"
+    ).iloc[0]
     assert row.accuracy == right["noise 2"][script.WAYS.index(("batchnorm", "flip"))].mean()
     assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
     pictures = script.draw(table)
@@ -228,7 +256,9 @@ def test_the_ablation_scores_what_the_library_predicts(model, images):
     for way in (("none", "flip-shift"), ("batchnorm", "flip")):
         network, mean, std = adapt(way[0], model, images, MEAN, STD)
         logits = predict(network, images, mean, std, tta=way[1])
-        assert np.array_equal(right[script.WAYS.index(way)], (logits.argmax(1) == test.labels).numpy())
+        assert np.array_equal(
+            right[script.WAYS.index(way)], (logits.argmax(1) == test.labels).numpy()
+        )
 
 
 def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
@@ -244,7 +274,10 @@ def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, mo
     assert list(right) == [script.CLEAN] and np.array_equal(right[script.CLEAN], answers)
     assert measures == [{"family": "clean", "severity": 0, "frechet": 0}]
     for weights, images in (("abd", 3), ("abc", 4)):
-        with pytest.raises(InputError, match=r"expected measurements of .* found 3 images by abc.*: move the folder"):
+        with pytest.raises(
+            InputError,
+            match=r"expected measurements of .* found 3 images by abc.*: move the folder",
+        ):
             script.measured(weights, images)
 
 
@@ -256,11 +289,16 @@ def test_the_readmes_table_is_what_was_measured():
         "the report's custom set, n = 10,000": "custom",
         "darkness, mean of five": "brightness",
     }
-    named |= {"channel statistics, mean of five": "statistics", "pixelation, mean of five": "pixelate"}
+    named |= {
+        "channel statistics, mean of five": "statistics",
+        "pixelation, mean of five": "pixelate",
+    }
     ways = [*(f"{name} + none" for name in ADAPTATIONS), "normalize+batchnorm + flip"]
     means = 100 * rows.groupby(["family", "way"]).accuracy.mean()
     lines = (SHIFT.parents[1] / "README.md").read_text().splitlines()
-    table = [line.strip("| ").split(" | ") for line in lines[lines.index(HEADER) + 2 :]][: 2 + len(FAMILIES)]
+    table = [line.strip("| ").split(" | ") for line in lines[lines.index(HEADER) + 2 :]][
+        : 2 + len(FAMILIES)
+    ]
     for name, *said in table:
         family = named.get(name, name.removesuffix(", mean of five").lower())
         assert said == [f"{means[family, way]:.1f}" for way in ways], name

@@ -17,17 +17,27 @@ from cifar_lib.winograd import build
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ODD = (18, 20)  # channels that are no multiples of 8
-# Losses of the fast step and the plain one may differ by this factor after three epochs: sums run in another order,
-# and training multiplies rounding errors.
+# Losses of the fast step and the plain one may differ by this factor after three epochs: sums run
+# in another order, and training multiplies rounding errors.
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
-ON_CUDA = {**TOLERANCE, "fp32": 5e-3}  # convolutions take TF32 there, and pick their algorithms anew
+ON_CUDA = {
+    **TOLERANCE,
+    "fp32": 5e-3,
+}  # convolutions take TF32 there, and pick their algorithms anew
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 
 
 def tiny(**changes: object) -> TrainConfig:
-    fields = {"blocks": (1, 1), "channels": ODD, "epochs": 3, "batch_size": 16, "warmup_epochs": 1, "precision": "fp32"}
+    fields = {
+        "blocks": (1, 1),
+        "channels": ODD,
+        "epochs": 3,
+        "batch_size": 16,
+        "warmup_epochs": 1,
+        "precision": "fp32",
+    }
     return recipe("report", **{**fields, "step": "plain", "learning_rate": 0.02, **changes})
 
 
@@ -67,7 +77,9 @@ def test_padding_changes_neither_logits_nor_gradients_nor_batch_statistics():
 
 def test_padding_adds_no_parameter():
     model = ResNet()
-    assert all(p is q for p, q in zip(ZeroPadded(model).parameters(), model.parameters(), strict=True))
+    assert all(
+        p is q for p, q in zip(ZeroPadded(model).parameters(), model.parameters(), strict=True)
+    )
     assert sum(p.numel() for p in ZeroPadded(model).parameters()) == 4_916_284
 
 
@@ -83,7 +95,9 @@ def test_in_half_precision_the_step_computes_with_padded_channels(stand_in):
 
 def test_on_cuda_long_runs_are_compiled_and_a_graph_needs_cuda():
     long, short = tiny(step="auto", epochs=60, batch_size=128), tiny(step="auto")
-    assert choose_step(long, CUDA, 50_000) == "compiled" and choose_step(short, CUDA, 1000) == "graph"
+    assert (
+        choose_step(long, CUDA, 50_000) == "compiled" and choose_step(short, CUDA, 1000) == "graph"
+    )
     assert choose_step(short, CPU, 100) == choose_step(long, torch.device("mps"), 50_000) == "plain"
     assert choose_step(tiny(step="compiled"), CPU, 100) == "compiled"
     with pytest.raises(InputError, match="a CUDA graph needs a CUDA device, got cpu"):
@@ -99,13 +113,17 @@ def test_on_a_cpu_long_runs_in_fp32_take_winograds_way():
     assert choose_step(long, CPU, 128) == "plain"  # 60 steps
     assert choose_step(replace(long, precision="bf16"), CPU, 50_000) == "plain"
     for device, precision in ((CUDA, "fp32"), (CPU, "bf16")):
-        with pytest.raises(InputError, match=f"winograd needs a CPU and fp32, got {device.type} and {precision}"):
+        with pytest.raises(
+            InputError, match=f"winograd needs a CPU and fp32, got {device.type} and {precision}"
+        ):
             choose_step(tiny(step="winograd", precision=precision), device, 100)
 
 
 def test_several_ranks_run_plain():
     assert choose_step(tiny(step="auto", ranks=2, epochs=1000), CUDA, 50_000) == "plain"
-    with pytest.raises(InputError, match="step: expected auto or plain on several ranks, got compiled"):
+    with pytest.raises(
+        InputError, match="step: expected auto or plain on several ranks, got compiled"
+    ):
         choose_step(tiny(step="compiled", ranks=2), CPU, 100)
 
 
@@ -125,7 +143,9 @@ def test_a_winograd_step_trains_to_the_losses_of_the_plain_one(stand_in):
     lines: list[str] = []
     ours = losses(tiny(step="winograd", **changes), stand_in[0], log=lines.append)
     assert lines == []
-    assert ours == losses(tiny(step="winograd", **changes), stand_in[0])  # to the bit: a resumed run must be the same
+    assert ours == losses(
+        tiny(step="winograd", **changes), stand_in[0]
+    )  # to the bit: a resumed run must be the same
     assert ours == pytest.approx(losses(tiny(**changes), stand_in[0]), rel=TOLERANCE["fp32"])
 
 
@@ -175,13 +195,17 @@ def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
     for scale in (2.0**120, 2.0**10):  # the first one overflows float32, too
         state = State.new(config, CPU)
         step = Step(state, config)
-        state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": scale, "growth_interval": 10**6})
+        state.scaler.load_state_dict(
+            state.scaler.state_dict() | {"scale": scale, "growth_interval": 10**6}
+        )
         state.model.train()
         if scale > 2.0**100:
             before = copy.deepcopy(state.model.state_dict())
             step(images, labels, rate=0.1)
             state.model.load_state_dict(before)  # with its batch statistics
-            momentum = [state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters()]
+            momentum = [
+                state.optimizer.state[p]["momentum_buffer"] for p in state.model.parameters()
+            ]
             assert not any(buffer.any() for buffer in momentum)
             state.scaler.load_state_dict(state.scaler.state_dict() | {"scale": 2.0**10})
         step(images, labels, rate=0.1)
@@ -212,7 +236,13 @@ def test_averaging_starts_at_the_first_step_and_takes_batch_statistics_along(sta
 def test_on_cuda_fast_steps_train_to_the_losses_of_plain_ones(stand_in, kind, precision):
     if precision == "bf16" and choose_precision("auto", CUDA) != "bf16":
         pytest.skip("this GPU has no bf16")
-    changes = {"precision": precision, "ema_decay": 0.9, "half_size_epochs": 1, "schedule": "cosine", "batch_size": 8}
+    changes = {
+        "precision": precision,
+        "ema_decay": 0.9,
+        "half_size_epochs": 1,
+        "schedule": "cosine",
+        "batch_size": 8,
+    }
     lines: list[str] = []
     fast = losses(tiny(step=kind, **changes), stand_in[0], CUDA, lines.append)
     assert lines == []
@@ -225,12 +255,17 @@ def test_on_cuda_a_loss_that_is_not_finite_changes_no_weight_and_is_found(stand_
     config = tiny(step=kind, batch_size=8, epochs=1)
     state = State.new(config, CUDA)
     step, train = Step(state, config), stand_in[0].to(CUDA)
-    for i, (images, labels) in enumerate(zip(train.images.split(8), train.labels.split(8), strict=True)):
+    for i, (images, labels) in enumerate(
+        zip(train.images.split(8), train.labels.split(8), strict=True)
+    ):
         if i == 5:
             before = copy.deepcopy(state.model)
             step.scale.fill_(float("nan"))
         step(images, labels, rate=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), state.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before.parameters(), state.model.parameters(), strict=True)
+    )
     with pytest.raises(InputError, match="not finite at epoch 0, step 5"):
         step.check()
 
@@ -239,5 +274,6 @@ def test_on_cuda_a_loss_that_is_not_finite_changes_no_weight_and_is_found(stand_
 def test_on_cuda_images_are_normalised_as_on_a_cpu(stand_in):
     images = stand_in[0].images
     torch.testing.assert_close(
-        normalize(images.to(CUDA), CIFAR10_MEAN, CIFAR10_STD).cpu(), normalize(images, CIFAR10_MEAN, CIFAR10_STD)
+        normalize(images.to(CUDA), CIFAR10_MEAN, CIFAR10_STD).cpu(),
+        normalize(images, CIFAR10_MEAN, CIFAR10_STD),
     )

@@ -24,7 +24,13 @@ from cifar_lib.train import epoch_batches, epoch_plan, fit, split, train_one_epo
 CPU = torch.device("cpu")
 TINY = {"blocks": "1,1", "channels": "16,32", "batch_size": 16, "epochs": 3, "warmup_epochs": 1}
 TINY |= {"precision": "fp32", "step": "plain"}
-REPRODUCIBLE = ("checkpoint.pt", "checkpoint.previous.pt", "history.csv", "metrics.json", "model.safetensors")
+REPRODUCIBLE = (
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "history.csv",
+    "metrics.json",
+    "model.safetensors",
+)
 
 
 class Killed(Exception):
@@ -45,11 +51,15 @@ def train_quietly(state: State, train: ImageSet, config: TrainConfig) -> tuple[f
     return train_one_epoch(Step(state, config), train, config, plan, tqdm(disable=True))
 
 
-def batches(train: ImageSet, config: TrainConfig, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    train: ImageSet, config: TrainConfig, epoch: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(epoch_batches(train, config, epoch_plan(config, len(train), epoch)))
 
 
-def fit_killed_after(epoch: int, config: TrainConfig, path: Path, train: ImageSet, test: ImageSet) -> None:
+def fit_killed_after(
+    epoch: int, config: TrainConfig, path: Path, train: ImageSet, test: ImageSet
+) -> None:
     """Training that dies right after the line of the epoch (1-based)."""
 
     def log(line: str) -> None:
@@ -78,11 +88,29 @@ def history(path: Path) -> list[dict[str, str]]:
 def test_report_is_the_published_run():
     config = recipe("report")
     assert (config.blocks, config.channels) == ((3, 4, 3), (66, 132, 264))
-    assert (config.epochs, config.batch_size, config.seed, config.validation_size) == (60, 128, 42, 0)
-    assert (config.momentum, config.nesterov, config.weight_decay, config.decay_all) == (0.9, False, 2e-4, True)
-    assert (config.label_smoothing, config.ema_decay, config.train_size, config.watch_test) == (0.05, 0, None, True)
+    assert (config.epochs, config.batch_size, config.seed, config.validation_size) == (
+        60,
+        128,
+        42,
+        0,
+    )
+    assert (config.momentum, config.nesterov, config.weight_decay, config.decay_all) == (
+        0.9,
+        False,
+        2e-4,
+        True,
+    )
+    assert (config.label_smoothing, config.ema_decay, config.train_size, config.watch_test) == (
+        0.05,
+        0,
+        None,
+        True,
+    )
     assert (config.mean, config.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    assert (config.test_mean, config.test_std) == ((0.5303, 0.4737, 0.4658), (0.2822, 0.2553, 0.2613))
+    assert (config.test_mean, config.test_std) == (
+        (0.5303, 0.4737, 0.4658),
+        (0.2822, 0.2553, 0.2613),
+    )
     assert config.policy == Policy(4, 0.5, "randaugment", 2, 9, 0.5, 0)
 
 
@@ -116,14 +144,22 @@ def test_text_reads_as_the_type_of_the_field():
     assert config.blocks == (3, 4, 3) and config.channels == (16, 32, 64)
     assert config.nesterov is True and config.decay_all is False
     assert config.train_size is None and config.validation_size == 500
-    assert config.learning_rate == 0.01 and config.schedule == "cosine" and config.mean == (0.1, 0.2, 0.3)
-    assert config.policy == replace(RECIPES["quick"].policy, magnitude=5, erasing=0.0, ops="autoaugment")
+    assert (
+        config.learning_rate == 0.01
+        and config.schedule == "cosine"
+        and config.mean == (0.1, 0.2, 0.3)
+    )
+    assert config.policy == replace(
+        RECIPES["quick"].policy, magnitude=5, erasing=0.0, ops="autoaugment"
+    )
     assert type(config.policy.erasing) is float
     assert config.epochs == RECIPES["quick"].epochs  # what isn't named stays
 
 
 def test_values_of_the_right_type_are_taken_too():
-    config = recipe("report", train_size=100, blocks=[1, 1], learning_rate=1, policy=Policy(magnitude=3))
+    config = recipe(
+        "report", train_size=100, blocks=[1, 1], learning_rate=1, policy=Policy(magnitude=3)
+    )
     assert (config.train_size, config.blocks, config.learning_rate) == (100, (1, 1), 1.0)
     assert config.policy.magnitude == 3
     assert recipe("report", policy={"magnitude": 4}).policy == Policy(magnitude=4)
@@ -133,7 +169,10 @@ def test_values_of_the_right_type_are_taken_too():
     ("changes", "message"),
     [
         ({"lr": "0.1"}, "unknown field lr: expected one of recipe, blocks"),
-        ({"policy.strength": 1}, "unknown field policy.strength: expected one of policy.crop_padding"),
+        (
+            {"policy.strength": 1},
+            "unknown field policy.strength: expected one of policy.crop_padding",
+        ),
         ({"learning_rate": "fast"}, "learning_rate: expected a value of type float; got 'fast'"),
         ({"learning_rate": "0"}, "learning_rate: 0.0 is out of range"),
         ({"learning_rate": "nan"}, "learning_rate: nan is out of range"),
@@ -175,7 +214,9 @@ def test_an_unknown_recipe_is_refused_naming_the_known_ones():
 
 
 def test_report_has_the_published_sixty_learning_rates():
-    formula = [e / 10 if e < 10 else 0.5 * (1 + math.cos(math.pi * (e - 5) / 55)) for e in range(60)]
+    formula = [
+        e / 10 if e < 10 else 0.5 * (1 + math.cos(math.pi * (e - 5) / 55)) for e in range(60)
+    ]
     rates = learning_rates(recipe("report"))
     assert rates == pytest.approx([0.1 * f for f in formula], rel=1e-12)
     assert rates[0] == 0 and max(rates) == rates[10] == pytest.approx(0.0979746, abs=1e-7)
@@ -184,7 +225,9 @@ def test_report_has_the_published_sixty_learning_rates():
 
 def test_cosine_rises_over_the_warm_up_and_falls_to_nothing_step_by_step():
     config = recipe("report", schedule="cosine", epochs=10, warmup_epochs=2, learning_rate=0.4)
-    assert [learning_rate(config, e) for e in (0, 0.5, 1, 2, 6)] == pytest.approx([0, 0.1, 0.2, 0.4, 0.2])
+    assert [learning_rate(config, e) for e in (0, 0.5, 1, 2, 6)] == pytest.approx(
+        [0, 0.1, 0.2, 0.4, 0.2]
+    )
     assert learning_rate(config, 9.999) < 1e-6
     short = replace(config, epochs=2)  # a warm-up as long as the run takes half of it
     assert [learning_rate(short, e) for e in (0.5, 1, 1.5)] == pytest.approx([0.2, 0.4, 0.2])
@@ -200,7 +243,9 @@ def test_loss_is_the_reports_sum(smoothing):
         log_total = math.log(sum(math.exp(x) for x in row))
         weights = [1 - smoothing if c == label else smoothing / 9 for c in range(10)]
         expected -= sum(w * (x - log_total) for w, x in zip(weights, row, strict=True)) / 7
-    assert smooth_cross_entropy(logits, labels, smoothing).item() == pytest.approx(expected, rel=1e-10)
+    assert smooth_cross_entropy(logits, labels, smoothing).item() == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 # One epoch
@@ -227,7 +272,8 @@ def test_the_ranks_of_a_run_share_every_batch_of_one_process(stand_in):
     train, config = numbered(stand_in[0]), tiny()
     alone = batches(train, config, epoch=1)
     shares = [
-        list(epoch_batches(train, replace(config, ranks=3), epoch_plan(config, 60, 1), rank)) for rank in range(3)
+        list(epoch_batches(train, replace(config, ranks=3), epoch_plan(config, 60, 1), rank))
+        for rank in range(3)
     ]
     for (images, labels), *parts in zip(alone, *shares, strict=True):
         for rank, (share, names) in enumerate(parts):
@@ -241,7 +287,9 @@ def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stan
     half = whole.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
     for epoch, inputs in ((1, half), (2, whole)):  # the last epoch is on whole images
         state, seen = State.new(config, CPU), []
-        state.model.register_forward_pre_hook(lambda _, arguments, seen=seen: seen.append(arguments[0]))
+        state.model.register_forward_pre_hook(
+            lambda _, arguments, seen=seen: seen.append(arguments[0])
+        )
         state.epoch = epoch
         train_quietly(state, stand_in[0], config)
         if epoch == 2:
@@ -252,14 +300,19 @@ def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stan
 
 def test_the_order_differs_by_epoch_and_seed_only(stand_in):
     def order(seed: int, epoch: int) -> list[int]:
-        return torch.cat([b for _, b in batches(numbered(stand_in[0]), tiny(seed=seed), epoch)]).tolist()
+        return torch.cat(
+            [b for _, b in batches(numbered(stand_in[0]), tiny(seed=seed), epoch)]
+        ).tolist()
 
     assert order(1, 0) == order(1, 0) != list(range(60))
     assert order(1, 0) != order(1, 1) and order(1, 0) != order(2, 0)
 
 
 def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_in):
-    train, config = stand_in[0][torch.arange(33)], tiny()  # batches of 16, 16 and 1; epoch 0 trains at rate 0
+    train, config = (
+        stand_in[0][torch.arange(33)],
+        tiny(),
+    )  # batches of 16, 16 and 1; epoch 0 trains at rate 0
     model = State.new(config, CPU).model
     losses, hits = [], 0
     with torch.no_grad():
@@ -271,7 +324,9 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
     mean_of_batch_means = (losses[0] + losses[16] + losses[32]) / 3
     assert abs(mean_of_batch_means - sum(losses) / 33) > 1e-3
     state = State.new(config, CPU)
-    assert train_quietly(state, train, config) == pytest.approx((sum(losses) / 33, hits / 33), rel=1e-5)
+    assert train_quietly(state, train, config) == pytest.approx(
+        (sum(losses) / 33, hits / 33), rel=1e-5
+    )
 
 
 def test_an_epoch_at_rate_zero_leaves_the_weights_and_another_does_not(stand_in):
@@ -294,21 +349,33 @@ def test_a_step_is_sgd_with_the_published_momentum_and_decay(stand_in):
         train_quietly(state, train, config)
         images, labels = batches(train, config, epoch)[0]
         logits = reference(normalize(images, config.mean, config.std))
-        gradients = torch.autograd.grad(smooth_cross_entropy(logits, labels, 0.05), list(reference.parameters()))
+        gradients = torch.autograd.grad(
+            smooth_cross_entropy(logits, labels, 0.05), list(reference.parameters())
+        )
         with torch.no_grad():
             for p, v, g in zip(reference.parameters(), velocity, gradients, strict=True):
                 v.mul_(0.9).add_(g + 0.1 * p)
                 p.sub_(learning_rates(config)[epoch] * v)
-    torch.testing.assert_close(list(state.model.parameters()), list(reference.parameters()), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        list(state.model.parameters()), list(reference.parameters()), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_decay_can_leave_out_norms_and_biases(stand_in):
-    everything, exempting = (State.new(tiny(decay_all=d, weight_decay=0.1), CPU) for d in (True, False))
+    everything, exempting = (
+        State.new(tiny(decay_all=d, weight_decay=0.1), CPU) for d in (True, False)
+    )
     assert [group["weight_decay"] for group in everything.optimizer.param_groups] == [0.1]
     decayed, exempt = exempting.optimizer.param_groups
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.1, 0)
-    modules = [m for m in exempting.model.modules() if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.Linear))]
-    expected = {id(m.bias) for m in modules} | {id(m.weight) for m in modules if isinstance(m, torch.nn.BatchNorm2d)}
+    modules = [
+        m
+        for m in exempting.model.modules()
+        if isinstance(m, (torch.nn.BatchNorm2d, torch.nn.Linear))
+    ]
+    expected = {id(m.bias) for m in modules} | {
+        id(m.weight) for m in modules if isinstance(m, torch.nn.BatchNorm2d)
+    }
     assert {id(p) for p in exempt["params"]} == expected
     assert len(decayed["params"]) + len(exempt["params"]) == len(list(exempting.model.parameters()))
 
@@ -326,7 +393,12 @@ def test_a_small_network_overfits_one_batch(stand_in):
     batch = stand_in[0][torch.arange(16)]
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
     config = tiny(
-        channels="16,32", epochs=80, schedule="cosine", learning_rate=0.3, policy=nothing, label_smoothing=0.0
+        channels="16,32",
+        epochs=80,
+        schedule="cosine",
+        learning_rate=0.3,
+        policy=nothing,
+        label_smoothing=0.0,
     )
     state = State.new(config, CPU)
     first, _ = train_quietly(state, batch, config)
@@ -355,7 +427,10 @@ def test_training_and_validation_parts_are_disjoint_and_balanced(stand_in):
     kept, held_out = split(train, tiny(train_size=40, validation_size=10))
     assert len(kept) == 30 and len(held_out) == 10
     assert not set(kept.ids) & set(held_out.ids) and len(set(kept.ids + held_out.ids)) == 40
-    assert kept.labels.bincount().tolist() == [3] * 10 and held_out.labels.bincount().tolist() == [1] * 10
+    assert (
+        kept.labels.bincount().tolist() == [3] * 10
+        and held_out.labels.bincount().tolist() == [1] * 10
+    )
     for part in (kept, held_out):
         assert torch.equal(part.images, train.images[list(part.ids)])
 
@@ -383,7 +458,11 @@ def test_a_run_writes_all_its_files(stand_in, tmp_path):
     assert all(row["validation_loss"] == "" and float(row["test_loss"]) > 0 for row in rows)
     assert [line.partition("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert metrics["test"]["n"] == 30 and metrics["train_images"] == 60 and metrics["data"] == stand_in[1].source
+    assert (
+        metrics["test"]["n"] == 30
+        and metrics["train_images"] == 60
+        and metrics["data"] == stand_in[1].source
+    )
     assert float(rows[-1]["test_accuracy"]) == metrics["test"]["accuracy"]
     assert json.loads((tmp_path / "config.json").read_text())["policy"]["magnitude"] == 9
 
@@ -411,13 +490,17 @@ def test_a_run_starts_with_given_weights_and_is_no_run_without_them(stand_in, tm
     weights = tmp_path / "first" / "model.safetensors"
     config = tiny(epochs=1, learning_rate=1e-6, warmup_epochs=0, ema_decay=0.5)
     fit(config, tmp_path / "second", *stand_in, device="cpu", log=quiet, start=weights)
-    first, second = (load_model(tmp_path / run / "model.safetensors")[0] for run in ("first", "second"))
+    first, second = (
+        load_model(tmp_path / run / "model.safetensors")[0] for run in ("first", "second")
+    )
     torch.testing.assert_close(second.conv1.weight, first.conv1.weight, atol=1e-4, rtol=1e-4)
     stored = json.loads((tmp_path / "second" / "config.json").read_text())["start"]
     assert stored == hashlib.sha256(weights.read_bytes()).hexdigest()
     with pytest.raises(InputError, match="holds another run; these differ: start"):
         fit(config, tmp_path / "second", *stand_in, device="cpu", log=quiet)
-    with pytest.raises(InputError, match=r"start: expected weights of blocks \(1, 1\) .* got \(3, 4, 3\)"):
+    with pytest.raises(
+        InputError, match=r"start: expected weights of blocks \(1, 1\) .* got \(3, 4, 3\)"
+    ):
         fit(config, tmp_path / "third", *stand_in, device="cpu", log=quiet, start="pretrained")
     assert not (tmp_path / "third").exists()
 
@@ -427,7 +510,9 @@ def test_averaged_weights_are_the_ones_evaluated_and_kept(stand_in, tmp_path):
     fit(config, tmp_path, *stand_in, device="cpu", log=quiet)
     saved = RunDirectory(tmp_path).load()
     kept = load_model(tmp_path / "model.safetensors")[0]
-    averaged = {name.removeprefix("module."): t for name, t in saved["ema"].items() if name != "n_averaged"}
+    averaged = {
+        name.removeprefix("module."): t for name, t in saved["ema"].items() if name != "n_averaged"
+    }
     convolutions = {name: tensor for name, tensor in kept.state_dict().items() if tensor.ndim == 4}
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in convolutions.items())
     assert not torch.equal(kept.conv1.weight, saved["model"]["conv1.weight"])
@@ -451,13 +536,21 @@ def test_a_finished_run_is_not_trained_again(stand_in, tmp_path):
     "changes",
     [
         {},
-        {"ema_decay": 0.9, "decay_all": False, "nesterov": True, "schedule": "cosine", "validation_size": 20},
+        {
+            "ema_decay": 0.9,
+            "decay_all": False,
+            "nesterov": True,
+            "schedule": "cosine",
+            "validation_size": 20,
+        },
         {"precision": "bf16", "policy.ops": "trivialaugment", "policy.cutout": 8, "train_size": 50},
         pytest.param({"step": "winograd"}, marks=pytest.mark.xdist_group("winograd")),
     ],
     ids=["fp32", "ema", "bf16", "winograd"],
 )
-def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(stand_in, tmp_path, changes):
+def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(
+    stand_in, tmp_path, changes
+):
     config = tiny(**changes)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     fit(config, whole, *stand_in, device="cpu", log=quiet)
@@ -504,7 +597,10 @@ def started(stand_in, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"learning_rate": 0.2, "epochs": 5}, ["learning_rate (0.1, now 0.2)", "epochs (3, now 5)"]),
+        (
+            {"learning_rate": 0.2, "epochs": 5},
+            ["learning_rate (0.1, now 0.2)", "epochs (3, now 5)"],
+        ),
         ({"channels": "16,24"}, ["channels ((16, 32), now (16, 24))"]),
         ({"policy.magnitude": 8}, ["policy"]),
         ({"precision": "bf16"}, ["precision ('fp32', now 'bf16')"]),
@@ -516,13 +612,17 @@ def test_another_configuration_is_refused_naming_what_differs(stand_in, started,
         fit(tiny(**changes), started, *stand_in, device="cpu")
     message = str(error.value)
     assert all(text in message for text in named) and "\n" not in message
-    assert not any(f"{name} (" in message for name in ("momentum", "batch_size", "seed", "data", "images"))
+    assert not any(
+        f"{name} (" in message for name in ("momentum", "batch_size", "seed", "data", "images")
+    )
     assert content(started) == before
 
 
 def test_other_data_are_refused(stand_in, started):
     train, test = stand_in
-    with pytest.raises(InputError, match=r"these differ: data \('stand-in data', now 'CIFAR-10'\):"):
+    with pytest.raises(
+        InputError, match=r"these differ: data \('stand-in data', now 'CIFAR-10'\):"
+    ):
         fit(tiny(), started, replace(train, source="CIFAR-10"), test, device="cpu")
     with pytest.raises(InputError, match=r"these differ: images \(60, now 50\):"):
         fit(tiny(), started, train[slice(50)], test, device="cpu")
@@ -548,13 +648,17 @@ def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, st
 def test_a_diverged_run_names_epoch_and_step_and_keeps_its_checkpoint(stand_in, tmp_path):
     config = tiny(learning_rate=1e30)  # the first epoch trains at rate 0
     lines: list[str] = []
-    with pytest.raises(InputError, match=r"not finite at epoch 1, step [1-3]; .*learning_rate") as error:
+    with pytest.raises(
+        InputError, match=r"not finite at epoch 1, step [1-3]; .*learning_rate"
+    ) as error:
         fit(config, tmp_path, *stand_in, device="cpu", log=lines.append)
     assert "\n" not in str(error.value) and len(lines) == 1
     saved = RunDirectory(tmp_path).load()
     assert saved["epoch"] == 1 and all(t.isfinite().all() for t in saved["model"].values())
     assert len(history(tmp_path)) == 1
-    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "model.safetensors").exists()
+    assert (
+        not (tmp_path / "metrics.json").exists() and not (tmp_path / "model.safetensors").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -566,7 +670,9 @@ def test_a_diverged_run_names_epoch_and_step_and_keeps_its_checkpoint(stand_in, 
         ({"validation_size": 59}, "validation"),
     ],
 )
-def test_a_mistake_found_before_training_leaves_the_directory_free(stand_in, tmp_path, wrong, message):
+def test_a_mistake_found_before_training_leaves_the_directory_free(
+    stand_in, tmp_path, wrong, message
+):
     with pytest.raises(InputError, match=message):
         fit(tiny(epochs=1, **wrong), tmp_path, *stand_in, device="cpu", log=quiet)
     assert content(tmp_path) == {}
@@ -574,7 +680,9 @@ def test_a_mistake_found_before_training_leaves_the_directory_free(stand_in, tmp
 
 
 @pytest.mark.parametrize(("device", "precision"), [("toaster", "fp32"), ("cpu", "fp8")])
-def test_an_unknown_device_or_precision_is_refused_before_anything_is_written(stand_in, tmp_path, device, precision):
+def test_an_unknown_device_or_precision_is_refused_before_anything_is_written(
+    stand_in, tmp_path, device, precision
+):
     with pytest.raises(InputError, match="toaster|fp8"):
         fit(tiny(precision=precision), tmp_path / "run", *stand_in, device=device)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
-"""Searches: the space, what a trial does, and several worker processes on one study, one of them killed."""
+"""Searches: the space, what a trial does, and several worker processes on one study, one of them
+killed."""
 
 import contextlib
 import getpass
@@ -27,11 +28,20 @@ from cifar_lib.recipes import recipe
 from cifar_lib.tune import SHAPES, objective, open_study, own_values, search_space, suggest, work
 
 ROOT = Path(__file__).parent.parent
-TABLE_1 = {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 2e-4, "label_smoothing": 0.05, "warmup_epochs": 1}
+TABLE_1 = {
+    "learning_rate": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 2e-4,
+    "label_smoothing": 0.05,
+    "warmup_epochs": 1,
+}
 TABLE_1 |= {"batch_size": 128, "shape": "3,4,3 of 66,132,264"}
-BASE = recipe("report", epochs=2, precision="fp32", watch_test=False, validation_size=10, schedule="cosine")
+BASE = recipe(
+    "report", epochs=2, precision="fp32", watch_test=False, validation_size=10, schedule="cosine"
+)
 SPACE = search_space(BASE)
-# A worker whose objective takes a while, says when it runs, and for a certain file's sake waits to be killed.
+# A worker whose objective takes a while, says when it runs, and for a certain file's sake waits to
+# be killed.
 WORKER = """
 import sys, time
 from pathlib import Path
@@ -69,7 +79,9 @@ def test_a_trial_that_diverges_is_pruned(stand_in, monkeypatch):
     monkeypatch.setitem(SHAPES, "3,4,3 of 66,132,264", ((1,), (16,)))
     trial = FixedTrial({**TABLE_1, "batch_size": 64})
     with monkeypatch.context() as patch, pytest.raises(optuna.TrialPruned, match="diverged"):
-        patch.setattr(trial, "suggest_float", lambda name, *_, **__: 1e30 if name == "learning_rate" else 0.0)
+        patch.setattr(
+            trial, "suggest_float", lambda name, *_, **__: 1e30 if name == "learning_rate" else 0.0
+        )
         objective(stand_in[0], replace(BASE, epochs=6, warmup_epochs=0), "cpu")(trial)
 
 
@@ -82,7 +94,13 @@ def test_a_study_goes_on_where_it_stopped(tmp_path):
     where = str(tmp_path / "Suche ü" / "study.log")
     for trials in (3, 5, 5):
         study = open_study(where, SPACE)
-        work(study, trials, lambda trial: trial.suggest_float("x", 0, 1), one_host=True, log=lambda _: None)
+        work(
+            study,
+            trials,
+            lambda trial: trial.suggest_float("x", 0, 1),
+            one_host=True,
+            log=lambda _: None,
+        )
         assert len(study.trials) == trials
 
 
@@ -96,7 +114,11 @@ def test_an_interrupted_trial_waits_to_be_run_again(tmp_path):
         work(study, 2, interrupted, one_host=True)
     x = study.trials[0].params["x"]
     work(study, 2, lambda trial: trial.suggest_float("x", 0, 1), one_host=True, log=lambda _: None)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert [t.state for t in study.trials] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
     assert study.trials[1].params["x"] == x
 
 
@@ -106,11 +128,17 @@ def test_a_worker_whose_trial_another_one_took_up_goes_on(tmp_path):
 
     def suspended(trial):
         if trial.number == 0:
-            study.tell(0, state=TrialState.FAIL)  # what others do to the trial of a worker that they take for dead
+            study.tell(
+                0, state=TrialState.FAIL
+            )  # what others do to the trial of a worker that they take for dead
         return trial.suggest_float("x", 0, 1)
 
     work(study, 2, suspended, one_host=True, log=lines.append)
-    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    assert [t.state for t in study.trials] == [
+        TrialState.FAIL,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+    ]
     assert lines[0] == "another worker took this one for dead, and has its trial"
 
 
@@ -120,7 +148,9 @@ def test_a_worker_whose_trial_another_one_took_up_goes_on(tmp_path):
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[str]:
     """The URL of a server of our own on the loopback address, as Debian's package has it."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [Path(p).parent for p in [shutil.which("initdb")] if p]
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [
+        Path(p).parent for p in [shutil.which("initdb")] if p
+    ]
     if not found:
         pytest.skip("needs PostgreSQL's server programs (Debian: postgresql)")
     programs = found[-1]
@@ -135,7 +165,9 @@ def postgres() -> Iterator[str]:
             shutil.chown(folder, "postgres", "postgres")
         quiet = {"check": True, "stdout": subprocess.DEVNULL, "cwd": folder, **as_user}
         data = f"{folder}/data"
-        subprocess.run([programs / "initdb", "-D", data, "-A", "trust", "-U", "tester", "--no-sync"], **quiet)
+        subprocess.run(
+            [programs / "initdb", "-D", data, "-A", "trust", "-U", "tester", "--no-sync"], **quiet
+        )
         settings = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
         control = [programs / "pg_ctl", "-D", data, "-w"]
         subprocess.run([*control, "-l", f"{folder}/log", "-o", settings, "start"], **quiet)
@@ -148,13 +180,24 @@ def postgres() -> Iterator[str]:
 @pytest.mark.xdist_group("postgres")
 @pytest.mark.parametrize("kind", ["journal", "database"])
 def test_no_trial_is_lost_or_run_twice_when_a_worker_is_killed(tmp_path, kind, request):
-    where = request.getfixturevalue("postgres") if kind == "database" else str(tmp_path / "study.log")
+    where = (
+        request.getfixturevalue("postgres") if kind == "database" else str(tmp_path / "study.log")
+    )
     runs = tmp_path / "runs"
     runs.mkdir()
     trials = 8
 
     def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", WORKER, where, str(runs), name, str(trials), str(int(kind == "journal"))]
+        command = [
+            sys.executable,
+            "-c",
+            WORKER,
+            where,
+            str(runs),
+            name,
+            str(trials),
+            str(int(kind == "journal")),
+        ]
         return subprocess.Popen(command, cwd=ROOT)
 
     with contextlib.ExitStack() as stack:
@@ -175,7 +218,9 @@ def test_no_trial_is_lost_or_run_twice_when_a_worker_is_killed(tmp_path, kind, r
     assert float(lost.read_text()) in [trial.params["x"] for trial in complete]
     ran = [path.name.split("-")[1] for path in runs.iterdir()]
     assert len(ran) == len(set(ran)) == trials + 1
-    assert {int(number) for number in ran} == {t.number for t in complete} | {int(lost.name.split("-")[1])}
+    assert {int(number) for number in ran} == {t.number for t in complete} | {
+        int(lost.name.split("-")[1])
+    }
 
 
 @pytest.mark.xdist_group("postgres")
@@ -207,7 +252,9 @@ def test_a_database_that_goes_away_is_one_line(tmp_path):
     def gone(trial):
         raise optuna.exceptions.StorageInternalError("connection lost\nlong story")
 
-    with pytest.raises(InputError, match=r"^study: the database went away \(connection lost\): start it"):
+    with pytest.raises(
+        InputError, match=r"^study: the database went away \(connection lost\): start it"
+    ):
         work(study, 1, gone, one_host=False)
 
 
@@ -217,7 +264,9 @@ def test_a_database_that_goes_away_is_one_line(tmp_path):
 def test_another_search_space_is_refused(tmp_path):
     where = str(tmp_path / "study.log")
     open_study(where, SPACE)
-    with pytest.raises(InputError, match=r"was made with another search space \(these differ: .*epochs"):
+    with pytest.raises(
+        InputError, match=r"was made with another search space \(these differ: .*epochs"
+    ):
         open_study(where, search_space(replace(BASE, epochs=3)))
     assert open_study(where, SPACE).trials == []
 
@@ -248,7 +297,10 @@ def test_a_study_that_cant_be_opened_is_one_line(tmp_path, where, message):
         ({"batch_size": 32}, "32"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"momentum": 0.5}, "momentum"),
-        ({"blocks": "1,1", "channels": "16,32"}, "expected blocks and channels of one of 3,4,3 of 66,132,264; "),
+        (
+            {"blocks": "1,1", "channels": "16,32"},
+            "expected blocks and channels of one of 3,4,3 of 66,132,264; ",
+        ),
     ],
 )
 def test_a_recipe_outside_the_search_space_is_refused(changes, message):

@@ -28,10 +28,18 @@ def gradients(function, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Ten
 
 @pytest.mark.parametrize(
     ("images", "inputs", "outputs", "height", "width"),
-    [(3, 16, 16, 32, 32), (2, 66, 66, 16, 16), (5, 20, 33, 4, 4), (1, 17, 24, 8, 12), (40, 264, 264, 8, 8)],
+    [
+        (3, 16, 16, 32, 32),
+        (2, 66, 66, 16, 16),
+        (5, 20, 33, 4, 4),
+        (1, 17, 24, 8, 12),
+        (40, 264, 264, 8, 8),
+    ],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_result_and_both_gradients_are_those_of_the_convolution(images, inputs, outputs, height, width, layout):
+def test_result_and_both_gradients_are_those_of_the_convolution(
+    images, inputs, outputs, height, width, layout
+):
     build()
     torch.manual_seed(0)
     x = torch.randn(images, inputs, height, width).contiguous(memory_format=layout)
@@ -45,7 +53,9 @@ def test_result_and_both_gradients_are_those_of_the_convolution(images, inputs, 
 
 def test_it_takes_the_convolutions_that_fit_and_leaves_the_others_alone(monkeypatch):
     taken = []
-    monkeypatch.setattr(winograd._Convolution, "apply", lambda x, weight: taken.append(tuple(x.shape)))
+    monkeypatch.setattr(
+        winograd._Convolution, "apply", lambda x, weight: taken.append(tuple(x.shape))
+    )
     plain = torch.nn.Conv2d
     x = torch.randn(1, 16, 8, 8)
     with Winograd():
@@ -68,7 +78,8 @@ def test_it_takes_the_convolutions_that_fit_and_leaves_the_others_alone(monkeypa
 
 
 def test_the_transform_multiplies_as_the_points_0_1_2_and_their_negatives_do():
-    """Row k of G holds the powers of a point, scaled: three taps as a polynomial, evaluated there."""
+    """Row k of G holds the powers of a point, scaled: three taps as a polynomial, evaluated
+    there."""
     for row, point in zip(TRANSFORM[:5], (0, 1, -1, 2, -2), strict=True):
         torch.testing.assert_close(row / row[0], torch.tensor([1.0, point, point**2]))
 
@@ -78,8 +89,14 @@ def test_what_was_compiled_serves_later_processes_and_a_damaged_copy_does_not(tm
     code = "from cifar_lib import winograd; winograd.build(); print(winograd.torch.ops.cifar_lib.winograd_convolve)"
 
     def without_a_compiler(cache: Path) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PATH": "", "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        environment = os.environ | {
+            "PATH": "",
+            "XDG_CACHE_HOME": str(cache),
+            "PYTHONPATH": str(ROOT),
+        }
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     good = without_a_compiler(cache)
