@@ -19,7 +19,7 @@ from torchvision.transforms import (
 
 from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, ImageSet
 from cifar_lib.model import ResNet
-from cifar_lib.step import smooth_cross_entropy
+from cifar_lib.train import smooth_cross_entropy
 
 
 class Pictures(Dataset):

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from cifar_lib.data import ImageSet
 from cifar_lib.hardware import choose_precision
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.step import State, Step, choose_step
-from cifar_lib.train import epoch_plan, train_one_epoch
+from cifar_lib.fit import resolve
+from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
 
 
 class Ours:

@@ -1,44 +1,34 @@
 """python -m cifar_lib: info, train, tune, evaluate, predict, submit."""
 
 import argparse
+import io
 import json
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torchinfo
+from PIL import Image
 
 from cifar_lib import __version__, ranks
+from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import TTA, predict, summarize
-from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision
+from cifar_lib.fit import fit
+from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision, prepare
 from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import PRETRAINED, ResNet, load_model
-from cifar_lib.recipes import RECIPES, learning_rates, recipe
+from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 from cifar_lib.shift import ADAPTATIONS, adapt
-from cifar_lib.train import fit
-
-# A trial of minutes on two cores: what --set changes. Every trial starts from the same validation
-# split. Warm-up is a sixth of the epochs, as in the report.
-TUNING = {
-    **{
-        "schedule": "cosine",
-        "epochs": 6,
-        "half_size_epochs": 5,
-        "train_size": 4000,
-        "validation_size": 1000,
-    },
-    **{"watch_test": False, "policy.ops": "none", "policy.erasing": 0.0, "warmup_epochs": 1},
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130, 141, 143
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130, 141 or 143
     when interrupted."""
     options = _parser().parse_args(arguments)
     # As Ctrl-C; but a rank of several may be waiting for the others, where no handler would run:
@@ -52,10 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError as error:
         reason = str(error).split(". ")[0]
-        print(
-            f"error: {reason}: use --device cpu, or train with a smaller --set batch_size",
-            file=sys.stderr,
-        )
+        remedy = "use --device cpu, or train with a smaller --set batch_size"
+        print(f"error: {reason}: {remedy}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
@@ -98,111 +86,83 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = _command(commands, "info", _info, "the network's size and a recipe's learning rates")
+    info = _command(commands, _info, "the network's size and a recipe's learning rates")
     info.add_argument(
         "--recipe", default="report", metavar="R", help=f"one of {', '.join(RECIPES)}"
     )
     info.add_argument("--json", action="store_true")
 
-    train = _command(
-        commands, "train", _train, "train a recipe into a run directory, or go on with it"
-    )
+    train = _command(commands, _train, "train a recipe into a run directory, or go on with it")
     train.set_defaults(go_on="the same command goes on from the last finished epoch")
-    train.add_argument("--recipe", required=True, metavar="R", help=f"one of {', '.join(RECIPES)}")
-    train.add_argument(
-        "--run", required=True, metavar="DIR", help="run directory; a run in it is gone on with"
-    )
-    train.add_argument("--seed", metavar="N")
+    train.add_argument("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
     train.add_argument("--epochs", metavar="N")
-    train.add_argument("--train-size", metavar="N", help="train on a stratified part of the images")
-    train.add_argument(
-        "--start",
-        metavar="FILE",
-        help=f"weights to begin with, or {PRETRAINED}; default: random ones",
-    )
-    train.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig"
-    )
-    _device_options(train)
-    _data_option(train)
+    train.add_argument("--train-size", metavar="N", help="a stratified part of the images")
+    train.add_argument("--seed", metavar="N")
+    train.add_argument("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
+    _recipe_options(train, default=None)
 
     tune = _command(
-        commands,
-        "tune",
-        _tune,
-        "search for Table 1's hyperparameters, with as many workers as you start",
+        commands, _tune, "search for Table 1's values, with as many workers as you start"
     )
-    tune.set_defaults(
-        go_on="the trial waits to be run again; the same command goes on with the study"
-    )
-    tune.add_argument(
-        "--study",
-        required=True,
-        metavar="FILE_OR_URL",
-        help="journal file (one host) or database URL",
-    )
-    tune.add_argument(
-        "--trials", required=True, type=_positive, metavar="N", help="of the whole study"
-    )
-    tune.add_argument(
-        "--recipe", default="report", metavar="R", help="what isn't searched comes from this recipe"
-    )
-    tune.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig"
-    )
+    tune.set_defaults(go_on="the trial waits to be run again; the same command goes on")
+    tune.add_argument("--study", required=True, metavar="FILE_OR_URL", help="journal, or database")
+    tune.add_argument("--trials", required=True, type=_positive, metavar="N", help="of the study")
     tune.add_argument("--seed", type=_positive, default=1, metavar="N", help="of the sampler")
-    _device_options(tune)
-    _data_option(tune)
+    _recipe_options(tune, default="report")
 
-    evaluate = _command(commands, "evaluate", _evaluate, "score weights on CIFAR-10's test images")
-    _weights_options(evaluate)
+    evaluate = _command(commands, _evaluate, "score weights on CIFAR-10's test images")
+    _weights_options(evaluate, tta="none")
     evaluate.add_argument("--json", action="store_true")
     _data_option(evaluate)
 
-    classify = _command(
-        commands, "predict", _predict, "the three likeliest classes of pictures of your own"
-    )
-    classify.add_argument("images", nargs="+", metavar="IMAGE")
-    classify.add_argument(
-        "--grad-cam", metavar="FOLDER", help="also write where the network looks, a PNG a picture"
-    )
-    _weights_options(classify)
+    predict = _command(commands, _predict, "the three likeliest classes of pictures of your own")
+    predict.add_argument("images", nargs="+", metavar="IMAGE")
+    predict.add_argument("--grad-cam", metavar="FOLDER", help="also write where the network looks")
+    _weights_options(predict, tta="none")
 
-    submit = _command(commands, "submit", _submit, "label a competition's .pkl")
-    _weights_options(submit, tta="flip")
+    submit = _command(commands, _submit, "label a competition's .pkl")
     submit.add_argument("--test", required=True, metavar="FILE.pkl")
     submit.add_argument("--out", required=True, metavar="FILE.csv")
     submit.add_argument(
         "--adapt",
         choices=ADAPTATIONS,
-        default="normalize+batchnorm",  # this and --tta by results/shift/verdict.json
+        default="normalize+batchnorm",  # this and the views by results/shift/verdict.json
         help="what of the file's own statistics is used; default: %(default)s",
     )
     submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
+    _weights_options(submit, tta="flip")
     return parser
 
 
-def _command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _command(commands, function: Callable, text: str) -> argparse.ArgumentParser:
+    name = function.__name__.removeprefix("_")
+    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(command=function, go_on="the same command starts again")
     return parser
 
 
-def _device_options(parser: argparse.ArgumentParser) -> None:
+def _recipe_options(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument(
-        "--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:N or mps"
+        "--recipe",
+        required=default is None,
+        default=default,
+        metavar="R",
+        help=f"one of {', '.join(RECIPES)}",
     )
     parser.add_argument(
-        "--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of TrainConfig",
     )
+    _device_options(parser)
+    _data_option(parser)
 
 
-def _weights_options(parser: argparse.ArgumentParser, tta: str = "none") -> None:
+def _weights_options(parser: argparse.ArgumentParser, tta: str) -> None:
     parser.add_argument(
-        "--weights",
-        default=PRETRAINED,
-        metavar="FILE",
-        help="a model.safetensors; default: those of the package",
+        "--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package"
     )
     parser.add_argument(
         "--tta",
@@ -215,90 +175,63 @@ def _weights_options(parser: argparse.ArgumentParser, tta: str = "none") -> None
     _device_options(parser)
 
 
+def _device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
+
+
 def _data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="ROOT", help="the folder that holds cifar-10-batches-py")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text[:20]!r}")
+    return int(text)
 
 
 def _info(options: argparse.Namespace) -> None:
     config = recipe(options.recipe)
     summary = torchinfo.summary(ResNet(config.blocks, config.channels), (1, 3, 32, 32), verbose=0)
+    total_bytes = summary.total_input + summary.total_output_bytes + summary.total_param_bytes
     sizes = {
         "parameters": summary.total_params,
         "mult_adds_m": round(summary.total_mult_adds / 1e6, 2),
         "params_mb": round(summary.total_param_bytes / 1e6, 2),
         "forward_backward_mb": round(summary.total_output_bytes / 1e6, 2),
-        "total_mb": round(
-            (summary.total_input + summary.total_output_bytes + summary.total_param_bytes) / 1e6, 2
-        ),
+        "total_mb": round(total_bytes / 1e6, 2),
     }
+    rates = learning_rates(config)
     if options.json:
-        print(
-            json.dumps(
-                {"recipe": options.recipe, **sizes, "learning_rates": learning_rates(config)}
-            )
-        )
+        print(json.dumps({"recipe": options.recipe, **sizes, "learning_rates": rates}))
         return
     print(summary)
-    rates = " ".join(f"{rate:.4g}" for rate in learning_rates(config))
-    print(f"learning rates of {options.recipe}, epoch by epoch: {rates}")
+    text = " ".join(f"{rate:.4g}" for rate in rates)
+    print(f"learning rates of {options.recipe}, epoch by epoch: {text}")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 10**9:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number of at least 1, got {text[:20]!r}"
-        )
-    return int(text)
-
-
-def _changes(options: argparse.Namespace) -> dict[str, object]:
-    """What --set says."""
-    changes: dict[str, object] = {}
+def _config(
+    options: argparse.Namespace, defaults: dict[str, object], flags: Sequence[str]
+) -> TrainConfig:
+    """The recipe with `defaults`, then with what --set says, then the options of these names."""
+    changes = dict(defaults)
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set: expected FIELD=VALUE, got {text!r}")
         changes[field] = value
-    return changes
-
-
-def _tune(options: argparse.Namespace) -> None:
-    # Here, as importing Optuna takes a second that the other commands need not wait.
-    import optuna
-
-    from cifar_lib.tune import objective, open_study, own_values, search_space, work
-
-    base = recipe(options.recipe, **{**TUNING, "precision": options.precision, **_changes(options)})
-    score = objective(load_cifar10(options.data)[0], base, options.device)
-    study = open_study(options.study, search_space(base), options.seed)
-    if not study.trials:
-        study.enqueue_trial(own_values(base), skip_if_exists=True)
-    work(study, options.trials, score, one_host="://" not in options.study)
-    finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    best = (
-        f"{study.best_value:.2%} with {study.best_params}"
-        if finished
-        else "none, as all were pruned"
-    )
-    print(f"best on the validation split, of {options.trials} trials: {best}")
+    given = {flag: getattr(options, flag) for flag in flags}
+    changes |= {flag: value for flag, value in given.items() if value is not None}
+    return recipe(options.recipe, **changes)
 
 
 def _train(options: argparse.Namespace) -> None:
-    changes = _changes(options)
-    flags = ("seed", "epochs", "train_size", "precision")
-    changes |= {
-        flag: getattr(options, flag) for flag in flags if getattr(options, flag) is not None
-    }
-    config = recipe(options.recipe, **changes)
+    config = _config(options, {}, ("epochs", "train_size", "seed", "precision"))
     device = ranks.join(options.device)
-    choose_device(device)  # before the data are read
     try:
-        ranks.from_first(
-            lambda: load_cifar10(options.data) and None
-        )  # so that one rank downloads, if any must
-        metrics = fit(
-            config, options.run, *load_cifar10(options.data), device=device, start=options.start
-        )
+        choose_device(device)  # before the data are read
+        data = load_cifar10(options.data)
+        metrics = fit(config, options.run, *data, device=device, start=options.start)
         if ranks.rank() == 0:
             _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
     except RuntimeError as error:
@@ -312,17 +245,26 @@ def _train(options: argparse.Namespace) -> None:
         ranks.leave()
 
 
+def _tune(options: argparse.Namespace) -> None:
+    from cifar_lib import tune  # here, as importing Optuna takes a second
+
+    config = _config(options, tune.SHORT, ("precision",))
+    train, _ = load_cifar10(options.data)
+    best = tune.search(options.study, options.trials, train, config, options.seed, options.device)
+    print(f"best on the validation split, of {options.trials} trials: {best}")
+
+
 def _print_score(score: dict, where: str) -> None:
     low, high = score["interval"]
-    print(
-        f"test accuracy {score['accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%}, n = {score['n']}); {where}"
-    )
+    interval = f"95 % interval {low:.2%} to {high:.2%}, n = {score['n']}"
+    print(f"test accuracy {score['accuracy']:.2%} ({interval}); {where}")
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
     """The weights on the device asked for, their `info`, and the precision."""
     device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
+    precision = choose_precision(options.precision or "auto", device)
+    prepare(device, precision)
     model, info = load_model(options.weights)
     return model.to(device, memory_format=torch.channels_last), info, precision
 
@@ -332,17 +274,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     _, test = load_cifar10(options.data)
     logits = predict(model, test.images, info["mean"], info["std"], precision, options.tta)
     score = summarize(logits, test.labels)
+    how = {"weights": str(options.weights), "tta": options.tta, "precision": precision}
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "weights": str(options.weights),
-                    "tta": options.tta,
-                    "precision": precision,
-                    **score,
-                }
-            )
-        )
+        print(json.dumps({**how, **score}))
     else:
         _print_score(score, f"test-time views: {options.tta}, precision {precision}")
 
@@ -351,43 +285,31 @@ def _predict(options: argparse.Namespace) -> None:
     paths = [Path(name) for name in options.images]
     images = torch.stack([read_picture(path) for path in paths])
     if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
-        raise InputError(
-            "predict: --grad-cam names its pictures after yours, and two of these have the same name"
-        )
+        raise InputError("predict: --grad-cam names its pictures after yours, two have one name")
     model, info, precision = _load(options)
     logits = predict(model, images, info["mean"], info["std"], precision, options.tta)
     probabilities = (logits / info.get("temperature", 1.0)).softmax(1)
-    lines = []
-    for row in probabilities:
+    for path, row in zip(options.images, probabilities, strict=True):
         best = row.topk(3)
         guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        lines.append(", ".join(f"{CLASSES[i]} {p:.1%}" for p, i in guesses))
-    for path, line in zip(options.images, lines, strict=True):
-        print(f"{path}: {line}")
+        print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}")
     if options.grad_cam is None:
         return
-    from cifar_lib.explain import grad_cam  # here, as captum and matplotlib take a second to import
-    from cifar_lib.plots import gallery, save_figure
+    from cifar_lib.explain import beside_heat, grad_cam  # here: captum takes a second to import
 
     heat = grad_cam(model, images, logits.argmax(1), info["mean"], info["std"])
-    for path, image, line, map_ in zip(paths, images, lines, heat, strict=True):
-        twice = image.permute(1, 2, 0).expand(2, -1, -1, -1).numpy()
-        overlays = torch.stack(
-            [torch.full_like(map_, torch.nan), map_]
-        ).numpy()  # nan: no heat over the first
-        captions = ("as the network sees it", f"what speaks for {line.split()[0]}")
-        figure = gallery(twice, captions, line.replace(", ", "\n"), columns=2, overlays=overlays)
-        save_figure(figure, Path(options.grad_cam) / f"{path.stem}.png")
+    for path, image, its_heat in zip(paths, images, heat, strict=True):
+        png = io.BytesIO()
+        Image.fromarray(beside_heat(image, its_heat)).save(png, format="PNG")
+        write_atomically(Path(options.grad_cam) / f"{path.stem}.grad-cam.png", png.getvalue())
 
 
 def _submit(options: argparse.Namespace) -> None:
     test = read_test_file(options.test)
     model, info, precision = _load(options)
-    model, mean, std = adapt(
-        options.adapt, model, test.images, info["mean"], info["std"], precision
-    )
+    normalisation = info["mean"], info["std"]
+    model, mean, std = adapt(options.adapt, model, test.images, *normalisation, precision)
     labels = predict(model, test.images, mean, std, precision, options.tta).argmax(1)
     write_submission(options.out, test.ids, labels.tolist(), options.label_column)
-    print(
-        f"{len(labels)} labels in {options.out} (adaptation: {options.adapt}, test-time views: {options.tta})"
-    )
+    how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
+    print(f"{len(labels)} labels in {options.out} ({how})")

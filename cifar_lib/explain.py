@@ -1,5 +1,7 @@
 """Where the network looks."""
 
+import matplotlib
+import numpy as np
 import torch
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
@@ -10,7 +12,11 @@ from cifar_lib.model import ResNet
 
 
 def grad_cam(
-    model: ResNet, images: Tensor, targets: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+    model: ResNet,
+    images: Tensor,
+    targets: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
 ) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last stage's output: what speaks
     for `targets`.
@@ -21,12 +27,18 @@ def grad_cam(
     """
     device = next(model.parameters()).device
     inputs = normalize(images.to(device), mean, std)
-    heat = LayerGradCam(model, model.stages[-1]).attribute(
-        inputs, targets.to(device), relu_attributions=True
-    )
-    heat = F.interpolate(
-        heat.detach(), size=images.shape[2:], mode="bilinear", align_corners=False
-    )[:, 0]
+    layer = LayerGradCam(model, model.stages[-1])
+    heat = layer.attribute(inputs, targets.to(device), relu_attributions=True).detach()
+    heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
     return (
         heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
     ).cpu()
+
+
+def beside_heat(image: Tensor, heat: Tensor, scale: int = 8) -> np.ndarray:
+    """A picture uint8 (3, H, W) beside itself under its heat (H, W): uint8 (H', 2 W', 3), each side
+    `scale` times as large."""
+    plain = image.permute(1, 2, 0).numpy()
+    colours = 255 * matplotlib.colormaps["inferno"](heat.numpy())[..., :3]  # (H, W, 3)
+    heated = (0.45 * plain + 0.55 * colours).round().astype(np.uint8)
+    return np.hstack([plain, heated]).repeat(scale, axis=0).repeat(scale, axis=1)

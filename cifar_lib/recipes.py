@@ -17,7 +17,6 @@ from cifar_lib.data import (
 from cifar_lib.errors import InputError
 
 SCHEDULES = ("published", "cosine")
-STEPS = ("auto", "plain", "graph", "compiled", "winograd")
 
 
 @dataclass(frozen=True)
@@ -31,16 +30,14 @@ class TrainConfig:
     batch_size: int = 128  # the last batch of an epoch takes what is left
     learning_rate: float = 0.1  # the peak
     warmup_epochs: int = 10
-    schedule: str = "published"  # published: the report's value an epoch; cosine: every step, from warm-up down to 0
+    schedule: str = "published"  # published: the report's, by epoch; cosine: by step, down to 0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 2e-4
     decay_all: bool = True  # False: no weight decay on biases and batch normalisation
     label_smoothing: float = 0.05  # the report's s: s / 9 on each wrong class
     ema_decay: float = 0.0  # per step, of the averaged weights that are evaluated and kept; 0: none
-    half_size_epochs: int = (
-        0  # first epochs, never the last, on images averaged down to 16x16: a quarter of the cost
-    )
+    half_size_epochs: int = 0  # first epochs, never the last, at 16x16: a quarter of the cost
     policy: Policy = field(default_factory=Policy)
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = PUBLISHED_STD
@@ -48,7 +45,7 @@ class TrainConfig:
     test_std: tuple[float, float, float] = PUBLISHED_TEST_STD
     seed: int = 42
     precision: str = "auto"
-    step: str = "auto"  # how a step runs: see choose_step in cifar_lib/step.py
+    compile: bool | None = None  # torch.compile; None: on a GPU, for runs that are worth it
     ranks: int = 1  # processes that share each batch; set by torchrun
     train_size: int | None = None  # a stratified part of the training images; None: all
     validation_size: int = 0  # of these, held out and evaluated each epoch
@@ -78,7 +75,6 @@ class TrainConfig:
                 len(std) == 3 and all(0 < value < math.inf for value in std)
                 for std in (self.std, self.test_std)
             ),
-            "step": self.step in STEPS,
             "ranks": self.ranks >= 1,
             "seed": 0 <= self.seed < 2**32,
             "train_size": self.train_size is None or self.train_size >= 1,
@@ -87,7 +83,8 @@ class TrainConfig:
         for name, good in checks.items():
             if not good:
                 raise InputError(
-                    f"{name}: {getattr(self, name)!r} is out of range: see TrainConfig in cifar_lib/recipes.py"
+                    f"{name}: {getattr(self, name)!r} is out of range: see TrainConfig in "
+                    "cifar_lib/recipes.py"
                 )
 
 
@@ -129,7 +126,7 @@ RECIPES = {
 }
 
 
-def recipe(name: str, **changes: object) -> TrainConfig:
+def recipe(name: str, /, **changes: object) -> TrainConfig:
     """The recipe of that name with some fields changed; `policy.<field>` reaches into the
     augmentation.
 

@@ -19,8 +19,8 @@ from cifar_lib.data import (
     channel_statistics,
 )
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import batches, fast_convolutions
-from cifar_lib.hardware import autocast
+from cifar_lib.evaluate import batches
+from cifar_lib.hardware import computing
 
 SEVERITIES = (1, 2, 3, 4, 5)
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
@@ -96,10 +96,12 @@ def match_statistics(
     -> uint8.
 
     Values are cut off at 0 and 255, which moves the statistics again, so gain and offset are
-    corrected a few times.
+    corrected a few times. Raises InputError where a channel is constant: no gain spreads it.
     """
     target_mean, target_std = np.asarray(mean), np.asarray(std)
     start_mean, start_std = channel_statistics(images)
+    if min(start_std) == 0:
+        raise InputError("shift: a channel of these images is constant: give images with contrast")
     gain = target_std / start_std
     offset = target_mean - gain * start_mean
     for _ in range(rounds):
@@ -211,10 +213,9 @@ def rebase_batch_norm(
         moments[layer].append(torch.stack(torch.var_mean(inputs[0].float(), (0, 2, 3))))
 
     hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
-    with fast_convolutions(model, images, precision):
-        for inputs in batches(model, images, mean, std, STATISTICS_BATCH, parts=True):
-            with autocast(inputs.device, precision):
-                model(inputs)
+    for inputs in batches(model, images, mean, std, STATISTICS_BATCH):
+        with computing(inputs.device, precision):
+            model(inputs)
     for hook in hooks:
         hook.remove()
     for layer in layers:
@@ -227,7 +228,7 @@ def rebase_batch_norm(
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _with_batch_statistics(
     model: nn.Module,
     images: Tensor,
@@ -248,12 +249,12 @@ def _with_batch_statistics(
     trained = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # the plain mean over batches
         layer.train()
-    with fast_convolutions(model, images, precision):
-        for inputs in batches(model, images, mean, std, STATISTICS_BATCH, parts=True):
-            with autocast(inputs.device, precision):
-                model(inputs)
+    for i, inputs in enumerate(batches(model, images, mean, std, STATISTICS_BATCH)):
+        for layer in layers:
+            layer.momentum = 1 / (i + 1)  # the plain mean over batches
+        with computing(inputs.device, precision):
+            model(inputs)
     weight = n / (PRIOR + n)
     for layer, (old_mean, old_var) in zip(layers, trained, strict=True):
         layer.running_mean.lerp_(old_mean, 1 - weight)

@@ -23,11 +23,10 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # so that the script runs without an installation
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
 
-from cifar_lib import plots
+import figures
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
@@ -43,14 +42,14 @@ from cifar_lib.shift import (
     frechet_distance,
     shifted,
 )
-from cifar_lib.winograd import where_it_helps
+
 
 FOLDER = Path(__file__).parent / "shift"
 # Ways to predict; the first, no adaptation and no views, is what all are compared with. The six
 # views of flip-shift come without adaptation only: with each they would double the time.
 WAYS = (*itertools.product(ADAPTATIONS, ("none", "flip")), ("none", "flip-shift"))
 CLEAN = "clean 0"
-CUSTOM = "custom 0"  # the published run's custom set: the channel statistics of "statistics 1", all test images
+CUSTOM = "custom 0"  # all test images with the channel statistics of "statistics 1"
 # The default of `submit`, adaptation and views, is chosen on these shifts and the first half of the
 # images, and confirmed on the other shifts and images.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
@@ -69,8 +68,8 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
     before = str(right.pop("weights", "unknown")), len(right[CLEAN][0])
     if before != (weights, images):
         raise InputError(
-            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}..., found "
-            f"{before[1]} images by {before[0][:12]}...: move the folder away to measure anew"
+            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}..., "
+            f"found {before[1]} by {before[0][:12]}...: move the folder away to measure anew"
         )
     measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]
@@ -81,16 +80,11 @@ def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np
     right = {}
     for method in ADAPTATIONS:
         kinds = [tta for adaptation, tta in WAYS if adaptation == method]
-        with where_it_helps(
-            next(model.parameters()).device
-        ):  # however few images: there are many passes
-            network, mean, std = adapt(method, model, images, info["mean"], info["std"])
-            views = predict_views(
-                network, images, mean, std, count=max(len(TTA[tta]) for tta in kinds)
-            )
-        right |= {
-            (method, tta): average_views(views, tta).argmax(1) == test.labels for tta in kinds
-        }
+        network, mean, std = adapt(method, model, images, info["mean"], info["std"])
+        count = max(len(TTA[tta]) for tta in kinds)
+        views = predict_views(network, images, mean, std, count=count)
+        for tta in kinds:
+            right[method, tta] = average_views(views, tta).argmax(1) == test.labels
     return torch.stack([right[way] for way in WAYS]).numpy()
 
 
@@ -189,20 +183,20 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
     losses = {
-        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
+        f"no adaptation (clean: {clean:.1%})": figures.by_severity(
             plain[plain.adapt == "none"], "accuracy"
         )
     }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["views: flip-shift"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip-shift")]
-    sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
+    sure = {name: figures.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "losses.png": plots.to_png(
-            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
+        "losses.png": figures.to_png(
+            figures.severity_maps(losses, "What a shift costs: accuracy in percent")
         ),
-        "gains.png": plots.to_png(
-            plots.severity_maps(
-                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
+        "gains.png": figures.to_png(
+            figures.severity_maps(
+                {name: figures.by_severity(rows, "gain") for name, rows in ways.items()},
                 "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
                 sure,
             )

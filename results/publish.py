@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # so that the script runs without an installation
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
 
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, REAL, ImageSet, load_cifar10
@@ -42,16 +41,14 @@ from cifar_lib.evaluate import (
 )
 from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
-from cifar_lib.notebook import GIVE_UP_AFTER, ROOT, SHIFT, SHIPPED_RUNS
 from cifar_lib.shift import adapt, shifted
+from session import GIVE_UP_AFTER, SHIFT, SHIPPED_RUNS
 
 RESULTS = Path(__file__).parent
 WEIGHTS = SHIPPED.parent
 SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
-TOLERANCE = (
-    0.002  # of a fraction: other hardware rounds otherwise, which turns a few of 10,000 close calls
-)
+TOLERANCE = 0.002  # of a fraction: other hardware's rounding turns a few of 10,000 close calls
 
 
 def publish(run: Path) -> dict:

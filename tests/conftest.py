@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_lib.data import ImageSet, find_cifar10, generate_stand_in, load_cifar10
+from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
+from cifar_lib.stand_in import generate_stand_in
 
 torch.set_num_threads(
     1

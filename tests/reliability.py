@@ -32,20 +32,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import cifar_lib.checkpoint  # noqa: E402
 import cifar_lib.step  # noqa: E402
+
+import cifar_lib.checkpoint  # noqa: E402
 import cifar_lib.train  # noqa: E402
 from cifar_lib import cli, kaggle  # noqa: E402
 from cifar_lib.checkpoint import RunDirectory  # noqa: E402
-from cifar_lib.data import generate_stand_in  # noqa: E402
 from cifar_lib.errors import InputError  # noqa: E402
 from cifar_lib.hardware import describe  # noqa: E402
+from cifar_lib.stand_in import generate_stand_in  # noqa: E402
 
 DATA = generate_stand_in(70, 30)
 SETTINGS = (
     "blocks=1 channels=16 batch_size=16 epochs=4 warmup_epochs=1 learning_rate=0.02 ema_decay=0.9"
 )
-SETTINGS += " validation_size=10 step=plain"
+SETTINGS += " validation_size=10 compile=false"
 FINAL = (
     "checkpoint.pt",
     "checkpoint.previous.pt",

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from session import SHIFT
 
 from cifar_lib import cli
 from cifar_lib.checkpoint import RunDirectory
-from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, generate_stand_in
+from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
 from cifar_lib.kaggle import generate_test_file
 from cifar_lib.model import ResNet, load_model, save_model
-from cifar_lib.notebook import SHIFT
 from cifar_lib.shift import ADAPTATIONS
+from cifar_lib.stand_in import generate_stand_in
 
 TINY = [
     "--set",
@@ -456,7 +457,7 @@ def test_a_full_gpu_is_one_line(capsys, failing):
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path, sent, code):
     script = (
-        "import sys; from cifar_lib import cli; from cifar_lib.data import generate_stand_in; "
+        "import sys; from cifar_lib import cli; from cifar_lib.stand_in import generate_stand_in; "
         "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [
@@ -470,7 +471,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path
         str(tmp_path / "run"),
         *TINY,
     ]
-    command += ["--epochs", "10000", "--train-size", "100", "--set", "step=plain"]
+    command += ["--epochs", "10000", "--train-size", "100", "--set", "compile=false"]
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(

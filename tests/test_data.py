@@ -1,14 +1,6 @@
 import hashlib
-import os
 import pickle
-import signal
-import socket
-import tarfile
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +24,19 @@ from cifar_lib.data import (
     ImageSet,
     channel_histogram,
     channel_statistics,
-    download_cifar10,
+    check_labels,
     find_cifar10,
-    generate_stand_in,
     load_cifar10,
     mean_of_image_stds,
     normalize,
     read_picture,
     stratified_split,
-    with_labels,
 )
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import confusion_matrix
+from cifar_lib.fit import fit
 from cifar_lib.recipes import recipe
-from cifar_lib.train import fit
+from cifar_lib.stand_in import generate_stand_in
 
 
 @pytest.fixture
@@ -84,81 +75,6 @@ def tiny(tmp_path_factory, monkeypatch) -> Path:
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", listed["test_batch"]]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": listed["batches.meta"]})
     return folder.parent
-
-
-@pytest.fixture
-def archive(tiny, monkeypatch) -> bytes:
-    path = tiny / "archive.tar.gz"
-    with tarfile.open(path, "w:gz") as tar:
-        tar.add(tiny / FOLDER, FOLDER)
-    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
-    return path.read_bytes()
-
-
-@pytest.fixture
-def serve():
-    """serve(answer) starts a server whose every GET is handled by `answer`, and gives its
-    address."""
-    servers: list[ThreadingHTTPServer] = []
-
-    def start(answer: Callable[[BaseHTTPRequestHandler], None]) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(
-            target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.socket.close()
-
-
-@pytest.fixture
-def silence():
-    """A server that takes connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        yield f"127.0.0.1:{server.getsockname()[1]}"
-
-
-def send(content: bytes, length: int | None = None) -> Callable[[BaseHTTPRequestHandler], None]:
-    def answer(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", str(length or len(content)))
-        request.end_headers()
-        request.wfile.write(content)
-
-    return answer
-
-
-def stall(request: BaseHTTPRequestHandler) -> None:
-    send(b"the beginning", length=1_000_000)(request)
-    request.wfile.flush()
-    time.sleep(3)
-
-
-def refused_download(root: Path, mirror: str, give_up_after: float | None = None) -> str:
-    """The message of a download that must fail, leave nothing behind and keep what was there."""
-    (root / FOLDER).mkdir(parents=True, exist_ok=True)
-    (root / FOLDER / "mine").write_text("mine")
-    with pytest.raises(InputError) as error:
-        download_cifar10(root, mirror, give_up_after)
-    assert sorted(p.relative_to(root).as_posix() for p in root.rglob("*")) == [
-        FOLDER,
-        f"{FOLDER}/mine",
-    ]
-    message = str(error.value)
-    assert "\n" not in message and mirror in message and "CIFAR10_ROOT" in message
-    return message
 
 
 def place(folder: Path) -> Path:
@@ -240,130 +156,14 @@ def test_labels_that_are_no_class_are_refused():
     wrong = train.labels.clone()
     wrong[3] = 10
     with pytest.raises(InputError, match="stand-in data: expected labels from 0 to 9, got 0 to 10"):
-        with_labels(replace(train, labels=wrong))
+        check_labels(replace(train, labels=wrong))
     with pytest.raises(
         InputError, match="expected a label for each of 10 images, got labels of shape"
     ):
-        with_labels(replace(train, labels=train.labels[:9]))
+        check_labels(replace(train, labels=train.labels[:9]))
     with pytest.raises(InputError, match="expected a label for each of 10 images, got none"):
         fit(recipe("quick"), "run", replace(train, labels=None), train)
-    assert with_labels(train) is train
-
-
-# The download
-
-
-def test_what_is_not_found_is_downloaded_into_data_once(nowhere, archive, serve, monkeypatch):
-    monkeypatch.setenv("CIFAR10_MIRROR", serve(send(archive)) + "/")
-    train, _ = load_cifar10(give_up_after=20)
-    assert len(train) == 10
-    assert [p.name for p in Path("data").iterdir()] == [FOLDER]
-    monkeypatch.setenv("CIFAR10_MIRROR", "http://127.0.0.1:9")
-    assert torch.equal(load_cifar10()[0].images, train.images)
-
-
-def test_what_a_killed_download_left_is_removed_but_not_one_that_goes_on(nowhere, archive, serve):
-    killed, going_on = (
-        nowhere / "data" / name for name in (".download-killed", ".download-going-on")
-    )
-    for folder, written in ((killed, time.time() - 7200), (going_on, time.time())):
-        folder.mkdir(parents=True)
-        (folder / "half").write_text("")
-        for path in (folder / "half", folder):
-            os.utime(path, (written, written))
-    download_cifar10(nowhere / "data", serve(send(archive)))
-    assert sorted(path.name for path in (nowhere / "data").iterdir()) == [going_on.name, FOLDER]
-
-
-def test_a_named_mirror_comes_before_the_variable(nowhere, archive, serve, monkeypatch):
-    monkeypatch.setenv("CIFAR10_MIRROR", "http://127.0.0.1:9")
-    assert len(load_cifar10(mirror=serve(send(archive)))[1]) == 2
-
-
-def test_a_wrong_archive_is_refused(nowhere, archive, serve):
-    assert "corrupted" in refused_download(
-        nowhere / "root", serve(send(archive[:-10] + b"0123456789"))
-    )
-
-
-def test_a_connection_that_breaks_is_refused(nowhere, archive, serve):
-    refused_download(nowhere / "root", serve(send(archive[:100], length=len(archive))))
-
-
-def test_a_server_that_refuses_is_named(nowhere, serve):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    assert "refused" in refused_download(nowhere / "root", f"http://127.0.0.1:{port}")
-    assert "404" in refused_download(
-        nowhere / "root", serve(lambda request: request.send_error(404))
-    )
-
-
-def test_a_server_that_does_not_speak_http_is_refused(nowhere, serve):
-    refused_download(
-        nowhere / "root", serve(lambda request: request.wfile.write(b"220 ftp ready\r\n\r\n"))
-    )
-
-
-def test_a_body_that_ends_early_is_refused(nowhere, serve):
-    def cut_short(request: BaseHTTPRequestHandler) -> None:
-        request.protocol_version = "HTTP/1.1"
-        request.send_response(200)
-        request.send_header("Transfer-Encoding", "chunked")
-        request.end_headers()
-        request.wfile.write(b"ff\r\nnot 255 bytes")
-        request.close_connection = True
-
-    refused_download(nowhere / "root", serve(cut_short))
-
-
-@pytest.mark.parametrize("mirror", ["example.org/cifar", "http://127.0.0.1:9/my folder"])
-def test_a_malformed_mirror_is_refused(nowhere, mirror):
-    refused_download(nowhere / "root", mirror)
-
-
-def test_a_stalled_download_is_given_up_in_time(nowhere, serve):
-    handler = signal.getsignal(signal.SIGALRM)
-    start = time.perf_counter()
-    assert "gave up after 1 s" in refused_download(
-        nowhere / "root", serve(stall), give_up_after=0.6
-    )
-    assert time.perf_counter() - start < 2
-    assert signal.getsignal(signal.SIGALRM) is handler
-    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
-def test_a_stalled_socket_is_given_up_without_a_limit_and_in_any_thread(
-    nowhere, serve, monkeypatch
-):
-    monkeypatch.setattr(data, "STALL_SECONDS", 0.3)
-    messages: list[str] = []
-    address = serve(stall)
-    thread = threading.Thread(
-        target=lambda: messages.append(refused_download(nowhere / "root", address))
-    )
-    thread.start()
-    thread.join(timeout=2.5)
-    assert "timed out" in messages[0]
-    assert socket.getdefaulttimeout() is None
-
-
-def test_the_time_limit_holds_where_torchvision_tries_http_after_https(
-    nowhere, silence, monkeypatch
-):
-    monkeypatch.setattr(data, "STALL_SECONDS", 3.0)
-    monkeypatch.setattr(
-        "torchvision.datasets.utils._get_redirect_url", lambda url, **_: url
-    )  # as the origin: none
-    start = time.perf_counter()
-    refused_download(nowhere / "root", f"https://{silence}", give_up_after=0.3)
-    assert time.perf_counter() - start < 2
-
-
-def test_a_place_that_can_not_be_written_is_refused(nowhere):
-    (nowhere / "file").write_text("")
-    with pytest.raises(InputError, match="can't write CIFAR-10 into"):
-        download_cifar10(nowhere / "file" / "data", "http://127.0.0.1:9")
+    check_labels(train)
 
 
 # Splits and statistics
@@ -385,7 +185,7 @@ def test_split_is_stratified_disjoint_and_by_seed():
 
 @pytest.mark.parametrize("n_validation", [0, 5, 200, 201, 195])
 def test_a_split_without_every_class_in_both_parts_is_refused(n_validation):
-    with pytest.raises(InputError, match=f"can't hold out {n_validation} of 200 images"):
+    with pytest.raises(InputError, match=f"can't split 200 images into {200 - n_validation} and"):
         stratified_split(torch.arange(200) % 10, n_validation, seed=0)
 
 
@@ -551,5 +351,17 @@ def test_a_picture_of_floating_point_numbers_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
 def test_a_file_that_is_no_picture_is_refused(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(InputError, match="^picture: [^\n]*: give a PNG or JPEG file$"):
+    with pytest.raises(
+        InputError, match="^picture: [^\n]*: give a file of one of PNG, JPEG[^\n]*$"
+    ):
         read_picture(tmp_path / "x.png")
+
+
+def test_postscript_is_not_run_and_a_huge_picture_not_decoded(tmp_path):
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n{} loop\n"
+    (tmp_path / "cat.jpg").write_text(eps)
+    with pytest.raises(InputError, match="cannot identify"):
+        read_picture(tmp_path / "cat.jpg")
+    Image.new("1", (10_000, 6_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(InputError, match="10000 x 6000 pixels, over 50,000,000"):
+        read_picture(tmp_path / "bomb.png")

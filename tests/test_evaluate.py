@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.metrics import precision_recall_fscore_support
 from torch import nn
 
-from cifar_lib.data import CAT, CLASSES, DOG, generate_stand_in
+from cifar_lib.data import CAT, CLASSES, DOG
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
     TTA,
@@ -33,7 +33,8 @@ from cifar_lib.evaluate import (
     summarize,
     wilson_interval,
 )
-from cifar_lib.hardware import autocast, choose_device, choose_precision, describe
+from cifar_lib.hardware import choose_device, choose_precision, computing, describe
+from cifar_lib.stand_in import generate_stand_in
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
 ROOT = Path(__file__).parents[1]
@@ -275,7 +276,7 @@ def test_precision_is_what_the_hardware_is_good_for(
     ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 )
 def test_autocast_computes_in_the_precision(precision, dtype):
-    with autocast(torch.device("cpu"), precision):
+    with computing(torch.device("cpu"), precision):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cifar_lib.data import KAGGLE_MEAN, KAGGLE_STD, ImageSet, channel_statistics, generate_stand_in
+from cifar_lib.data import KAGGLE_MEAN, KAGGLE_STD, ImageSet, channel_statistics
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import generate_test_file, read_test_file, write_submission
 from cifar_lib.shift import match_statistics
+from cifar_lib.stand_in import generate_stand_in
 
 N = 4
 IMAGES = torch.arange(N * 3072).remainder(251).to(torch.uint8).view(N, 3, 32, 32)

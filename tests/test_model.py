@@ -7,12 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 import torchinfo
+from session import SHIFT, SHIPPED_RUNS
 
 from cifar_lib.data import stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, wilson_interval
 from cifar_lib.model import SHIPPED, ResNet, count_parameters, load_model, save_model
-from cifar_lib.notebook import SHIFT, SHIPPED_RUNS
 
 PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
 INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}

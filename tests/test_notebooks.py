@@ -11,12 +11,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from session import Session, published_confusion, published_history
 
-from cifar_lib import plots
-from cifar_lib.data import REAL, STAND_IN, generate_stand_in
+import figures
+from cifar_lib.data import REAL, STAND_IN
 from cifar_lib.errors import InputError
-from cifar_lib.notebook import Session, published_confusion, published_history
 from cifar_lib.recipes import recipe
+from cifar_lib.stand_in import generate_stand_in
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -62,7 +63,7 @@ def test_set_up_is_the_same_and_names_the_one_address(name):
     badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
     assert badge in cells(name, "markdown")[0].source
     set_up = [
-        cells(each, "code")[0].source.split("sys.path.insert")[0] for each in (name, NAMES[0])
+        cells(each, "code")[0].source.split("\n\nfrom session")[0] for each in (name, NAMES[0])
     ]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
@@ -91,11 +92,12 @@ def test_the_kernel_is_this_environments_and_figures_come_out_even_under_agg(tmp
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from types import SimpleNamespace\nfrom pathlib import Path\nfrom cifar_lib import plots\n"
-        "from cifar_lib.notebook import Session\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'notebooks')!r}]\n"
+        "from types import SimpleNamespace\nfrom pathlib import Path\nimport figures\n"
+        "from session import Session\n"
         f"place = SimpleNamespace(profile='quick', folder=Path({str(tmp_path)!r}), note=None)\n"
-        "Session.show(place, plots.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T'), 'f', 'a line')\n"
+        "figure = figures.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T')\n"
+        "Session.show(place, figure, 'f', 'a line')\n"
         "print(sys.executable)"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
@@ -117,11 +119,10 @@ def offline(monkeypatch, tmp_path):
 
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR_PROFILE", raising=False)
-    monkeypatch.setattr("cifar_lib.notebook.load_cifar10", nothing)
-    monkeypatch.setattr(
-        "cifar_lib.notebook.generate_stand_in", lambda: generate_stand_in(1200, 1100)
-    )
-    monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
+    monkeypatch.delenv("CIFAR_RUNS", raising=False)
+    monkeypatch.setattr("session.load_cifar10", nothing)
+    monkeypatch.setattr("session.generate_stand_in", lambda: generate_stand_in(1200, 1100))
+    monkeypatch.setattr("session.ROOT", tmp_path)
 
 
 def test_without_data_quick_goes_on_and_says_so_on_everything(offline, tmp_path, capsys):
@@ -133,6 +134,31 @@ def test_without_data_quick_goes_on_and_says_so_on_everything(offline, tmp_path,
         and "stand-in" in session.scored.source
     )
     assert "stand-in data" in session.table(published_confusion(), "counts").to_html()
+
+
+def test_runs_archive_and_figures_go_to_the_folder_that_is_named(offline, monkeypatch, tmp_path):
+    drive = tmp_path / "drive" / "cifar"
+    asked = {}
+
+    def load(**places):
+        asked.update(places)
+        return generate_stand_in(1200, 1100)
+
+    monkeypatch.setenv("CIFAR_RUNS", str(drive))
+    monkeypatch.setattr("session.load_cifar10", load)
+    place = Session.open()
+    assert (
+        asked["archives"] == drive and drive in place.folder.parents and drive in place.run.parents
+    )
+    place.show(figures.curves({"a": ([0, 1], [0, 1])}, "x", "y", "T"), "f", "a line")
+    replace(place, profile="full").show(figures.curves({"a": ([0], [0])}, "x", "y", "T"), "g", "-")
+    assert (place.folder / "figures" / "f.png").is_file() and (
+        drive / "figures" / "g.png"
+    ).is_file()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "file" / "below"))
+    with pytest.raises(InputError, match="CIFAR_RUNS: expected a folder"):
+        Session.open()
 
 
 def test_full_refuses_anything_but_real_data(offline, monkeypatch, tmp_path):
@@ -166,7 +192,7 @@ def test_published_numbers_are_the_reports():
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
-    monkeypatch.setattr("cifar_lib.notebook.ROOT", tmp_path)
+    monkeypatch.setattr("session.ROOT", tmp_path)
     monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
     train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
     tiny = recipe(
@@ -175,7 +201,9 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(
-        plots.curves(session.curves("accuracy"), "epoch", "accuracy", "T"), "curves", "five curves"
+        figures.curves(session.curves("accuracy"), "epoch", "accuracy", "T"),
+        "curves",
+        "five curves",
     )
     table = session.comparison()
     assert table.loc["test accuracy", "this run"] == f"{metrics['test']['accuracy']:.2%}"

@@ -11,10 +11,10 @@ import torch
 from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
+from cifar_lib.fit import fit
 from cifar_lib.model import SHIPPED, load_model
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import shifted
-from cifar_lib.train import fit
 
 SMALL = {
     "blocks": "1",

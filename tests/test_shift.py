@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from session import SHIFT
 
 from cifar_lib.data import (
     CIFAR10_MEAN,
@@ -14,12 +15,10 @@ from cifar_lib.data import (
     KAGGLE_STD,
     ImageSet,
     channel_statistics,
-    generate_stand_in,
 )
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import features, predict
 from cifar_lib.model import ResNet
-from cifar_lib.notebook import SHIFT
 from cifar_lib.shift import (
     ADAPTATIONS,
     FAMILIES,
@@ -32,6 +31,7 @@ from cifar_lib.shift import (
     rebase_batch_norm,
     shifted,
 )
+from cifar_lib.stand_in import generate_stand_in
 
 HEADER = "| accuracy, % | none | normalize | batchnorm | both | both, mirror image: the default |"
 MEAN, STD = CIFAR10_MEAN, CIFAR10_STD
@@ -276,7 +276,7 @@ def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, mo
     for weights, images in (("abd", 3), ("abc", 4)):
         with pytest.raises(
             InputError,
-            match=r"expected measurements of .* found 3 images by abc.*: move the folder",
+            match=r"expected measurements of .* found 3 by abc.*: move the folder",
         ):
             script.measured(weights, images)
 

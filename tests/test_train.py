@@ -16,14 +16,21 @@ from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CLASSES, ImageSet, normalize
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
+from cifar_lib.fit import fit, split
 from cifar_lib.model import load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rate, learning_rates, recipe
-from cifar_lib.step import State, Step, smooth_cross_entropy
-from cifar_lib.train import epoch_batches, epoch_plan, fit, split, train_one_epoch
+from cifar_lib.train import (
+    State,
+    Step,
+    epoch_batches,
+    epoch_plan,
+    smooth_cross_entropy,
+    train_one_epoch,
+)
 
 CPU = torch.device("cpu")
 TINY = {"blocks": "1,1", "channels": "16,32", "batch_size": 16, "epochs": 3, "warmup_epochs": 1}
-TINY |= {"precision": "fp32", "step": "plain"}
+TINY |= {"precision": "fp32", "compile": "false"}
 REPRODUCIBLE = (
     "checkpoint.pt",
     "checkpoint.previous.pt",

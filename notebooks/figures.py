@@ -10,13 +10,12 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from cifar_lib.checkpoint import write_atomically
+from cifar_lib.data import CLASSES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
-
-from cifar_lib.checkpoint import write_atomically
-from cifar_lib.data import CLASSES
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}

@@ -2,35 +2,41 @@
 tables are shown."""
 
 import hashlib
+import importlib.util
 import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+_NEEDED = ("captum", "cleanlab", "optuna", "safetensors", "sklearn", "torchinfo", "tqdm")
+_MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+if _MISSING:
+    raise ImportError(f"missing: {', '.join(_MISSING)}: pip install -r requirements.txt, restart")
+
 import pandas as pd
 import torch
 import torchinfo
-from IPython.display import Image, display
-from matplotlib.figure import Figure
-from pandas.io.formats.style import Styler
-
 from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import (
     REAL,
     STAND_IN,
     ImageSet,
-    generate_stand_in,
     load_cifar10,
     stratified_split,
 )
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import wilson_interval
-from cifar_lib.hardware import choose_device, choose_precision
+from cifar_lib.fit import fit
+from cifar_lib.hardware import choose_device, choose_precision, prepare
 from cifar_lib.kaggle import generate_test_file, read_test_file
 from cifar_lib.model import PRETRAINED, ResNet, load_model
-from cifar_lib.plots import save_figure
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.train import fit
+from cifar_lib.stand_in import generate_stand_in
+from IPython.display import Image, display
+from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
+
+from figures import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -74,22 +80,19 @@ class Session:
             raise InputError(
                 f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick"
             )
+        prepare(choose_device(), "auto")
+        places = {"home": ROOT / "data", "archives": _named_folder()}
         if profile == "full":
-            train, test = load_cifar10(home=ROOT / "data")
-            return cls(
-                profile,
-                train,
-                test,
-                test,
-                recipe("quick" if choose_device().type == "cpu" else "report"),
-            )
+            train, test = load_cifar10(**places)
+            name = "quick" if choose_device().type == "cpu" else "report"
+            return cls(profile, train, test, test, recipe(name))
         try:
-            train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, home=ROOT / "data")
+            train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
             if os.environ.get("CIFAR10_ROOT"):
                 raise  # a place was named: going on without it would hide the mistake
             print(
-                f"{error}\nGoing on with generated stand-in data, marked as such on every figure and table."
+                f"{error}\nGoing on with generated stand-in data; every figure and table says so."
             )
             train, test = generate_stand_in()
         _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
@@ -106,16 +109,16 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where this session writes what is no figure: runs/<profile>, or
-        runs/<profile>-stand-in."""
-        return ROOT / "runs" / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
+        """Where this session writes what is no figure: <profile> or <profile>-stand-in under runs/,
+        or in the folder that `CIFAR_RUNS` names."""
+        return runs_folder() / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
 
     @property
     def run(self) -> Path:
         """The run directory of this session's configuration; another configuration gets another
         one."""
         if self.profile == "full" and self.config == recipe("report"):
-            return ROOT / "runs" / "report-seed42"
+            return runs_folder() / "report-seed42"
         digest = hashlib.sha256(
             json.dumps(asdict(self.config), sort_keys=True).encode()
         ).hexdigest()
@@ -243,21 +246,44 @@ class Session:
         return pd.DataFrame(rows, index=["published", "this run"]).T
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
-        """Save the figure as `name`.png, in figures/ in the full profile, and show it; `alt` says
-        what it shows."""
-        folder = ROOT / "figures" if self.profile == "full" else self.folder / "figures"
-        display(Image(save_figure(figure, folder / f"{name}.png", self.note), alt=alt))
+        """Save the figure as `name`.png and show it; `alt` says what it shows.
+
+        It goes to figures/ in the full profile (in the folder of `CIFAR_RUNS`, if named), else
+        beside the other files of this session.
+        """
+        folder = self.folder / "figures"
+        if self.profile == "full":
+            folder = (_named_folder() or ROOT) / "figures"
+        png = save_figure(figure, folder / f"{name}.png", self.note)
+        display(Image(png, metadata={"alt": alt}))  # as `alt=`, which Colab's IPython 7 lacks
 
     def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
         """The frame with its caption, and where the data come from if they aren't CIFAR-10."""
         note = f" ({self.note})" if self.note else ""
-        styles = [
-            {
-                "selector": "caption",
-                "props": "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap",
-            }
-        ]
+        look = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
+        styles = [{"selector": "caption", "props": look}]
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
+
+
+def _named_folder() -> Path | None:
+    """The folder that `CIFAR_RUNS` names, say on a mounted Drive: what a lost machine must not take
+    along goes there."""
+    named = os.environ.get("CIFAR_RUNS")
+    if not named:
+        return None
+    folder = Path(named)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"CIFAR_RUNS: expected a folder that can be written to, got {named!r} "
+            f"({error.strerror}): mount it first, or unset it"
+        ) from error
+    return folder
+
+
+def runs_folder() -> Path:
+    return _named_folder() or ROOT / "runs"
 
 
 def _trained(*runs: Path) -> tuple[str, ...]:

@@ -1,0 +1,82 @@
+"""What runs on a GPU, without one: no tensors of two devices meet, and nothing waits unasked."""
+
+import pytest
+import torch
+from fakecuda import FakeCuda
+
+from cifar_lib.augment import OP_SETS, Policy, augment, draw
+from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
+from cifar_lib.evaluate import TTA, features, predict
+from cifar_lib.model import ResNet
+from cifar_lib.recipes import recipe
+from cifar_lib.shift import adapt
+from cifar_lib.train import State, Step
+
+CUDA = torch.device("cuda")
+NORMALISATION = (CIFAR10_MEAN, CIFAR10_STD)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_: True)
+    with FakeCuda() as mode:
+        yield mode
+
+
+def images_on(device: torch.device, n: int = 40) -> torch.Tensor:
+    return torch.zeros(n, 3, 32, 32, dtype=torch.uint8).to(device)
+
+
+def test_the_fake_device_finds_what_a_real_one_would(cuda):
+    images = images_on(CUDA)
+    with pytest.raises(RuntimeError, match="meet"):
+        images + torch.ones(3, 32, 32, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="waits"):
+        images.sum().item()
+    images.cpu()
+    assert cuda.to_cpu == [(40, 3, 32, 32)]
+
+
+@pytest.mark.parametrize("ops", OP_SETS)
+def test_augmentation_stays_on_the_device(cuda, ops):
+    policy = Policy(ops=ops, cutout=8, num_ops=2)
+    images = images_on(CUDA, 400)
+    result = augment(images, policy, draw(400, policy, seed=0, epoch=0))
+    assert result.shape == images.shape and result.dtype == torch.uint8
+    assert result.device.type == "cuda" and cuda.to_cpu == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("half_size", [False, True])
+def test_a_step_waits_for_nothing(cuda, monkeypatch, precision, half_size):
+    config = recipe("best", blocks="1,1", channels="18,20", precision=precision, compile=False)
+    state = State.new(config, CUDA)
+
+    def backward(_: torch.Tensor) -> None:
+        for parameter in state.model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    step = Step(state, config)
+    labels = torch.zeros(16, dtype=torch.int64).to(CUDA)
+    for _ in range(2):
+        step(images_on(CUDA, 16), labels, rate=0.1, half_size=half_size)
+    assert step.totals.device.type == "cuda" and cuda.to_cpu == []
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_only_logits_come_back_from_a_prediction(cuda, tta):
+    model = ResNet((1, 1), (18, 20)).to(CUDA)
+    logits = predict(
+        model, torch.zeros(40, 3, 32, 32, dtype=torch.uint8), *NORMALISATION, "bf16", tta
+    )
+    assert logits.shape == (40, 10) and cuda.to_cpu == [(len(TTA[tta]), 40, 10)]
+
+
+def test_features_and_adaptation_run_on_the_device(cuda):
+    model = ResNet((1, 1), (18, 20)).to(CUDA)
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    adapted, mean, std = adapt("normalize+batchnorm", model, images, *NORMALISATION)
+    assert adapted.bn1.running_mean.device.type == "cuda"
+    assert features(adapted, images, mean, std).shape == (40, 20)
