@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of TrainConfig"
     )
-    tune.add_argument("--seed", type=_positive, default=1, metavar="N", help="of the sampler")
+    tune.add_argument("--seed", type=_positive, default=1, metavar="N", help="of the proposals")
     _device_options(tune)
     _data_option(tune)
 
@@ -264,23 +264,18 @@ def _changes(options: argparse.Namespace) -> dict[str, object]:
 
 def _tune(options: argparse.Namespace) -> None:
     # Here, as importing Optuna takes a second that the other commands need not wait.
-    import optuna
-
-    from cifar_lib.tune import objective, open_study, own_values, search_space, work
+    from cifar_lib.tune import objective, open_study, work
 
     base = recipe(options.recipe, **{**TUNING, "precision": options.precision, **_changes(options)})
     score = objective(load_cifar10(options.data)[0], base, options.device)
-    study = open_study(options.study, search_space(base), options.seed)
-    if not study.trials:
-        study.enqueue_trial(own_values(base), skip_if_exists=True)
-    work(study, options.trials, score, one_host="://" not in options.study)
-    finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
-    best = (
-        f"{study.best_value:.2%} with {study.best_params}"
-        if finished
-        else "none, as all were pruned"
-    )
-    print(f"best on the validation split, of {options.trials} trials: {best}")
+    study = open_study(options.study, base, options.seed)
+    work(study, options.study, options.trials, score)
+    states = [trial.state.name for trial in study.trials]
+    best = "none, as all were pruned"
+    if "COMPLETE" in states:
+        best = f"{study.best_value:.2%} with {study.best_params}"
+    ended = states.count("COMPLETE") + states.count("PRUNED")
+    print(f"best on the validation split, of {ended} trials: {best}")
 
 
 def _train(options: argparse.Namespace) -> None:
