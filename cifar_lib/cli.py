@@ -249,9 +249,10 @@ def _tune(options: argparse.Namespace) -> None:
     from cifar_lib import tune  # here, as importing Optuna takes a second
 
     config = _config(options, tune.SHORT, ("precision",))
-    train, _ = load_cifar10(options.data)
-    best = tune.search(options.study, options.trials, train, config, options.seed, options.device)
-    print(f"best on the validation split, of {options.trials} trials: {best}")
+    score = tune.objective(load_cifar10(options.data)[0], config, options.device)
+    study = tune.open_study(options.study, config, options.seed)
+    tune.work(study, options.study, options.trials, score)
+    print(f"best on the validation split: {tune.best(study)}")
 
 
 def _print_score(score: dict, where: str) -> None:
