@@ -38,8 +38,8 @@ STUDY = "table-1"
 HEARTBEAT = 10  # seconds; a database takes a worker for dead after three without one
 JOURNAL = b'{"op_code":'  # what Optuna's journals begin with
 RETRY = RetryHeartbeatStaleTrialCallback()  # a copy of a trial waits, under a new number
-# A trial of minutes on two cores: what differs from the recipe. Warm-up is a sixth of the epochs, as
-# in the report.
+# A trial of minutes on two cores: what differs from the recipe. Warm-up is a sixth of the epochs,
+# as in the report.
 SHORT = {
     "schedule": "cosine",
     "epochs": 6,
