@@ -27,8 +27,7 @@ from cifar_lib.errors import InputError
 from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
 
 FORMAT = 2  # of a checkpoint, whose parts follow
-PARTS = {"model": dict, "optimizer": dict, "scaler": dict, "epoch": int, "steps": int}
-PARTS |= {"history": list}
+PARTS = dict(model=dict, optimizer=dict, scaler=dict, epoch=int, steps=int, history=list)
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 

@@ -24,7 +24,7 @@ DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels, or classes
 LARGEST_FILE = 100_000_000  # bytes
 PRETRAINED = "pretrained"  # stands for the weights that come with the package
 SHIPPED = Path(__file__).parent / "weights" / "best.safetensors"
-IN_REASON = {"mean": (-1e3, 1e3), "std": (1e-3, 1e3), "temperature": (math.exp(-3), math.exp(3))}
+SANE = {"mean": (-1e3, 1e3), "std": (1e-3, 1e3), "temperature": (math.exp(-3), math.exp(3))}
 
 
 class BasicBlock(nn.Module):
@@ -185,17 +185,12 @@ def _parse(content: bytes) -> tuple[ResNet, dict]:
 
 def _check_info(info: dict) -> None:
     """Without the normalisation that the network was trained with, its guesses would be wrong."""
-    found = {
-        "mean": info["mean"],
-        "std": info["std"],
-        "temperature": [info.get("temperature", 1.0)],
-    }
+    found = {"mean": info["mean"], "std": info["std"]}
+    found["temperature"] = [info.get("temperature", 1.0)]
     for name, values in found.items():
-        low, high = IN_REASON[name]
+        low, high = SANE[name]
         for value in values:
             if type(value) not in (int, float) or not low <= value <= high:
-                raise ValueError(
-                    f"its {name} is {str(value)[:20]}, not from {low:.3g} to {high:.3g}"
-                )
+                raise ValueError(f"its {name} is {str(value)[:20]}, not {low:.3g} to {high:.3g}")
     if len(found["mean"]) != 3 or len(found["std"]) != 3:
         raise ValueError("its mean and std are not of three channels")
