@@ -1,11 +1,13 @@
 """A run directory that survives being killed at any moment.
 
-config.json        what is trained, on which data; another one is refused environment.json   the
-hardware and versions of the last start history.csv        a row an epoch, accuracies as fractions;
-the same bytes however often the run was interrupted timing.csv         a row an epoch: seconds and
-images/s; what history.csv must leave out to be reproducible checkpoint.pt      everything needed to
-go on, with its sha256; checkpoint.previous.pt: the one before model.safetensors  the final weights
-metrics.json       what they score
+config.json             what is trained, on which data; another one is refused
+environment.json        the hardware and versions of the last start
+history.csv             a row an epoch, accuracies as fractions; the same bytes after any kill
+timing.csv              a row an epoch: seconds and images/s, which no two runs share
+checkpoint.pt           everything needed to go on, with its sha256
+checkpoint.previous.pt  the one before
+model.safetensors       the final weights
+metrics.json            what they score
 """
 
 import csv
@@ -14,8 +16,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -24,64 +24,15 @@ from typing import Any
 import torch
 
 from cifar_lib.errors import InputError
+from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
 
-FORMAT = 2
+FORMAT = 2  # of a checkpoint, whose parts follow
+PARTS = dict(model=dict, optimizer=dict, scaler=dict, epoch=int, steps=int, history=list)
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
-def write_atomically(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Replace `path` by `content`, on disk and whole, or leave it as it was; the old file becomes
-    `keep`.
-
-    Raises InputError where it can't write.
-    """
-    if os.path.isdir(path):
-        raise InputError(f"can't write {path}: it is a folder: name a file")
-    scratch = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(scratch, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if keep is not None and path.exists():
-                _second_name(path, keep)
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise InputError(
-            f"can't write {path} ({error.strerror}); nothing there was changed: choose another place or free the disk"
-        ) from error
-
-
-def _second_name(path: Path, name: Path) -> None:
-    """Make `name` stand for the file at `path` too, so that at no moment there is no file at
-    `path`."""
-    spare = name.with_name(f".{name.name}.tmp")
-    spare.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, spare)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, spare)
-        os.replace(spare, name)
-    finally:
-        # Also after a success: where `name` already was this very file, as after a kill at this
-        # point, rename does nothing and leaves both.
-        spare.unlink(missing_ok=True)
-
-
 class RunDirectory:
-    """The files of one training run. Use as a context manager: one process at a time may hold
-    it."""
+    """The files of one training run. As a context manager, only one process at a time holds it."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -89,41 +40,42 @@ class RunDirectory:
     def __enter__(self) -> "RunDirectory":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (closed in __exit__)
+            self._check_ours()
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise InputError(
                 f"run directory: can't write into {self.path} ({error.strerror}): choose another"
             ) from error
         try:
-            fcntl.flock(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # the kernel drops it when the process dies
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
-            raise InputError(
-                f"run directory: process {holder} is training in {self.path}: wait for it, or choose another directory"
-            ) from None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
         except OSError as error:  # some network file systems have no locks
-            self._lock.close()
+            os.close(self._lock)
+            busy = isinstance(error, BlockingIOError)
+            reason = "another process trains in it" if busy else error.strerror
             raise InputError(
-                f"run directory: {self.path} can't be locked ({error.strerror}): choose one on a local disk"
+                f"run directory: can't lock {self.path} ({reason}): wait, or choose another"
             ) from error
-        for scratch in self.path.glob(".*.tmp"):  # what a killed process was writing
-            scratch.unlink(missing_ok=True)
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        for scratch in self.path.glob(SCRATCH):  # what a killed process was writing
+            if scratch.is_file():
+                scratch.unlink()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        os.close(self._lock)
 
-    def read_json(self, name: str) -> Any:
-        """The content of `name`, or None where it isn't there."""
+    def _check_ours(self) -> None:
+        """A run's folder or an empty one, so that nothing of anybody else's is written over."""
+        found = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
+        if found and "recipe" not in (self.read_json("config.json") or {}):
+            raise InputError(
+                f"run directory: {self.path} holds {min(found)!r} and no config.json of a run: "
+                "choose a new or an empty folder"
+            )
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object that `name` holds, or None where it isn't there."""
         try:
-            return json.loads((self.path / name).read_text())
+            return parse_object(read_regular(self.path / name, limit=10**7))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -131,7 +83,7 @@ class RunDirectory:
                 f"{self.path / name} can't be read ({error}): restore it, or choose another run"
             ) from error
 
-    def write_json(self, name: str, content: Any) -> None:
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
@@ -143,12 +95,16 @@ class RunDirectory:
         write_atomically(self.path / name, text.getvalue().encode())
 
     def save(self, state: dict) -> None:
-        """Write `state` (nested dicts, lists, tensors, numbers, strings) as checkpoint.pt, and keep
-        the one before."""
+        """Write `state` (nested dicts, lists, tensors, numbers, strings) as checkpoint.pt.
+
+        Its parts are those of `PARTS`, and others. Equal states are equal bytes.
+        """
         buffer = io.BytesIO()
         torch.save(_canonical({"format": FORMAT, **state}), buffer)
         content = buffer.getvalue()
         content += hashlib.sha256(content).digest()
+        # Two renames: a kill between them leaves the newest as the previous one, and load() takes
+        # it from there. So no moment is without a whole checkpoint, and none is copied.
         write_atomically(
             self.path / "checkpoint.pt", content, keep=self.path / "checkpoint.previous.pt"
         )
@@ -156,17 +112,15 @@ class RunDirectory:
     def load(self) -> dict | None:
         """The newest whole checkpoint, on the CPU; None where there is none yet.
 
-        A missing or damaged one is passed over for the one before, with a warning; a damaged one is
-        set aside as checkpoint.damaged.pt, so that the next save can't make it the one before.
-        InputError where both are damaged.
+        A damaged one is passed over for the one before, with a warning, and set aside as
+        checkpoint.damaged.pt, so that the next save can't make it the one before. Raises
+        InputError where no other is left.
         """
         damage: list[str] = []
-        missing: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
             try:
                 state = _read_checkpoint(self.path / name)
             except FileNotFoundError:
-                missing.append(name)
                 continue
             except (OSError, ValueError) as error:
                 damage.append(f"{name}: {error}")
@@ -174,29 +128,29 @@ class RunDirectory:
             if damage:
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
-            elif missing:  # a save never leaves it so
-                warnings.warn(
-                    f"{self.path}: {missing[0]} is missing; going on from {name}", stacklevel=2
-                )
             return state
         if damage:
             raise InputError(
-                f"{self.path}: no usable checkpoint ({'; '.join(damage)}): restore one, or choose another run"
+                f"{self.path}: no usable checkpoint ({'; '.join(damage)}): "
+                "restore one, or choose another run"
             )
         return None
 
 
 def _read_checkpoint(path: Path) -> dict:
-    content = path.read_bytes()
+    content = read_regular(path, limit=10**9)
     payload, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
     if hashlib.sha256(payload).digest() != digest:
         raise ValueError("damaged (its sha256 differs)")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"unreadable ({str(error).splitlines()[0]})") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(f"format {state.get('format')}, this version reads format {FORMAT}")
+    except Exception as error:  # nearly any, where it is no file of torch.save
+        raise ValueError(f"unreadable ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"no checkpoint of format {FORMAT}, which this version reads")
+    for name, kind in PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"no {kind.__name__} as its {name}")
     return state
 
 

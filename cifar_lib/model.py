@@ -1,25 +1,30 @@
-"""The report's network: a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of
-stages."""
+"""The report's network, a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of stages,
+and the file that its weights are kept in."""
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
+import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES
 from cifar_lib.errors import InputError
+from cifar_lib.files import parse_object, read_regular, write_atomically
 
 PARAMETER_BUDGET = 5_000_000
+DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels, or classes
+LARGEST_FILE = 100_000_000  # bytes
 PRETRAINED = "pretrained"  # stands for the weights that come with the package
 SHIPPED = Path(__file__).parent / "weights" / "best.safetensors"
+SANE = {"mean": (-1e3, 1e3), "std": (1e-3, 1e3), "temperature": (math.exp(-3), math.exp(3))}
 
 
 class BasicBlock(nn.Module):
@@ -31,15 +36,16 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
+        self.shortcut = nn.Sequential()  # the input itself
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False),
+                nn.BatchNorm2d(channels),
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        out = self.bn2(self.conv2(out))
+    def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, channels, H / stride, W / stride)
+        out = self.bn2(self.conv2(out))  # the same shape, as is that of the shortcut
         out += self.shortcut(x)
         return F.relu(out, inplace=True)
 
@@ -54,18 +60,20 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        blocks: tuple[int, ...] = (3, 4, 3),
-        channels: tuple[int, ...] = (66, 132, 264),
+        blocks: Sequence[int] = (3, 4, 3),
+        channels: Sequence[int] = (66, 132, 264),
         num_classes: int = 10,
         budget: int | None = PARAMETER_BUDGET,
     ):
         super().__init__()
-        parameters = count_parameters(blocks, channels, num_classes)  # before anything is allocated
-        if budget is not None and parameters > budget:
-            raise InputError(
-                f"blocks {tuple(blocks)} and channels {tuple(channels)} make {parameters:,} parameters, over the "
-                f"budget of {budget:,}: use fewer blocks or channels"
-            )
+        _check_shape(blocks, channels, num_classes)
+        if budget is not None:
+            parameters = count_parameters(blocks, channels, num_classes)
+            if parameters > budget:
+                raise InputError(
+                    f"blocks {tuple(blocks)} and channels {tuple(channels)} make {parameters:,} "
+                    f"parameters, over the budget of {budget:,}: use fewer blocks or channels"
+                )
         self.blocks, self.channels, self.num_classes = tuple(blocks), tuple(channels), num_classes
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
@@ -81,87 +89,42 @@ class ResNet(nn.Module):
     def stages(self) -> list[nn.Module]:
         return [getattr(self, f"layer{i + 1}") for i in range(len(self.blocks))]
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, C0, H, W)
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W); the report's: (N, 3, 32, 32)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, channels[0], H, W); 66, 32, 32
         for stage in self.stages:
-            x = stage(x)
-        return self.linear(self.pool(x).flatten(1))
+            x = stage(x)  # 66, 32, 32; then 132, 16, 16; then 264, 8, 8
+        x = self.pool(x).flatten(1)  # (N, channels[-1])
+        return self.linear(x)  # (N, num_classes)
 
 
-def count_parameters(
-    blocks: tuple[int, ...], channels: tuple[int, ...], num_classes: int = 10
-) -> int:
-    """Trainable parameters of `ResNet(blocks, channels, num_classes)`, in closed form."""
-    sizes = (*blocks, *channels, num_classes)
-    if (
-        len(blocks) != len(channels)
-        or not blocks
-        or any(not isinstance(n, int) or n < 1 for n in sizes)
-    ):
+def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes: int = 10) -> int:
+    """Trainable parameters of `ResNet(blocks, channels, num_classes)`, allocating none."""
+    with torch.device("meta"):
+        model = ResNet(blocks, channels, num_classes, budget=None)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_shape(blocks: Sequence[int], channels: Sequence[int], num_classes: int) -> None:
+    whole = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels, num_classes))
+    if not whole or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
+        got = ", ".join(str(part)[:40] for part in (blocks, channels, num_classes))
         raise InputError(
-            f"a network takes as many blocks as channels, all whole numbers of at least 1; "
-            f"got blocks {tuple(blocks)}, channels {tuple(channels)}, num_classes {num_classes}"
+            f"a network takes as many blocks as channels, and classes: whole numbers from 1 to "
+            f"{WIDEST:,}, at most {DEEPEST} blocks in all; got {got}"
         )
-
-    def conv_bn(width_in: int, width: int, kernel: int) -> int:
-        return width_in * width * kernel**2 + 2 * width
-
-    total, width_in = conv_bn(3, channels[0], 3), channels[0]
-    for stage, (depth, width) in enumerate(zip(blocks, channels, strict=True)):
-        total += conv_bn(width_in, width, 3) + (2 * depth - 1) * conv_bn(width, width, 3)
-        total += conv_bn(width_in, width, 1) if stage > 0 else 0
-        width_in = width
-    return total + (width_in + 1) * num_classes
 
 
 def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> None:
     """Write weights as safetensors with what is needed to use them: the shape of the network, and
-    `info` (JSON).
-
-    `half`: convolutions in half precision, which makes half the file.
-    """
+    `info` (JSON). `half`: convolutions in half precision, which makes half the file."""
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-    }
-    if half:
-        tensors = {
-            name: tensor.half() if tensor.ndim == 4 else tensor for name, tensor in tensors.items()
-        }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.half() if half and tensor.ndim == 4 else tensor
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
-
-
-def _check_shipped() -> None:
-    """The package's own weights are those that SHA256SUMS beside them lists."""
-    remedy = "get cifar_lib/weights of the repository again"
-    try:
-        listed = dict(
-            line.split()[::-1] for line in (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
-        )
-        expected, found = listed[SHIPPED.name], hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"weights: the pretrained ones or their SHA256SUMS can't be read ({error}): {remedy}"
-        ) from error
-    if found != expected:
-        raise InputError(
-            f"weights: {SHIPPED} should have sha256 {expected[:12]}..., it has {found[:12]}...: {remedy}"
-        )
-
-
-def _check_info(info: dict) -> None:
-    """Raises KeyError, TypeError or ValueError where `info` can't have come from `save_model`."""
-    mean, std, temperature = info["mean"], info["std"], info.get("temperature", 1.0)
-    if not all(
-        type(value) in (int, float) and math.isfinite(value) for value in (*mean, *std, temperature)
-    ):
-        raise TypeError("its mean, std or temperature are no finite numbers")
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError("its mean and std are not of three channels")
-    if min(*std, temperature) <= 0:
-        raise ValueError("its std or temperature is not positive")
 
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
@@ -169,46 +132,65 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     its `info`.
 
     `pretrained` names the weights that come with the package, whose sha256 is checked. Raises
-    InputError where the file is missing, damaged, or holds the weights of another architecture.
+    InputError where the file is missing or damaged, or its network gives no usable logits.
     """
-    if str(path) == PRETRAINED:
-        path = SHIPPED
-        _check_shipped()
-    path = Path(path)
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
-    if not os.path.isfile(path):
+    shipped = str(path) == PRETRAINED
+    if shipped:
+        path, remedy = SHIPPED, "get cifar_lib/weights of the repository again"
+    if not os.path.exists(path):
         raise InputError(f"weights: expected a file, found none at {path}: {remedy}")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        content = json.loads(metadata["cifar_lib"])
-        shape, info = content["model"], content["info"]
-        model = ResNet(shape["blocks"], shape["channels"], shape["num_classes"])
-        if shape["num_classes"] != len(CLASSES):
-            raise ValueError(f"it has {shape['num_classes']} classes, not {len(CLASSES)}")
-        _check_info(info)
-    except InputError:
-        raise
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        reason = (
-            f"no {error} in its metadata"
-            if isinstance(error, KeyError)
-            else str(error).splitlines()[0]
-        )
+        content = read_regular(Path(path), LARGEST_FILE)
+        if shipped:
+            _check_sum(content)
+        return _parse(content)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, KeyError):
+            reason = f"no {error} in its metadata"
         raise InputError(
             f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
         ) from error
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    wrong = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    )
-    if wrong:
-        name = wrong[0]
-        raise InputError(
-            f"weights: {path} holds another architecture: {name} should be {expected.get(name, 'absent')} and is "
-            f"{found.get(name, 'absent')} ({len(wrong)} tensors differ): {remedy}"
-        )
-    model.load_state_dict(tensors)
-    return model.eval(), info
+
+
+def _check_sum(content: bytes) -> None:
+    listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
+    if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
+        raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
+
+
+def _parse(content: bytes) -> tuple[ResNet, dict]:
+    """What `load_model` returns; raises SafetensorError, KeyError, TypeError or ValueError."""
+    tensors = safetensors.torch.load(content)
+    header_size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_size])
+    metadata = parse_object(header["__metadata__"]["cifar_lib"].encode())
+    shape, info = metadata["model"], metadata["info"]
+    if shape["num_classes"] != len(CLASSES):
+        raise ValueError(f"it has {str(shape['num_classes'])[:20]} classes, not {len(CLASSES)}")
+    _check_info(info)
+    model = ResNet(shape["blocks"], shape["channels"], shape["num_classes"]).eval()
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # a heading, then a line a difference
+        difference = str(error).splitlines()[1].strip()[:150]
+        raise ValueError(f"another architecture: {difference}") from error
+    with torch.inference_mode():
+        logits = model(torch.zeros(1, 3, 32, 32))
+    if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), logits)):
+        raise ValueError("its weights, or the logits they give, are not finite")
+    return model, info
+
+
+def _check_info(info: dict) -> None:
+    """Without the normalisation that the network was trained with, its guesses would be wrong."""
+    found = {"mean": info["mean"], "std": info["std"]}
+    found["temperature"] = [info.get("temperature", 1.0)]
+    for name, values in found.items():
+        low, high = SANE[name]
+        for value in values:
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError(f"its {name} is {str(value)[:20]}, not {low:.3g} to {high:.3g}")
+    if len(found["mean"]) != 3 or len(found["std"]) != 3:
+        raise ValueError("its mean and std are not of three channels")

@@ -32,9 +32,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import cifar_lib.step  # noqa: E402
-
 import cifar_lib.checkpoint  # noqa: E402
+import cifar_lib.files  # noqa: E402
 import cifar_lib.train  # noqa: E402
 from cifar_lib import cli, kaggle  # noqa: E402
 from cifar_lib.checkpoint import RunDirectory  # noqa: E402
@@ -55,12 +54,11 @@ FINAL = (
     "model.safetensors",
 )
 MOMENTS = {  # a name for the table: where the process kills itself, at the nth call
-    "in a step": (cifar_lib.step, "smooth_cross_entropy"),
+    "in a step": (cifar_lib.train, "smooth_cross_entropy"),
     "in an evaluation": (cifar_lib.train, "predict"),
-    "with a file half written": (cifar_lib.checkpoint, "open"),
+    "with a file half written": (cifar_lib.files, "open"),
     "before a file is flushed": (os, "fsync"),
     "before a file gets its name": (os, "replace"),
-    "before the old checkpoint gets its second name": (os, "link"),
 }
 SOMETIME = "at a random time"
 SIGNALS = {"SIGINT at a random time": signal.SIGINT, "SIGTERM at a random time": signal.SIGTERM}
@@ -120,7 +118,7 @@ def kill_at(moment: str, nth: int) -> None:
         calls += 1
         if calls < nth:
             return real(*arguments, **options)
-        if name == "open" and "w" in arguments[1]:
+        if name == "open" and "x" in arguments[1]:
             return HalfWritten(real(*arguments, **options))
         return os.kill(os.getpid(), signal.SIGKILL)
 
@@ -315,7 +313,8 @@ def damaged_checkpoints(folder: Path, times: int, dice: random.Random) -> Iterat
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 assert run.load()["epoch"] == 1
-            assert "going on from checkpoint.previous.pt" in str(caught[0].message)
+            if how != "missing":
+                assert "going on from checkpoint.previous.pt" in str(caught[0].message)
             if i < 2:
                 trained(run.path, "fp32", 1)
                 assert all(
@@ -326,7 +325,7 @@ def damaged_checkpoints(folder: Path, times: int, dice: random.Random) -> Iterat
         yield Row(
             f"newest checkpoint {how}",
             times,
-            "the one before is used, and a warning says so",
+            "the one before is used; where it was damaged, a warning says so",
             f"it was; {finished} went on to the end, with the bytes of the undamaged run",
         )
     for i in range(times):
@@ -445,7 +444,7 @@ def locks(folder: Path, times: int) -> Row:
 
         pid = forked(hold)
         os.read(ready, 1)
-        refused(RunDirectory(path).__enter__, f"process {pid} is training in {path}")
+        refused(RunDirectory(path).__enter__, "another process trains in it")
         os.kill(pid, signal.SIGKILL)
         ended(pid)
         with RunDirectory(path):
@@ -453,7 +452,7 @@ def locks(folder: Path, times: int) -> Row:
     return Row(
         "two processes in one directory, then the first one killed",
         times,
-        "the second is refused and told the first one's number; the dead one's lock doesn't block",
+        "the second is refused; the dead one's lock doesn't block",
         "so it was",
     )
 
@@ -464,13 +463,13 @@ def losses_that_are_not_finite(folder: Path, times: int, dice: random.Random) ->
         value = dice.choice([float("nan"), float("inf"), float("-inf")])
 
         def poisoned(path=path, epoch=epoch, step=step, value=value):
-            real, calls = cifar_lib.step.smooth_cross_entropy, []
+            real, calls = cifar_lib.train.smooth_cross_entropy, []
 
             def loss(*arguments):
                 calls.append(0)
                 return real(*arguments) * (value if len(calls) == epoch * 4 + step + 1 else 1)
 
-            cifar_lib.step.smooth_cross_entropy = loss
+            cifar_lib.train.smooth_cross_entropy = loss
             config = cifar_lib.recipes.recipe(
                 "report", **dict(s.split("=") for s in SETTINGS.split()), precision="fp32"
             )

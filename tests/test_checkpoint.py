@@ -1,154 +1,160 @@
 import errno
-import json
+import hashlib
+import io
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from cifar_lib.checkpoint import RunDirectory, write_atomically
-from cifar_lib.errors import InputError
-
-HOLD = """
-import sys
 from cifar_lib.checkpoint import RunDirectory
-with RunDirectory(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+from cifar_lib.errors import InputError
+from cifar_lib.files import SCRATCH, write_atomically
+
+FILES = ("checkpoint.pt", "checkpoint.previous.pt", "config.json")
 
 
 def state(epoch: int) -> dict:
-    return {
-        "epoch": epoch,
-        "model": {"weight": torch.full((100,), float(epoch))},
-        "history": [{"epoch": epoch}],
-    }
+    parts = {"model": {"weight": torch.full((100,), float(epoch))}, "optimizer": {}, "scaler": {}}
+    return {**parts, "epoch": epoch, "steps": 7 * epoch, "history": [{"epoch": epoch}]}
 
 
 @pytest.fixture
 def run(tmp_path) -> RunDirectory:
     """A run directory with the checkpoints of epochs 1 and 2."""
     run = RunDirectory(tmp_path / "run")
+    run.write_json("config.json", {"recipe": "quick"})
     run.save(state(1))
     run.save(state(2))
     return run
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def damage(path: Path, how: str) -> None:
-    content = path.read_bytes()
-    flipped = bytearray(content)
-    flipped[len(content) // 2] ^= 1
-    path.write_bytes({"truncated": content[:-10], "flipped": bytes(flipped), "empty": b""}[how])
+def write_checkpoint(path: Path, content: object) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
 
 
-def fail_with_a_full_disk(monkeypatch, function: str, on_call: int = 1) -> None:
-    real, calls = getattr(os, function), []
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == on_call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*args)
 
-    monkeypatch.setattr(os, function, failing)
+def refuses(path: Path, message: str, **options: object) -> None:
+    with pytest.raises(InputError, match=f"^can't write [^\n]*{message}[^\n]*$"):
+        write_atomically(path, b"new", **options)
 
 
 def test_a_write_replaces_the_file_keeps_the_old_one_and_leaves_nothing_else(tmp_path):
     path, kept = tmp_path / "deep" / "file", tmp_path / "deep" / "kept"
-    write_atomically(path, b"one", keep=kept)
-    assert files(path.parent) == {"file": b"one"}
-    write_atomically(path, b"two", keep=kept)
-    write_atomically(path, b"three", keep=kept)
-    assert files(path.parent) == {"file": b"three", "kept": b"two"}
-    write_atomically(path, b"four")
-    assert files(path.parent) == {"file": b"four", "kept": b"two"}
+    for content in (b"one", b"two", b"three"):
+        write_atomically(path, content, keep=kept)
+    assert contents(path.parent) == {"file": b"three", "kept": b"two"}
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 def test_a_failed_write_leaves_everything_as_it_was(tmp_path, monkeypatch, function):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    fail_with_a_full_disk(monkeypatch, function)
-    with pytest.raises(InputError, match=r"can't write .*file \(No space left on device\)"):
-        write_atomically(path, b"new")
-    assert files(tmp_path) == {"file": b"old"}
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(os, function, full_disk)
+    refuses(tmp_path / "file", "No space left on device")
+    refuses(tmp_path / "file" / "below", "File exists")
+    assert contents(tmp_path) == {"file": b"old"}
 
 
-@pytest.mark.parametrize("on_call", [1, 2])
-def test_a_failed_replacement_with_keep_leaves_the_file_as_it_was(tmp_path, monkeypatch, on_call):
-    path, kept = tmp_path / "file", tmp_path / "kept"
-    path.write_bytes(b"old")
-    kept.write_bytes(b"older")
-    fail_with_a_full_disk(monkeypatch, "replace", on_call)
-    with pytest.raises(InputError, match="nothing there was changed"):
-        write_atomically(path, b"new", keep=kept)
-    left = files(tmp_path)
-    assert left.pop("kept") in (b"old", b"older")
-    assert left == {"file": b"old"}
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "file", os.fsync
+
+    def other_writer(_):
+        monkeypatch.setattr(os, "fsync", fsync)
+        write_atomically(path, b"theirs")
+        assert path.read_bytes() == b"theirs"
+
+    monkeypatch.setattr(os, "fsync", other_writer)
+    write_atomically(path, b"ours")
+    assert contents(tmp_path) == {"file": b"ours"}
 
 
-@pytest.mark.parametrize(("function", "on_call"), [("fsync", 1), ("replace", 1), ("replace", 2)])
-def test_a_failed_save_loses_no_epoch(run, monkeypatch, function, on_call):
-    fail_with_a_full_disk(monkeypatch, function, on_call)
-    with pytest.raises(InputError, match="No space left"):
-        run.save(state(3))
-    assert run.load()["epoch"] == 2
-    run.save(state(3))
-    assert run.load()["epoch"] == 3
+def test_a_link_in_the_place_of_the_scratch_file_is_not_followed(tmp_path, monkeypatch):
+    (tmp_path / "victim").write_bytes(b"old")
+    (tmp_path / SCRATCH.replace("*", "guessed")).symlink_to(tmp_path / "victim")
+    monkeypatch.setattr("secrets.token_hex", lambda _: "guessed")
+    refuses(tmp_path / "file", "File exists")
+    assert contents(tmp_path) == {"victim": b"old"}
 
 
-def test_a_missing_checkpoint_is_made_good_by_the_one_before_with_a_warning(run):
-    (run.path / "checkpoint.pt").unlink()
-    with pytest.warns(
-        UserWarning, match="checkpoint.pt is missing; going on from checkpoint.previous.pt"
-    ):
-        assert run.load()["epoch"] == 1
+def test_a_new_file_has_the_permissions_of_the_umask_and_a_replaced_one_keeps_its_own(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "new", b"")
+    finally:
+        os.umask(before)
+    (tmp_path / "old").touch()
+    (tmp_path / "old").chmod(0o604)
+    write_atomically(tmp_path / "old", b"")
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old")] == [0o640, 0o604]
 
 
-def test_a_save_after_a_kill_between_the_two_renames_leaves_nothing_else(run):
-    (run.path / "checkpoint.previous.pt").unlink()
-    os.link(run.path / "checkpoint.pt", run.path / "checkpoint.previous.pt")
-    run.save(state(3))
-    assert sorted(files(run.path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
-    assert run.load()["epoch"] == 3
+def test_only_a_regular_file_that_is_no_input_is_written_over(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "hard").hardlink_to(tmp_path / "file")
+    refuses(tmp_path / "file", "input", inputs=[tmp_path / "gone", tmp_path / "hard"])
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("link", "dangling", "fifo", ".", os.devnull):
+        refuses(tmp_path / path, "no regular file")
+    refuses(tmp_path / "file", "no regular file", keep=tmp_path / "link")
+    (tmp_path / "file").chmod(0o444)
+    refuses(tmp_path / "file", "read-only")
+    assert (tmp_path / "file").read_bytes() == b"old" and not (tmp_path / "nothing").exists()
 
 
-def test_a_place_that_can_not_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="can't write"):
-        write_atomically(tmp_path / "file" / "below", b"new")
-    with (
-        pytest.raises(InputError, match="run directory: can't write into"),
-        RunDirectory(tmp_path / "file" / "run"),
-    ):
-        pass
-    with (
-        pytest.raises(InputError, match="run directory: can't write into"),
-        RunDirectory(tmp_path / "file"),
-    ):
-        pass
-    assert files(tmp_path) == {"file": b""}
+def killed_at_line(number: int, action) -> bool:
+    """Whether a copy of this process comes to the numberth line of `write_atomically` that it runs,
+    and dies there, nothing flushed or cleaned up."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code is not write_atomically.__code__:
+            return None
+        lines += event == "line"
+        if lines == number:
+            os._exit(9)
+        return trace
+
+    pid = os.fork()
+    if pid == 0:
+        sys.settrace(trace)
+        action()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
-def test_a_new_run_has_no_checkpoint(tmp_path):
-    assert RunDirectory(tmp_path).load() is None
-    assert RunDirectory(tmp_path).read_json("metrics.json") is None
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning", "error:.*going on:UserWarning")
+def test_a_save_killed_at_any_line_loses_no_epoch_and_leaves_nothing_behind(run):
+    number, epoch = 1, 2
+    while killed_at_line(number, lambda epoch=epoch: run.save(state(epoch + 1))):
+        found = run.load()["epoch"]
+        assert found in (epoch, epoch + 1)
+        with run:
+            run.save(state(found + 1))
+        assert sorted(contents(run.path)) == [".lock", *sorted(FILES)]
+        epoch = run.load()["epoch"]
+        assert epoch == found + 1
+        number += 1
+    assert number > 15  # it was killed, and at last it was not
 
 
-def test_the_newest_checkpoint_comes_back_and_the_one_before_is_kept(run):
+def test_a_checkpoint_comes_back(run):
     loaded = run.load()
     assert loaded["epoch"] == 2 and loaded["history"] == [{"epoch": 2}]
     assert torch.equal(loaded["model"]["weight"], torch.full((100,), 2.0))
-    (run.path / "checkpoint.pt").unlink()
-    with pytest.warns(UserWarning, match="missing"):
-        assert run.load()["epoch"] == 1
 
 
 def test_equal_states_are_equal_bytes(tmp_path):
@@ -156,103 +162,121 @@ def test_equal_states_are_equal_bytes(tmp_path):
     key = "".join(["mo", "mentum"])  # a string of the same content and another identity
     first.save({"epoch": 1, "groups": [{"momentum": 0.9}, {"momentum": 0.9}], "pair": (1, 2)})
     second.save({"epoch": 1, "groups": [{"momentum": 0.9}, {key: 0.9}], "pair": [1, 2]})
-    assert files(first.path) == files(second.path)
+    assert contents(first.path) == contents(second.path)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, how):
-    damage(run.path / "checkpoint.pt", how)
-    with pytest.warns(
-        UserWarning, match="checkpoint.pt: damaged .*going on from checkpoint.previous.pt"
-    ):
-        assert run.load()["epoch"] == 1
-    run.save(state(2))
-    damage(run.path / "checkpoint.pt", how)
-    with pytest.warns(UserWarning, match="going on from"):
-        assert run.load()["epoch"] == 1  # the damaged one did not become the one before
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("ran",))
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "empty"])
-def test_two_damaged_checkpoints_are_refused_and_left_alone(run, how):
+def packed(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+
+
+WHOLE = {"format": 2, **state(2)}
+DAMAGED = {
+    "empty": b"",
+    "truncated": packed(WHOLE)[:-10],
+    "flipped": packed(WHOLE).replace(b"epoch", b"epocj"),
+    "code": packed({**WHOLE, "model": Evil()}),
+    "a list": packed([1, 2]),
+    "a future format": packed({**WHOLE, "format": 3}),
+    "a part missing": packed({"format": 2, "epoch": 2}),
+    "a part of another type": packed({**WHOLE, "epoch": "2"}),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_checkpoint_is_passed_over_and_two_are_refused(run, damaged, monkeypatch):
+    monkeypatch.chdir(run.path)
+    for _ in range(2):  # the damaged one must not become the one before
+        (run.path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.warns(UserWarning, match="checkpoint.pt: .*going on from checkpoint.previous"):
+            assert run.load()["epoch"] == 1
+        run.save(state(2))
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        damage(run.path / name, how)
-    before = files(run.path)
-    with pytest.raises(
-        InputError, match=r"no usable checkpoint \(checkpoint.pt: .*checkpoint.previous.pt: "
-    ):
+        (run.path / name).write_bytes(damaged)
+    before = contents(run.path)
+    with pytest.raises(InputError, match=r"no usable .*checkpoint.pt: [^\n]*previous.pt: [^\n]*$"):
         run.load()
-    assert files(run.path) == before
+    assert contents(run.path) == before and not (run.path / "ran").exists()
 
 
-def test_a_checkpoint_is_read_without_running_code_in_it(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    run = RunDirectory(tmp_path / "run")
-    run.save({"epoch": Evil()})
-    with pytest.raises(InputError, match="unreadable"):
-        run.load()
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_run_held_by_another_process_is_refused_until_that_is_killed(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_held_by_another_process_is_refused_until_that_is_killed(run):
+    ready, held = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        with run:
+            os.write(held, b".")
+            signal.pause()
+    os.read(ready, 1)
     try:
-        assert holder.stdout.readline() == "held\n"
-        with (
-            pytest.raises(InputError, match=f"process {holder.pid} is training in"),
-            RunDirectory(tmp_path),
-        ):
+        with pytest.raises(InputError, match="another process trains in it"), run:
             pass
     finally:
-        holder.kill()
-        holder.communicate()
-    assert (tmp_path / ".lock").exists()
-    with RunDirectory(tmp_path):
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    with run:
         pass
 
 
-def test_a_place_without_locks_is_refused(tmp_path, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+def test_a_place_that_can_not_be_written_or_locked_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="run directory: can't write into"):
+            RunDirectory(path).__enter__()
+    monkeypatch.setattr("fcntl.flock", full_disk)
+    with pytest.raises(InputError, match=r"can't lock .*\(No space left on device\)"):
+        RunDirectory(tmp_path / "run").__enter__()
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(
-        InputError, match=r"can't be locked \(No locks available\): choose one on a local disk"
-    ):
+
+@pytest.mark.parametrize("theirs", ["model.safetensors", ".x.tmp", "config.json"])
+def test_the_folder_of_somebody_else_is_refused_untouched(tmp_path, theirs):
+    (tmp_path / theirs).write_text('{"architectures": ["ResNet"]}')
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match=rf"holds '{theirs}' and no config.json of a run"):
         RunDirectory(tmp_path).__enter__()
+    assert contents(tmp_path) == before
 
 
-def test_a_stale_lock_file_does_not_block_and_the_lock_is_given_back(tmp_path):
-    (tmp_path / ".lock").write_text("999999")
-    for _ in range(2):
-        with RunDirectory(tmp_path):
-            assert (tmp_path / ".lock").read_text() == str(os.getpid())
-
-
-def test_what_a_killed_process_was_writing_is_removed(run):
-    (run.path / ".timing.csv.tmp").write_text("half")
+def test_only_our_own_scratch_files_are_removed(run):
+    (run.path / SCRATCH.replace("*", "0a")).write_text("half")
+    (run.path / SCRATCH.replace("*", "folder")).mkdir()
+    (run.path / ".theirs.tmp").write_text("whole")
     with run:
-        assert sorted(files(run.path)) == [".lock", "checkpoint.previous.pt", "checkpoint.pt"]
+        left = {path.name for path in run.path.glob(".*")}
+    assert left == {".lock", ".theirs.tmp", SCRATCH.replace("*", "folder")}
 
 
-def test_rows_become_csv_with_empty_fields_for_none(tmp_path):
-    RunDirectory(tmp_path).write_rows("rows.csv", [{"epoch": 0, "loss": 0.1 + 0.2, "test": None}])
-    assert (tmp_path / "rows.csv").read_bytes() == b"epoch,loss,test\n0,0.30000000000000004,\n"
+def test_a_link_in_the_place_of_the_lock_is_not_followed(run, tmp_path):
+    (tmp_path / "victim").write_bytes(b"old")
+    (run.path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match="can't write into"), run:
+        pass
+    assert (tmp_path / "victim").read_bytes() == b"old"
 
 
-def test_json_comes_back_and_broken_json_is_refused(tmp_path):
-    run = RunDirectory(tmp_path)
-    run.write_json("config.json", {"epochs": 3})
-    assert (
-        run.read_json("config.json")
-        == json.loads((tmp_path / "config.json").read_text())
-        == {"epochs": 3}
-    )
-    (tmp_path / "config.json").write_text('{"epochs"')
-    with pytest.raises(InputError, match="config.json can't be read"):
-        run.read_json("config.json")
+def test_rows_become_csv_with_empty_fields_for_none(run):
+    run.write_rows("rows.csv", [{"epoch": 0, "loss": 0.1 + 0.2, "test": None}])
+    assert (run.path / "rows.csv").read_bytes() == b"epoch,loss,test\n0,0.30000000000000004,\n"
+
+
+def test_json_comes_back(run):
+    run.write_json("metrics.json", {"test": {"accuracy": 0.5}})
+    assert run.read_json("metrics.json") == {"test": {"accuracy": 0.5}}
+    assert run.read_json("none.json") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"epochs"', b"{}", b"[1]", b"null", b"\xff", b"[" * 100_000, b'{"n": %s}' % (b"9" * 400)],
+    ids=["half", "empty", "list", "null", "not UTF-8", "nested", "a long number"],
+)
+def test_json_that_is_no_object_of_sane_numbers_is_refused(run, text):
+    (run.path / "metrics.json").write_bytes(text)
+    with pytest.raises(InputError, match=r"metrics.json can't be read \([^\n]*$"):
+        run.read_json("metrics.json")

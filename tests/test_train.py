@@ -639,7 +639,7 @@ def test_other_data_are_refused(stand_in, started):
 def test_a_configuration_that_is_none_is_refused(stand_in, started, tmp_path, text):
     path = shutil.copytree(started, tmp_path / "damaged")
     (path / "config.json").write_text(text)
-    with pytest.raises(InputError, match="config.json is no configuration"):
+    with pytest.raises(InputError, match="config.json can't be read"):
         fit(tiny(), path, *stand_in, device="cpu", log=quiet)
 
 
