@@ -90,7 +90,7 @@ CORPUS = {
     "FROZENSET": b"\x80\x04(K\x01\x91.",
     "DUP": b"\x80\x02}2.",
     # changing what has a name, calling it otherwise than numpy does
-    "BUILD on a function": ENCODE + b"N}" + text("__defaults__") + b"N\x86s\x86b.",
+    "BUILD on a function": ENCODE + b"N}" + text("__defaults__") + b")s\x86b.",
     "BUILD on a class": NAME + b"N}" + text("__init__") + b"Ns\x86b.",
     "BUILD on a dict": b"\x80\x02}}" + text("a") + b"Nsb.",
     "REDUCE of text": text("os.system") + b")R.",
@@ -107,14 +107,12 @@ CORPUS = {
     + b"]s.",
     # arrays of objects, of records, of sizes that their bytes don't have
     "object array": pickle.dumps({"data": np.array([print, None]), "ids": []}),
-    "dates": filled(b"K\x01\x85", dtype("M8"), raw(bytes(8))),
     "records": filled(b"K\x01\x85", dtype("i4,i4"), raw(bytes(8))),
     "empty element": filled(b"J\xff\xff\xff\x7f\x85", dtype("S0"), raw(b"")),
     "characters that don't exist": filled(b"K\x01\x85", dtype("U1"), raw(b"\xff" * 4)),
     "array from nothing": filled(b"J\xff\xff\xff\x7f\x85", dtype("u1"), b"N"),
     "shape too small": filled(b"K\x01\x85", dtype("u1"), raw(b"ab")),
     "shape too large": filled(b"J\xff\xff\xff\x7f\x85", dtype("u1")),
-    "shape negative": filled(b"J\xff\xff\xff\xff\x85", dtype("u1")),
     "shape of long numbers": filled(b"(" + long(1000) * 40 + b"t", dtype("u1")),
     "shape of too many": filled(b"(" + b"K\x01" * 10**5 + b"t", dtype("u1")),
     "shape of bombs": doubled() + filled(b"h\x3ch\x3c\x86", dtype("u1")),
@@ -126,7 +124,6 @@ CORPUS = {
     "small arrays as ids": pickle.dumps({"data": DATA, "ids": np.full(10**6, b"a")}),
     "memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
     "memo of equal hashes": b"N" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(9)) + b".",
-    "memo that isn't": b"\x80\x02h\x07.",
     "keys of equal hash": pickle.dumps({n * (2**61 - 1): None for n in range(1, 9)}),
     "a key that is a bomb": doubled() + b"}h\x3cNs.",
     "long keys": pickle.dumps({"x" * 10**6: None}),
@@ -147,16 +144,13 @@ CORPUS = {
             ("BYTEARRAY8", b"\x96", "<Q", 2**33),
             ("BINUNICODE", b"X", "<I", 2**32 - 1),
             ("LONG4", b"\x8b", "<i", 2**31 - 1),
-            ("LONG4", b"\x8b", "<i", -1),
             ("FRAME", b"\x95", "<Q", 2**62),
         ]
     },
     # no pickles, and broken ones
     "nothing": b"",
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(50),
-    "a page": b"<!DOCTYPE html><html>Not found</html>",
     "noise": random.Random(0).randbytes(5000),
-    "protocol 255": b"\x80\xff}.",
     "stack runs out": b"\x80\x02\x87.",
     "key without value": b"\x80\x02}(K\x01u.",
 }
