@@ -1,313 +1,193 @@
-"""A stranger's pickle read as data: its instructions are followed here, one by one, and none of
-them calls anything.
+"""A stranger's pickle read as data: Python's own unpickler, with few instructions and fewer names.
 
-Python's own unpickler looks names up and calls what it finds; lists of forbidden names are bypassed
-again and again, and even an allowed function can be rebuilt by the file. Here a name from the short
-list below becomes a mark, and a "call" of it is worked out by this module: arrays, their types, and
-bytes as old protocols write them. All else is refused.
+A pickle runs what it names, and lists of forbidden names are bypassed again and again. Here a file
+finds only the names of numpy's arrays, and behind each of them an inert class or function of this
+module. The unpickler is the one written in Python: its instructions can be counted, a dict's keys
+are seen before they are hashed, and no room is taken for a number that the file names. (Python
+itself, from 3.10.7 on, refuses numbers of over 4,300 digits, which take hours to read.)
 """
 
-import codecs
 import io
-import pickletools
+import pickle
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from cifar_lib.errors import InputError
 
-MAX_BYTES = 1 << 26  # 20,000 images; with what decoding needs, far under 1 GB
-MAX_INSTRUCTIONS = 2_000_000  # a few for each id
-MAX_DIMENSIONS = 4
-STATE_OF_ARRAY, STATE_OF_DTYPE = 5, 3  # fewest fields
+MAX_BYTES = 1 << 26  # 20,000 images
+MAX_INSTRUCTIONS = 1_000_000  # fifty for each image
+MAX_HANDED = 2 * MAX_BYTES  # once to encode it as bytes (protocols 0 to 2), once to the array
+MAX_ARGUMENTS = 9  # numpy's longest: the state of a type
+MAX_KEY = 200  # characters
+INSTRUCTIONS = """
+PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE
+INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
+EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS
+EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
+GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
 
 
-@dataclass(frozen=True)
-class _Name:
-    """A function or class that the file names."""
+def read(content: bytes) -> dict[str | bytes | int, Any]:
+    """The dict of a pickle of any protocol, 0 to 5, written by Python 2 or 3 and numpy 1 or 2.
 
-    what: str
-
-
-@dataclass
-class _Unfilled:
-    """An array before the instruction that fills it."""
-
-    array: np.ndarray | None = None
-
-
-@dataclass
-class _DType:
-    """An array's type before the instruction that gives its byte order."""
-
-    code: str
-    order: str = "="
-
-
-_MARK = object()
-_NAMES = {
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "encode",
-}
-for _core in ("numpy.core", "numpy._core"):
-    _NAMES |= {
-        (f"{_core}.multiarray", "_reconstruct"): "_reconstruct",
-        (f"{_core}.multiarray", "scalar"): "scalar",
-    }
-    _NAMES |= {(f"{_core}.numeric", "_frombuffer"): "_frombuffer"}
-
-
-def read(content: bytes) -> Any:
-    """The dicts, lists, tuples, numbers, strings, bytes and numpy arrays of a pickle of any
-    protocol, 0 to 5.
-
-    Python 2's strings come as str (latin1). Raises InputError where the file is broken, too long,
-    or holds anything else; the message is one line.
+    Its values: arrays of numbers, truth values or strings (read-only), and plain data. Scalars of
+    numpy come as Python's, bytearrays as bytes, Python 2's strings as str (latin1); an array inside
+    a list or a deeper dict stays an inert `_Array`. Raises InputError, in one line, where the file
+    is broken, too long, or wants anything else.
     """
     if len(content) > MAX_BYTES:
-        raise InputError(f"it has {len(content):,} bytes, over {MAX_BYTES:,}")
-    machine = _Machine()
+        raise InputError(f"it has over {MAX_BYTES:,} bytes")
     try:
-        for count, (name, argument) in enumerate(_instructions(content)):
-            if count == MAX_INSTRUCTIONS:
-                raise InputError(f"it has over {MAX_INSTRUCTIONS:,} instructions")
-            machine.follow(name, argument)
-        return _finished(machine.stack.pop())
+        value = _Reader(content).load()
     except InputError:
         raise
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # whatever the unpickler stumbles over in a broken file
         raise InputError(
-            f"it can't be read as a pickle ({type(error).__name__}: {_clean(str(error))})"
+            f"it can't be read as a pickle of arrays ({type(error).__name__})"
         ) from error
+    if not isinstance(value, dict):
+        raise InputError(f"expected a dict, got {type(value).__name__}")
+    return {k: v.values if isinstance(v, _Array) else v for k, v in value.items()}
 
 
-def _instructions(content: bytes) -> Iterator[tuple[str, Any]]:
-    """Each instruction's name and argument, as pickletools reads them; but Python 2's strings may
-    be any bytes."""
-    table = {instruction.code: instruction for instruction in pickletools.opcodes}
-    file = io.BytesIO(content)
-    name = ""
-    while name != "STOP":
-        code = file.read(1).decode("latin1")
-        if code not in table:
-            raise ValueError(f"no instruction {code!r}" if code else "it ends early")
-        name, argument = table[code].name, table[code].arg
-        if name == "STRING":
-            line = file.readline()
-            if len(line) < 3 or line[:1] not in b"'\"" or line[-2:] != line[:1] + b"\n":
-                raise ValueError("a string without quotes")
-            yield name, codecs.escape_decode(line[1:-2])[0].decode("latin1")
-        else:
-            yield name, argument.reader(file) if argument else None
+def _strict(load_bytes: Callable) -> Callable:
+    """Bytes as UTF-8; the unpickler's own method takes lone surrogates too, 21 million in 4 s."""
+
+    def load_text(self: "_Reader") -> None:
+        load_bytes(self)
+        self.append(self.stack.pop().decode("utf-8"))
+
+    return load_text
 
 
-class _Machine:
-    def __init__(self):
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.encoded = 0  # bytes made from text so far
+class _Reader(pickle._Unpickler):
+    """One read; each `load_...` is an instruction of the unpickler, changed."""
 
-    def follow(self, name: str, argument: Any) -> None:
-        """One instruction of pickletools' list."""
-        stack = self.stack
-        if name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]() if callable(_CONSTANTS[name]) else _CONSTANTS[name])
-        elif name in _VALUES:
-            stack.append(argument)
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name in ("TUPLE", "LIST", "DICT"):
-            items = self._to_mark()
-            stack.append({"TUPLE": tuple, "LIST": _finished_list, "DICT": _pairs}[name](items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            n = int(name[-1])
-            if len(stack) < n:
-                raise ValueError("the stack is empty")
-            stack[-n:] = [tuple(stack[-n:])]
-        elif name in ("APPEND", "APPENDS"):
-            items = self._to_mark() if name == "APPENDS" else [stack.pop()]
-            _expect(stack[-1], list).extend(_finished_list(items))
-        elif name in ("SETITEM", "SETITEMS"):
-            items = self._to_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _expect(stack[-1], dict).update(_pairs(items))
-        elif name in ("GLOBAL", "INST"):
-            stack.append(_named(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            attribute, module = stack.pop(), stack.pop()
-            stack.append(_named(_expect(module, str), _expect(attribute, str)))
-        elif name == "REDUCE":
-            arguments, function = _expect(stack.pop(), tuple), _expect(stack.pop(), _Name)
-            stack.append(self._call(function.what, arguments))
-        elif name == "BUILD":
-            state = _expect(stack.pop(), tuple)
-            self._fill(stack[-1], state)
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self._to_mark()
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise InputError(
-                f"it uses the instruction {name}, which a dict of arrays doesn't need; nothing was run"
-            )
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        methods = pickle._Unpickler.dispatch
+        codes = [getattr(pickle, name)[0] for name in INSTRUCTIONS.split()]
+        self.dispatch = _Counted({c: getattr(_Reader, methods[c].__name__) for c in codes})
+        self.memo = _Dict()
+        self.handed = 0  # characters and bytes given to functions so far
 
-    def _to_mark(self) -> list[Any]:
-        for position in range(len(self.stack) - 1, -1, -1):
-            if self.stack[position] is _MARK:
-                items = self.stack[position + 1 :]
-                del self.stack[position:]
-                return items
-        raise ValueError("no mark on the stack")
+    def find_class(self, module: str, name: str) -> Any:
+        place = module.replace("numpy._core", "numpy.core"), name
+        if place not in _NAMES:
+            shown = repr(f"{module[:100]}.{name[:100]}")[1:-1]
+            raise InputError(f"it wants to run {shown}; nothing was run")
+        return _NAMES[place]
 
-    def _call(self, function: str, arguments: tuple) -> Any:
-        """What the function would have returned, for the arguments that numpy and pickle write."""
-        if function == "encode":
-            text, encoding = arguments
-            if encoding not in ("latin1", "latin-1"):
-                raise ValueError("bytes in an unknown encoding")
-            return self._encoded(_expect(text, str))
-        if function == "dtype":
-            code = (
-                arguments[0].decode("ascii")
-                if isinstance(arguments[0], bytes)
-                else _expect(arguments[0], str)
-            )
-            return _DType(code.lstrip("<>|="))
-        if function == "_reconstruct":
-            kind, shape, code = arguments
-            if kind != _Name("ndarray") or shape != (0,) or code not in (b"b", "b"):
-                raise ValueError("an array that numpy didn't write")
-            return _Unfilled()
-        if function == "scalar":
-            kind, content = arguments
-            return self._array((), kind, content, "C")[()]
-        if function == "_frombuffer":
-            content, kind, shape, order = arguments
-            return self._array(shape, kind, content, order)
-        raise ValueError("a class where a function was expected")
+    def load_reduce(self) -> None:
+        self._check_arguments()
+        super().load_reduce()
 
-    def _fill(self, target: Any, state: tuple) -> None:
-        """BUILD: the state of an array or of its type."""
-        if isinstance(target, _Unfilled) and len(state) >= STATE_OF_ARRAY and target.array is None:
-            _, shape, kind, fortran, content = state
-            target.array = self._array(shape, kind, content, "F" if fortran else "C")
-        elif isinstance(target, _DType) and len(state) >= STATE_OF_DTYPE:
-            order, *structure = state[1], *state[2:5]
-            order = order.decode("ascii") if isinstance(order, bytes) else order
-            if order not in ("<", ">", "|", "=") or any(part is not None for part in structure):
-                raise ValueError("an array type with fields")
-            target.order = order
-        else:
-            raise InputError(
-                f"it wants to change {type(target).__name__.strip('_')}; nothing was run"
-            )
+    def load_build(self) -> None:
+        self._check_arguments()
+        if not isinstance(self.stack[-2], (_Array, _DType)):
+            raise InputError("it wants to change what is no array; nothing was run")
+        super().load_build()
 
-    def _array(self, shape: Any, kind: Any, content: Any, order: str) -> np.ndarray:
-        """A new array of numbers, truth values or strings; its bytes must be as many as its shape
-        says."""
-        _expect(kind, _DType)
-        if not re.fullmatch("[biufSU][0-9]{1,3}", kind.code):
-            raise InputError(
-                f"it holds an array of type {_clean(kind.code)[:20]!r}, which is none of numbers or names"
-            )
-        dtype = np.dtype(kind.code).newbyteorder(kind.order)
-        if (
-            not isinstance(shape, tuple)
-            or not all(type(n) is int and n >= 0 for n in shape)
-            or order not in ("C", "F")
-        ):
-            raise ValueError("an array of no shape")
-        raw = self._encoded(content) if isinstance(content, str) else content
-        if not isinstance(raw, (bytes, bytearray)):
-            raise ValueError("an array without bytes")
-        expected = dtype.itemsize
-        for n in shape:
-            expected *= n
-        if len(raw) != expected or len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"an array of another shape than its {len(raw):,} bytes")
-        return np.frombuffer(raw, dtype).reshape(shape, order=order)
+    def _check_arguments(self) -> None:
+        """Few; and however often a file hands over the same text, not too much of it in all."""
+        arguments = self.stack[-1]
+        if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
+            raise InputError("it calls a function otherwise than numpy does; nothing was run")
+        self.handed += sum(len(part) for part in arguments if isinstance(part, (str, bytes)))
+        if self.handed > MAX_HANDED:
+            raise InputError(f"it works on over {MAX_HANDED:,} bytes")
 
-    def _encoded(self, text: str) -> bytes:
-        """As often as a file may ask for it, no more bytes in all than a file may have."""
-        self.encoded += len(text)
-        if self.encoded > MAX_BYTES:
-            raise InputError(f"it asks for over {MAX_BYTES:,} bytes to be made")
-        return text.encode("latin1")
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
+
+    def load_dict(self) -> None:
+        if self.pop_mark():
+            raise InputError("it fills a dict otherwise than pickle does")
+        self.append(_Dict())
+
+    load_binunicode = _strict(pickle._Unpickler.load_binbytes)
+    load_binunicode8 = _strict(pickle._Unpickler.load_binbytes8)
+    load_short_binunicode = _strict(pickle._Unpickler.load_short_binbytes)
+    load_bytearray8 = pickle._Unpickler.load_binbytes8  # its own takes as much room as it is told
 
 
-_CONSTANTS: dict[str, Any] = {
-    "NONE": None,
-    "NEWTRUE": True,
-    "NEWFALSE": False,
-    "EMPTY_TUPLE": (),
-    "MARK": _MARK,
+class _Counted(dict):
+    """{instruction: method}: the unpickler looks each up that it follows; KeyError ends it."""
+
+    followed = 0
+
+    def __getitem__(self, code: int) -> Callable:
+        self.followed += 1
+        if self.followed > MAX_INSTRUCTIONS:
+            raise InputError(f"it has over {MAX_INSTRUCTIONS:,} instructions")
+        return super().__getitem__(code)
+
+
+class _Dict(dict):
+    """Keys that are quick to hash and compare, unlike tuples in tuples or numbers of equal hash."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        small = isinstance(key, int) and 0 <= key < MAX_INSTRUCTIONS
+        if not small and not (isinstance(key, (str, bytes)) and len(key) <= MAX_KEY):
+            raise InputError(f"expected short names as a dict's keys, got {type(key).__name__}")
+        super().__setitem__(key, value)
+
+
+class _DType:
+    """An array's type: the call gives kind and size, BUILD the byte order."""
+
+    def __init__(self, code: str, align: Any, copy: Any):
+        if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}", code):
+            raise InputError(f"it holds an array of {code[:20]!r}, neither numbers nor names")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array, empty where BUILD has yet to fill it."""
+
+    def __init__(self, values: np.ndarray | None = None):
+        self.values = values
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, content = state
+        self.values = _values(content, kind, shape, "F" if fortran else "C")
+
+
+def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
+    """A view of the bytes, which must be as many as the shape says.
+
+    Order K, from numpy 2.3 on: the bytes are in order C, and the axes are exchanged afterwards.
+    """
+    content = content.encode("latin1") if isinstance(content, str) else content
+    stored = "C" if order == "K" else order
+    array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)  # checks the shape
+    if array.nbytes != len(content):
+        raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
+    if kind.dtype.kind == "U":  # numpy takes any number for a character, and breaks on it later
+        content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
+    return array.transpose(*axes) if order == "K" else array
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise InputError("it holds bytes in an unknown encoding")
+    return text.encode("latin1")
+
+
+_NAMES = {
+    ("numpy", "ndarray"): None,  # only an argument of `_reconstruct`
+    ("numpy", "dtype"): _DType,
+    ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
+    ("numpy.core.multiarray", "scalar"): lambda kind, raw: _values(raw, kind, (), "C").item(),
+    ("numpy.core.numeric", "_frombuffer"): lambda *arguments: _Array(_values(*arguments)),
+    ("_codecs", "encode"): _encode,
 }
-_CONSTANTS |= {"EMPTY_LIST": list, "EMPTY_DICT": dict}
-_VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
-_VALUES |= {
-    "STRING",
-    "BINSTRING",
-    "SHORT_BINSTRING",
-    "UNICODE",
-    "BINUNICODE",
-    "SHORT_BINUNICODE",
-    "BINUNICODE8",
-}
-_VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-
-
-def _expect(value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(
-            f"a {kind.__name__.strip('_')} was expected where {type(value).__name__.strip('_')} is"
-        )
-    return value
-
-
-def _pairs(items: list[Any]) -> dict[Any, Any]:
-    """Keys are names: a tuple inside tuples takes for ever to hash, and different numbers can have
-    equal hashes."""
-    keys = items[::2]
-    if len(items) % 2 or not all(isinstance(key, (str, bytes)) for key in keys):
-        raise ValueError("a dict with keys that are no names")
-    return dict(zip(keys, map(_finished, items[1::2]), strict=True))
-
-
-def _named(module: str, name: str) -> _Name:
-    if (module, name) not in _NAMES:
-        raise InputError(f"it wants to run {_clean(module)}.{_clean(name)}; nothing was run")
-    return _Name(_NAMES[module, name])
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
-
-
-def _finished_list(items: list[Any]) -> list[Any]:
-    return [_finished(item) for item in items]
-
-
-def _finished(value: Any) -> Any:
-    """The array itself, where the value is one."""
-    if isinstance(value, _Unfilled):
-        if value.array is None:
-            raise ValueError("an array without content")
-        return value.array
-    if isinstance(value, (_Name, _DType)) or value is _MARK:
-        raise ValueError("a value that is no data")
-    return value

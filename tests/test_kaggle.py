@@ -3,7 +3,6 @@
 import csv
 import os
 import pickle
-import subprocess
 
 import numpy as np
 import pytest
@@ -21,151 +20,83 @@ HWC = IMAGES.permute(0, 2, 3, 1).contiguous().numpy()
 IDS = [7, 3, 11, 0]
 
 
-def written(tmp_path, content, protocol=4):
+def written(tmp_path, content):
     path = tmp_path / "test.pkl"
-    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, protocol))
+    path.write_bytes(content if isinstance(content, bytes) else pickle.dumps(content, 4))
     return path
 
 
-def refusal(path):
-    with pytest.raises(InputError) as caught:
-        read_test_file(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize(
-    "data", [HWC, IMAGES.flatten(1).numpy(), np.asfortranarray(HWC)], ids=["hwc", "flat", "fortran"]
-)
+@pytest.mark.parametrize("data", [HWC, IMAGES.flatten(1).numpy()], ids=["hwc", "flat"])
 @pytest.mark.parametrize("keys", [("data", "ids"), (b"data", b"ids")], ids=["str", "bytes"])
-def test_every_honest_variant_reads_the_same(tmp_path, protocol, data, keys):
-    for ids in (IDS, tuple(IDS), np.array(IDS), list(np.array(IDS))):
-        read = read_test_file(
-            written(tmp_path, dict(zip(keys, (data, ids), strict=True)), protocol)
-        )
-        assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS) and read.labels is None
-
-
-def test_files_of_python_2_and_older_numpy_are_read(tmp_path):
-    # protocol 2 as Python 2 wrote it: byte strings (U, T) for keys and pixels, numpy.core instead
-    # of numpy._core
-    pixels = HWC.tobytes()
-    shape = b"(K%cK\x20K\x20K\x03t" % N
-    python_2 = (
-        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-        + shape
-    )
-    python_2 += b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-    python_2 += len(pixels).to_bytes(4, "little") + pixels + b"tbU\x03ids](K\x07K\x03K\x0bK\x00eu."
-    read = read_test_file(written(tmp_path, python_2))
-    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
-
-
-def test_files_of_python_2s_default_protocol_are_read(tmp_path):
-    # protocol 0: text, with all bytes that aren't printable escaped inside of quotes
-    pixels = repr(HWC.tobytes())[1:].encode()
-    python_2 = b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\ntp5\nS'b'\np6\n"
-    python_2 += (
-        b"tp7\nRp8\n(I1\n(I%d\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\nI1\ntp12\nRp13\n"
-        % N
-    )
-    python_2 += (
-        b"(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS"
-        + pixels
-        + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\n"
-    )
-    python_2 += b"I7\naI3\naI11\naI0\nas."
-    read = read_test_file(written(tmp_path, python_2))
-    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
+@pytest.mark.parametrize("ids", [IDS, tuple(IDS), np.array(IDS), list(np.array(IDS))])
+def test_every_honest_variant_reads_the_same(tmp_path, data, keys, ids):
+    read = read_test_file(written(tmp_path, dict(zip(keys, (data, ids), strict=True))))
+    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS) and read.labels is None
 
 
 def test_names_as_ids_are_carried(tmp_path):
-    assert read_test_file(written(tmp_path, {"data": HWC, "ids": [b"a", "b", "c", "d"]})).ids == (
-        "a",
-        "b",
-        "c",
-        "d",
-    )
+    for ids in ([b"a", "b", "c", "d"], np.array(["a", "b", "c", "d"])):
+        content = written(tmp_path, {"data": HWC, "ids": ids})
+        assert read_test_file(content).ids == ("a", "b", "c", "d")
 
 
-class Runs:
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("where", ["data", "ids", "key"])
-@pytest.mark.parametrize(
-    "function, arguments",
-    [
-        (os.system, ("touch owned",)),
-        (subprocess.Popen, (["touch", "owned"],)),
-        (eval, ("open('owned', 'w')",)),
-    ],
-    ids=["system", "popen", "eval"],
-)
-def test_no_code_of_the_file_runs(tmp_path, monkeypatch, where, function, arguments):
-    monkeypatch.chdir(tmp_path)
-    gadget = Runs(function, *arguments)
-    content = {
-        "data": {"data": gadget, "ids": IDS},
-        "ids": {"data": HWC, "ids": [gadget]},
-        "key": [gadget],
-    }[where]
-    assert "wants to run" in refusal(written(tmp_path, content))
-    assert not (tmp_path / "owned").exists()
+# As Python 2 wrote it: byte strings for keys and pixels, numpy.core instead of numpy._core.
+# Protocol 0 is text, with all bytes that aren't printable escaped inside of quotes.
+PYTHON_2 = {
+    0: b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\n"
+    b"tp5\nS'b'\np6\ntp7\nRp8\n(I1\n(I4\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\n"
+    b"I1\ntp12\nRp13\n(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS"
+    + repr(HWC.tobytes())[1:].encode()
+    + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\nI7\naI3\naL11L\naI0\nas.",
+    2: b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b"
+    b"\x87R(K\x01(K\x04K\x20K\x20K\x03tcnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff"
+    b"\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+    + len(HWC.tobytes()).to_bytes(4, "little")
+    + HWC.tobytes()
+    + b"tbU\x03ids](K\x07K\x03K\x0bK\x00eu.",
+}
 
 
-@pytest.mark.parametrize(
-    "name", [b"numpy.f2py\ncompile", b"numpy\nload", b"numpy\nndarray.tofile", b"builtins\ngetattr"]
-)
-def test_names_under_allowed_prefixes_are_refused(tmp_path, name):
-    assert "wants to run" in refusal(written(tmp_path, b"c" + name + b"\n."))
-    assert "wants to run" in refusal(
-        written(
-            tmp_path,
-            b"\x80\x04\x8c%c" % name.index(b"\n")
-            + name.replace(b"\n", b"\x8c%c" % (len(name) - name.index(b"\n") - 1))
-            + b"\x93.",
-        )
-    )
-
-
-def test_object_arrays_are_refused(tmp_path):
-    refusal(written(tmp_path, {"data": np.array([Runs(os.getcwd)], dtype=object), "ids": [0]}))
-    assert "type" in refusal(written(tmp_path, {"data": HWC, "ids": np.array(IDS, dtype=object)}))
+@pytest.mark.parametrize("protocol", PYTHON_2)
+def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
+    read = read_test_file(written(tmp_path, PYTHON_2[protocol]))
+    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1], "expected a dict"),
-        ({"ids": IDS}, "'data'"),
-        ({"data": HWC}, "'ids'"),
-        ({"data": HWC.astype(np.int64), "ids": IDS}, "uint8"),
-        ({"data": HWC.tolist(), "ids": IDS}, "uint8"),
-        ({"data": HWC[:, :16], "ids": IDS}, "(N, 3072)"),
-        ({"data": IMAGES.numpy(), "ids": IDS}, "(N, 3072)"),
-        ({"data": HWC[:0], "ids": []}, "(N, 3072)"),
-        ({"data": np.array(5, np.uint8), "ids": [1]}, "got ()"),
-        ({"data": HWC, "ids": IDS[:3]}, "3 ids"),
+        ([1], "expected a dict, got list"),
+        ({"ids": IDS}, "the key 'data', found 'ids'"),
+        ({"data": HWC}, "the key 'ids', found 'data'"),
+        ({"data": HWC.astype(np.int64), "ids": IDS}, "uint8, got an array of int64"),
+        ({"data": HWC.tolist(), "ids": IDS}, "uint8, got list"),
+        ({"data": IMAGES.numpy(), "ids": IDS}, "(N, 3072), got (4, 3, 32, 32)"),
+        ({"data": HWC[:0], "ids": []}, "(N, 3072), got (0, 32, 32, 3)"),
+        ({"data": np.array(5, np.uint8), "ids": [1]}, "(N, 3072), got ()"),
+        ({"data": HWC, "ids": IDS[:3]}, "4 images, but 3 ids"),
+        ({"data": HWC, "ids": np.full(10**6, b"a")}, "4 images, but 1000000 ids"),
         ({"data": HWC, "ids": [1, 2, 3, 1]}, "1 stands for several"),
-        ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers"),
-        ({"data": HWC, "ids": "abcd"}, "list"),
+        ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers or names"),
+        ({"data": HWC, "ids": ["a", "b", "c", "d\n"]}, "got 'd\\n'"),
+        ({"data": HWC, "ids": ["a", "b", "c", "d" * 201]}, "got 'dddd"),
+        ({"data": HWC, "ids": "abcd"}, "a flat array, got str"),
+        (pickle.dumps({"data": HWC, "ids": IDS})[:-1], "it can't be read as a pickle of arrays"),
     ],
 )
-def test_a_wrong_content_is_named(tmp_path, content, message):
-    assert message in refusal(written(tmp_path, content))
+def test_a_wrong_content_is_named_with_its_remedy(tmp_path, content, message):
+    path = written(tmp_path, content)
+    with pytest.raises(InputError) as caught:
+        read_test_file(path)
+    assert str(caught.value).startswith(f"test file: {path}: ") and message in str(caught.value)
+    assert str(caught.value).endswith(
+        ": give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
+    )
 
 
-def test_broken_files_are_refused(tmp_path):
-    whole = pickle.dumps({"data": HWC, "ids": IDS}, 4)
-    for size in (0, 1, len(whole) // 2, len(whole) - 1):
-        refusal(written(tmp_path, whole[:size]))
-    assert "found none" in refusal(tmp_path / "absent.pkl")
+def test_an_absent_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="expected a file, found none at .*absent.pkl"):
+        read_test_file(tmp_path / "absent.pkl")
 
 
 def test_submission_has_the_files_ids_in_order(tmp_path):
@@ -176,12 +107,24 @@ def test_submission_has_the_files_ids_in_order(tmp_path):
     assert rows == [["ID", "Category"], ["a,b", "1"]]
 
 
-@pytest.mark.parametrize("ids, labels", [([1, 2], [3, 10]), ([1, 1], [3, 4]), ([1, 2], [3, -1])])
-def test_an_invalid_submission_leaves_the_old_one(tmp_path, ids, labels):
+@pytest.mark.parametrize(
+    "ids, labels, message",
+    [
+        ([1, 2], [3, 10], "labels 0 to 9, got 10"),
+        ([1, 2], [3, -1], "labels 0 to 9, got -1"),
+        ([1, 2], [3, 2.9], "labels 0 to 9, got 2.9"),
+        ([1, 2], [3], "got 1 for 2 ids"),
+        ([1, 2, 1], [3, 4, 5], "different, printable ids, got '1'"),
+        (["1", 1], [3, 4], "different, printable ids, got '1'"),
+        (["a\nb"], [3], "different, printable ids, got 'a\\nb'"),
+    ],
+)
+def test_an_invalid_submission_leaves_the_old_one(tmp_path, ids, labels, message):
     path = tmp_path / "s.csv"
     path.write_text("old")
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as caught:
         write_submission(path, ids, labels)
+    assert message in str(caught.value)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["s.csv"]
 
 
@@ -192,22 +135,12 @@ def test_match_statistics_reaches_its_target():
 
 
 def test_generated_file_reads_back_with_its_labels_in_step(tmp_path):
-    marked = (
-        torch.arange(40, dtype=torch.uint8)
-        .mul(6)
-        .view(-1, 1, 1, 1)
-        .expand(-1, 3, 32, 32)
-        .contiguous()
-    )
-    test = ImageSet(marked, torch.arange(40) % 10)
+    brightness = torch.arange(40, dtype=torch.uint8).mul(6).view(-1, 1, 1, 1)
+    test = ImageSet(brightness.expand(-1, 3, 32, 32).contiguous(), torch.arange(40) % 10)
     known = generate_test_file(tmp_path / "g.pkl", test)
     read = read_test_file(tmp_path / "g.pkl")
-    assert (
-        torch.equal(read.images, known.images)
-        and read.ids == tuple(range(40))
-        and read.labels is None
-    )
+    assert torch.equal(read.images, known.images) and read.labels is None
+    assert read.ids == known.ids == tuple(range(40))
     order = known.images[:, 0, 0, 0].int().argsort()  # the shift keeps the order of brightness
-    assert torch.equal(known.labels[order], test.labels) and not torch.equal(
-        known.labels, test.labels
-    )
+    assert torch.equal(known.labels[order], test.labels)
+    assert not torch.equal(known.labels, test.labels)

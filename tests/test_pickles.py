@@ -1,17 +1,14 @@
-"""Pickles from strangers: a corpus of hostile and broken files, a fuzzer, and every honest
-variant."""
+"""Pickles from strangers: hostile and broken files, and every honest variant."""
 
 import pickle
+import random
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import read_test_file
@@ -21,31 +18,53 @@ DATA = np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 32, 32, 3
 HONEST = {
     protocol: pickle.dumps({b"data": DATA, b"ids": [0, 1]}, protocol) for protocol in range(6)
 }
-
-# What has been used to run code, under prefixes that blocklists and allowlists let through among
-# them
-GADGETS = """
-os system|posix system|nt system|os popen|os execv|os.path os|subprocess Popen|subprocess check_output|subprocess run
-builtins eval|builtins exec|builtins getattr|builtins open|builtins __import__|builtins compile|builtins bytes
-__builtin__ eval|__builtin__ apply|importlib import_module|runpy run_path|runpy _run_code|code InteractiveInterpreter
-pty spawn|shutil rmtree|ctypes CDLL|operator attrgetter|operator methodcaller|functools partial|webbrowser open
-socket create_connection|pickle loads|_pickle loads|marshal loads|types CodeType|types FunctionType|timeit timeit
-pdb run|cProfile run|bdb Bdb|asyncio run|pip main|pydoc pipepager|copyreg _reconstructor|torch load|torch hub.load
-torch.storage _load_from_bytes|torch.serialization load|numpy load|numpy fromfile|numpy memmap|numpy.lib.npyio load
-numpy.f2py.crackfortran getlincoef|numpy.f2py.crackfortran myeval|numpy.f2py.diagnose run|numpy.f2py compile
-numpy.testing._private.utils runstring|numpy.distutils.exec_command exec_command|numpy.core.multiarray fromfile
-numpy._core.multiarray frombuffer|numpy.core.multiarray _reconstruct.__globals__|numpy ndarray.__class__
-numpy dtype.__base__|numpy core.multiarray._reconstruct|numpy._core.numeric _frombuffer.__globals__
-numpy  dtype|numpy dtype.|_codecs lookup|_codecs encode.__self__|codecs encode|_codecs decode
-""".replace("\n", "|").strip("|")
+# Anybody's code; what lies beside or inside of the names that are allowed; numpy's own loaders
+GADGETS = (
+    "os system|builtins eval|importlib import_module|functools partial|numpy load|_codecs decode|"
+    "numpy dtype.__base__|numpy core.multiarray.scalar|numpy.f2py.diagnose run|numpy  dtype"
+)
 
 
 def text(value: str) -> bytes:
     return b"X" + struct.pack("<I", len(value)) + value.encode()
 
 
-def short_bytes(value: bytes) -> bytes:
-    return b"C" + bytes([len(value)]) + value
+def raw(value: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(value)) + value
+
+
+def dtype(code: str, order: str = "<") -> bytes:
+    state = b"(K\x03" + text(order) + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    return b"cnumpy\ndtype\n" + text(code) + b"\x89\x88\x87R" + state
+
+
+ARRAY = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+SCALAR = b"cnumpy._core.multiarray\nscalar\n"
+ENCODE = b"c_codecs\nencode\n"
+NAME = b"cnumpy\ndtype\n"
+
+
+def filled(shape: bytes, kind: bytes, content: bytes = raw(b"a")) -> bytes:
+    """A dict whose data are an array of that shape, type and content."""
+    return (
+        b"\x80\x04}" + text("data") + ARRAY + b"(K\x01" + shape + kind + b"\x89" + content + b"tbs."
+    )
+
+
+def again(function: bytes, arguments: bytes, times: int = 10**5) -> bytes:
+    """A list of what the function makes of the same arguments, as often as that."""
+    call = b"h\x00h\x01R" * times
+    return b"\x80\x04" + function + b"\x94" + arguments + b"\x940](" + call + b"e."
+
+
+def long(size: int) -> bytes:
+    return b"\x8b" + struct.pack("<i", size) + b"\x7f" * size
+
+
+def doubled(n: int = 60) -> bytes:
+    """Memo n: a tuple of a tuple of ... twice each, small to write, 2^n to walk."""
+    pairs = (b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(n))
+    return b"\x80\x04)\x94" + b"".join(pairs) + b"0"
 
 
 def gadgets() -> dict[str, bytes]:
@@ -58,297 +77,185 @@ def gadgets() -> dict[str, bytes]:
     return cases
 
 
-ARRAY = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
-ENCODE = b"c_codecs\nencode\n"
-
-
-def dtype(
-    code: str, state: bytes = b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-) -> bytes:
-    return b"cnumpy\ndtype\n" + text(code) + b"\x89\x88\x87R" + state
-
-
-def filled(shape: bytes, kind: bytes, content: bytes) -> bytes:
-    """A dict whose data are an array of that shape, type and content."""
-    return (
-        b"\x80\x04}" + text("data") + ARRAY + b"(K\x01" + shape + kind + b"\x89" + content + b"tbs."
-    )
-
-
-def doubled(n: int) -> bytes:
-    """A tuple of a tuple of ... twice each: small to write, 2^n to walk."""
-    return b")\x94" + b"".join(
-        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86\x94" for i in range(n)
-    )
-
-
 CORPUS = {
     **gadgets(),
     # instructions that make objects, or ask for something outside the file
     "INST": b"(S'touch owned'\nios\nsystem\n.",
-    "OBJ": b"(cos\nsystem\nS'touch owned'\no.",
-    "NEWOBJ": b"\x80\x02cnumpy\nndarray\n)\x81.",
-    "NEWOBJ_EX": b"\x80\x04cnumpy\nndarray\n)}\x92.",
+    "OBJ": b"(" + NAME + text("u1") + b"\x89\x88o.",
+    "NEWOBJ": b"\x80\x02" + NAME + b")\x81.",
+    "NEWOBJ_EX": b"\x80\x04" + NAME + b")}\x92.",
     "PERSID": b"Pfile\n.",
-    "BINPERSID": b"\x80\x02K\x01Q.",
     "EXT1": b"\x80\x02\x82\x01.",
-    "EXT2": b"\x80\x02\x83\x01\x00.",
-    "EXT4": b"\x80\x02\x84\x01\x00\x00\x00.",
     "NEXT_BUFFER": b"\x80\x05\x97.",
-    "READONLY_BUFFER": b"\x80\x05\x97\x98.",
     "FROZENSET": b"\x80\x04(K\x01\x91.",
-    "ADDITEMS": b"\x80\x04\x8f(K\x01\x90.",
-    "DUP": b"\x80\x02]2a.",
+    "DUP": b"\x80\x02}2.",
     # changing what has a name, calling it otherwise than numpy does
-    "BUILD on a function": b"\x80\x02cnumpy\ndtype\nN}X\x0c\x00\x00\x00__defaults__N\x86s\x86b.",
-    "BUILD on a dict": b"\x80\x02}(K\x01tb.",
-    "REDUCE of a class": b"\x80\x02cnumpy\nndarray\nK\x05\x85R.",
-    "REDUCE of text": b"\x80\x02" + text("os.system") + b")R.",
-    "_reconstruct of another class": ARRAY.replace(b"ndarray", b"dtype") + b".",
-    "_reconstruct of another shape": ARRAY.replace(b"K\x00\x85", b"J\xff\xff\xff\x7f\x85") + b".",
+    "BUILD on a function": ENCODE + b"N}" + text("__defaults__") + b")s\x86b.",
+    "BUILD on a class": NAME + b"N}" + text("__init__") + b"Ns\x86b.",
+    "BUILD on a dict": b"\x80\x02}}" + text("a") + b"Nsb.",
+    "REDUCE of text": text("os.system") + b")R.",
+    "REDUCE with text for a tuple": NAME + text("u1x") + b"R.",
     "encode by another codec": b"\x80\x02" + ENCODE + text("a") + text("zlib") + b"\x86R.",
-    "__setstate__ chain": b"\x80\x04"
+    "a result that is a name": NAME + b".",
+    "a name as data": b"}" + text("data") + NAME + b"s" + text("ids") + b"]s.",
+    "an array never filled": b"}"
+    + text("data")
+    + b"\x80\x04"
     + ARRAY
-    + b"(K\x01K\x00\x85"
-    + dtype("u1")
-    + b"\x89C\x00tb(K\x01)tb.",
-    "array filled twice": b"\x80\x04"
-    + ARRAY
-    + (b"(K\x01K\x00\x85" + dtype("u1") + b"\x89C\x00tb") * 2
-    + b".",
-    "array never filled": b"\x80\x04" + ARRAY + b".",
-    "only a name": b"\x80\x04cnumpy\nndarray\n.",
-    "only a type": b"\x80\x04" + dtype("u1") + b".",
-    "only a mark": b"(.",
+    + b"s"
+    + text("ids")
+    + b"]s.",
     # arrays of objects, of records, of sizes that their bytes don't have
     "object array": pickle.dumps({"data": np.array([print, None]), "ids": []}),
-    "object type": filled(b"K\x01\x85", dtype("O8"), b"]N\x61"),
-    "records": filled(b"K\x01\x85", dtype("i4,i4"), short_bytes(bytes(8))),
-    "void": filled(b"K\x01\x85", dtype("V8"), short_bytes(bytes(8))),
-    "dates": filled(b"K\x01\x85", dtype("M8"), short_bytes(bytes(8))),
-    "type with fields": filled(
-        b"K\x01\x85", dtype("u1", b"(K\x03U\x01|N(U\x01at}U\x01aNstb"), short_bytes(b"a")
-    ),
-    "type inside a type": filled(
-        b"K\x01\x85", dtype("u1", b"(K\x03U\x01|cnumpy\ndtype\nNNtb"), short_bytes(b"a")
-    ),
-    "giant element": filled(b"K\x01\x85", dtype("S999999999"), short_bytes(b"a")),
-    "empty element": filled(b"J\xff\xff\xff\x7f\x85", dtype("S0"), short_bytes(b"")),
-    "giant shape": filled(b"\x8a\x06\x00\x00\x00\x00\x00\x01\x85", dtype("u1"), short_bytes(b"a")),
-    "negative shape": filled(b"J\xff\xff\xff\xff\x85", dtype("u1"), short_bytes(b"a")),
-    "shape of floats": filled(
-        b"G?\xf0\x00\x00\x00\x00\x00\x00\x85", dtype("u1"), short_bytes(b"a")
-    ),
-    "shape that overflows": filled(
-        b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7fJ\x04\x00\x00\x00\x87", dtype("u1"), short_bytes(b"a")
-    ),
-    "forty dimensions": filled(b"(" + b"K\x01" * 40 + b"t", dtype("u1"), short_bytes(b"a")),
-    "scalar too short": b"\x80\x04cnumpy._core.multiarray\nscalar\n"
-    + dtype("i8")
-    + b"C\x01a\x86R.",
-    # bombs
-    "memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff" + b"r\xfe\xff\xff\xff.",
-    "memo that isn't": b"\x80\x02h\x07.",
-    "endless key": b"\x80\x04}" + doubled(60) + b"Ns.",
-    "endless ids": b"\x80\x04}"
-    + text("ids")
-    + doubled(60)
-    + b"s"
-    + text("data")
-    + doubled(60)
-    + b"s.",
-    "list of itself": b"\x80\x04]\x94h\x00a.",
-    "bytes made again and again": b"\x80\x02"
-    + text("x" * 10**6)
-    + b"\x94"
-    + (ENCODE + b"h\x00" + text("latin1") + b"\x86R0") * 99
-    + b".",
-    "number of a million digits": b"I" + b"9" * 10**6 + b"\n.",
-    "long of a million digits": b"L" + b"9" * 10**6 + b"L\n.",
-    "long as an id": b"\x80\x04}"
-    + text("ids")
-    + b"]\x8b"
-    + struct.pack("<I", 10**6)
-    + b"\x01" * 10**6
-    + b"as"
-    + text("data")
-    + b"Ns.",
+    "records": filled(b"K\x01\x85", dtype("i4,i4"), raw(bytes(8))),
+    "empty element": filled(b"J\xff\xff\xff\x7f\x85", dtype("S0"), raw(b"")),
+    "characters that don't exist": filled(b"K\x01\x85", dtype("U1"), raw(b"\xff" * 4)),
+    "array from nothing": filled(b"J\xff\xff\xff\x7f\x85", dtype("u1"), b"N"),
+    "shape too small": filled(b"K\x01\x85", dtype("u1"), raw(b"ab")),
+    "shape too large": filled(b"J\xff\xff\xff\x7f\x85", dtype("u1")),
+    "shape of long numbers": filled(b"(" + long(1000) * 40 + b"t", dtype("u1")),
+    "shape of too many": filled(b"(" + b"K\x01" * 10**5 + b"t", dtype("u1")),
+    "shape of bombs": doubled() + filled(b"h\x3ch\x3c\x86", dtype("u1")),
+    # small files, or small work, that would become large
+    "a long dtype name": dtype("<" * 10**6) + b".",
+    "a long dtype name again": again(NAME, text("<" * 10**6) + b"\x89\x88\x87"),
+    "long scalars again": again(SCALAR, dtype("U999") + raw(b"a\0\0\0" * 999) + b"\x86"),
+    "bytes again": again(ENCODE, text("x" * 10**5) + text("latin1") + b"\x86"),
+    "small arrays as ids": pickle.dumps({"data": DATA, "ids": np.full(10**6, b"a")}),
+    "memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
+    "memo of equal hashes": b"N" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(9)) + b".",
     "keys of equal hash": pickle.dumps({n * (2**61 - 1): None for n in range(1, 9)}),
-    # declared sizes
+    "a key that is a bomb": doubled() + b"}h\x3cNs.",
+    "long keys": pickle.dumps({"x" * 10**6: None}),
+    "ids that are a bomb": doubled() + b"}" + text("ids") + b"h\x3cs" + text("data") + b"h\x3cs.",
+    "a list of itself": b"\x80\x04]\x94h\x00a.",
+    "a dict of itself": b"\x80\x04}\x94" + text("data") + b"h\x00s.",
+    "nested tuples": b"}" + text("ids") + b")" + b"\x85" * 10**5 + b"s" + text("data") + b"Ns.",
+    "INT of a million digits": b"I" + b"9" * 10**6 + b"\n.",
+    "PUT of a million digits": b"Np" + b"9" * 10**6 + b"\n.",
+    "long as an id": b"}" + text("data") + b"Ns" + text("ids") + b"]" + long(10**6) + b"as.",
+    "lone surrogates": b"X\x03\x00\x00\x00\xed\xa0\x80.",
+    "endless instructions": b"](" * (MAX_INSTRUCTIONS // 2) + b".",
+    "too long": b"C" + bytes(MAX_BYTES),
     **{
         f"{name} of {size:#x}": b"\x80\x05" + code + struct.pack(form, size) + b"abc."
         for name, code, form, size in [
-            ("BINBYTES", b"B", "<I", 2**32 - 1),
             ("BINBYTES8", b"\x8e", "<Q", 2**62),
-            ("BYTEARRAY8", b"\x96", "<Q", 2**62),
+            ("BYTEARRAY8", b"\x96", "<Q", 2**33),
             ("BINUNICODE", b"X", "<I", 2**32 - 1),
-            ("BINUNICODE8", b"\x8d", "<Q", 2**62),
-            ("BINSTRING", b"T", "<i", 2**31 - 1),
-            ("BINSTRING", b"T", "<i", -1),
             ("LONG4", b"\x8b", "<i", 2**31 - 1),
-            ("LONG4", b"\x8b", "<i", -1),
             ("FRAME", b"\x95", "<Q", 2**62),
         ]
     },
-    # endless instructions
-    "endless None": b"\x80\x04" + b"N" * (MAX_INSTRUCTIONS + 9) + b".",
-    "endless marks": b"\x80\x04" + b"(" * (MAX_INSTRUCTIONS + 9) + b".",
-    "endless memo": b"\x80\x04N" + b"\x94" * (MAX_INSTRUCTIONS + 9) + b".",
-    "too long": b"\x80\x04C" + bytes(MAX_BYTES),
     # no pickles, and broken ones
     "nothing": b"",
-    "a stop": b".",
     "a picture": b"\x89PNG\r\n\x1a\n" + bytes(50),
-    "a zip": b"PK\x03\x04" + bytes(50),
-    "gzip": b"\x1f\x8b\x08" + bytes(50),
-    "a page": b"<!DOCTYPE html><html>Not found</html>",
-    "a table": b"ID,Labels\n0,3\n",
-    "json": b'{"data": []}',
-    "noise": bytes(np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8)),
-    "protocol 255": b"\x80\xff}.",
+    "noise": random.Random(0).randbytes(5000),
     "stack runs out": b"\x80\x02\x87.",
     "key without value": b"\x80\x02}(K\x01u.",
-    "content after a cut": HONEST[4][:-1],
 }
 
 
-def refused(content: bytes) -> str:
-    with pytest.raises(InputError) as caught:
-        read(content)
-    message = str(caught.value)
-    assert message.isprintable() and len(message) < 400
-    return message
-
-
 @pytest.mark.parametrize("name", CORPUS)
-def test_the_reader_refuses_what_is_no_dict_of_arrays(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_dict_of_arrays_is_refused_in_one_line(name, tmp_path):
     path = tmp_path / "test.pkl"
     path.write_bytes(CORPUS[name])
-    start = time.perf_counter()
     with pytest.raises(InputError) as caught:
         read_test_file(path)
-    assert str(caught.value).isprintable() and str(path) in str(caught.value)
-    assert [file.name for file in tmp_path.iterdir()] == ["test.pkl"]
-    assert time.perf_counter() - start < 60
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_a_name_is_refused_where_it_is_named():
     for name, content in gadgets().items():
-        assert refused(content).startswith("it wants to run "), name
-    assert refused(CORPUS["GLOBAL os system"]) == "it wants to run os.system; nothing was run"
+        with pytest.raises(InputError) as caught:
+            read(content)
+        wanted = name.partition(" ")[2].replace(" ", ".", 1)
+        assert str(caught.value) == f"it wants to run {wanted}; nothing was run"
 
 
-def test_the_whole_corpus_needs_less_than_a_gigabyte_and_runs_nothing(tmp_path):
-    # A process of its own, which the kernel holds to the limit; sys.addaudithook hears of
-    # everything that is opened, imported, compiled or started.
-    (tmp_path / "corpus.pkl").write_bytes(pickle.dumps(list(CORPUS.values())))
-    script = """
-import pickle, resource, sys
-from cifar_lib.errors import InputError
-from cifar_lib.pickles import read
-import encodings.latin_1, encodings.ascii, encodings.raw_unicode_escape
+BOUNDED = """
+import pickle, resource, sys, time
+from cifar_lib import pickles
+import encodings.latin_1, encodings.ascii, encodings.raw_unicode_escape, encodings.utf_32_le
 corpus = pickle.load(open("corpus.pkl", "rb"))
+names = dict(pickles._NAMES), [dict(vars(f)) for f in pickles._NAMES.values() if f]
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 heard = []
-watched = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "ctypes.", "pickle.find_class")
-sys.addaudithook(lambda event, arguments: heard.append(event) if event.startswith(watched) else None)
-for content in corpus:
+watched = ("open", "import", "exec", "compile", "os.", "subprocess.", "socket.", "pickle")
+sys.addaudithook(lambda event, _: heard.append(event) if event.startswith(watched) else None)
+for name, content in corpus.items():
+    start = time.perf_counter()
     try:
-        read(content)
-    except InputError as error:
+        pickles.read(content)
+    except pickles.InputError as error:
         if "MemoryError" in str(error):
-            heard.append(str(error))
-print(sorted(set(heard)))
+            heard.append(name)
+    if time.perf_counter() - start > 10:
+        heard.append(name)
+if names != (dict(pickles._NAMES), [dict(vars(f)) for f in pickles._NAMES.values() if f]):
+    heard.append("a function was changed")
+print(heard)
 """
+
+
+def test_every_hostile_file_needs_less_than_a_gigabyte_and_ten_seconds_and_runs_nothing(tmp_path):
+    # The kernel holds a process of its own to the limit; an audit hook hears what it opens or runs.
+    (tmp_path / "corpus.pkl").write_bytes(pickle.dumps(CORPUS))
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-c", BOUNDED]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.pkl"]
-
-
-@pytest.mark.parametrize("protocol", HONEST)
-def test_an_honest_file_cut_off_at_every_tenth_byte_is_refused(protocol):
-    content = HONEST[protocol]
-    for end in range(0, len(content), 10):
-        refused(content[:end])
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.pkl"]
 
 
 @pytest.mark.parametrize("protocol", HONEST)
 @pytest.mark.parametrize(
     "value",
     [
-        {"data": DATA, "ids": [0, 1]},
+        {"data": DATA, "more": [None, True, 1.5, -3, 2**40, "é", b"\x00\xff", (), {"a": {1: []}}]},
         {
             b"data": np.asfortranarray(DATA),
-            b"ids": (0, 1),
-            b"more": [None, True, 1.5, -3, 2**40, "é", b"\x00\xff", {}],
+            "transposed": DATA.transpose(0, 3, 1, 2),
+            "b": DATA[::2],
         },
-        {"data": DATA.reshape(2, -1), "ids": np.array([5, 6], dtype=">i4")},
-        {"data": DATA, "ids": np.array(["a", "bé"])},
-        {"data": DATA, "ids": [np.int64(3), np.str_("x")]},
-        {"data": DATA[::2], "same": [DATA, DATA], "ids": np.array([b"a"])},
+        {"data": DATA.reshape(2, -1), "same": DATA.reshape(2, -1), "ids": np.array([5, 6], ">i4")},
+        {"ids": np.array(["a", "bé😀"]), "b": np.array(["a"], ">U3"), "c": np.array([b"a"])},
+        {"ids": [np.int64(3), np.str_("x"), np.float32(0.5), np.bool_(True)], "b": np.array(7)},
     ],
 )
 def test_honest_content_comes_back_as_pickle_would_read_it(protocol, value):
     content = pickle.dumps(value, protocol)
-    expected, found = pickle.loads(content), read(content)
-    assert expected.keys() == found.keys()
-    for key, item in expected.items():
+    found = read(content)
+    assert found.keys() == value.keys()
+    for key, item in pickle.loads(content).items():
         np.testing.assert_equal(found[key], item)
 
 
 @pytest.mark.parametrize("protocol", range(4))
 def test_files_of_numpy_1_and_2_read_the_same(protocol):
-    names = (b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-    two, one = names if names[0] in HONEST[protocol] else names[::-1]
-    assert HONEST[protocol].count(two) == 1
-    np.testing.assert_equal(read(HONEST[protocol].replace(two, one)), read(HONEST[protocol]))
+    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
+    for content in (HONEST[protocol].replace(new, old), HONEST[protocol].replace(old, new)):
+        np.testing.assert_equal(read(content), {b"data": DATA, b"ids": [0, 1]})
 
 
-@settings(max_examples=300, deadline=5000, suppress_health_check=list(HealthCheck))
-@given(
-    protocol=st.sampled_from(list(HONEST)),
-    edits=st.lists(
-        st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=12)),
-        min_size=1,
-        max_size=6,
-    ),
-)
-def test_an_honest_file_changed_anywhere_is_read_or_refused(protocol, edits):
-    content = bytearray(HONEST[protocol])
-    for place, removed, inserted in edits:
-        # mostly near the ends: in the middle lie only pixels
-        position = int(place * 400) if place < 0.7 else len(content) - int((1 - place) * 300)
-        content[position : position + removed] = inserted
-    try:
-        read(bytes(content))
-    except InputError as error:
-        assert str(error).isprintable()
+def mutated(content: bytes, dice: random.Random) -> bytes:
+    """A few bytes changed, lost or added, mostly near the ends: in the middle lie only pixels."""
+    changed = bytearray(content)
+    for _ in range(dice.randint(1, 6)):
+        head, tail = dice.randrange(400), len(changed) - dice.randrange(300)
+        at = dice.choice([head, tail, dice.randrange(len(changed))])
+        changed[at : at + dice.randint(0, 4)] = dice.randbytes(dice.randint(0, 8))
+    return bytes(changed)
 
 
-@settings(max_examples=300, deadline=5000)
-@given(
-    st.lists(
-        st.sampled_from(
-            [
-                c
-                for c in b"(.0123456789:;<>=?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz})\n"
-            ]
-        )
-        | st.integers(0x80, 0x98),
-        max_size=200,
-    )
-)
-def test_any_sequence_of_instructions_is_read_or_refused(codes):
-    try:
-        read(bytes(codes))
-    except InputError as error:
-        assert str(error).isprintable()
+@pytest.mark.parametrize("protocol", HONEST)
+def test_an_honest_file_cut_or_changed_anywhere_is_read_or_refused(protocol):
+    content, dice = HONEST[protocol], random.Random(protocol)
+    for end in range(0, len(content), 50):
+        with pytest.raises(InputError):
+            read(content[:end])
+    for _ in range(350):
+        try:
+            assert isinstance(read(mutated(content, dice)), dict)
+        except InputError as error:
+            assert str(error).isprintable()
