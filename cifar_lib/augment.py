@@ -150,15 +150,13 @@ def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float],
     """All distinct (name, magnitude) pairs, and where in them each (name, bin, sign) is: int64
     (names, bins, 2). RandAugment has 23 pairs: one bin, 14 operations, 9 of them with two signs."""
     names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
-    used = [magnitude] if ops == "randaugment" else range(bins)
-    pairs: dict[tuple[str, float], int] = {}
-    lookup = []
+    used = slice(magnitude, magnitude + 1) if ops == "randaugment" else slice(bins)
+    every = []
     for name in names:
-        values = magnitudes(name, bins, wide=ops == "trivialaugment")
-        for value in (values[k] for k in used):
-            for signed in (value, -value if name in SIGNED else value):
-                lookup.append(pairs.setdefault((name, signed), len(pairs)))
-    return tuple(pairs), torch.tensor(lookup).view(len(names), len(used), 2)
+        for value in magnitudes(name, bins, wide=ops == "trivialaugment")[used]:
+            every += [(name, value), (name, -value if name in SIGNED else value)]
+    pairs = tuple(dict.fromkeys(every))
+    return pairs, torch.tensor([pairs.index(pair) for pair in every]).view(len(names), -1, 2)
 
 
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
@@ -217,28 +215,32 @@ def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     """Whole grey levels, float32 (n, 1, 32, 32): exact, as no sum reaches 2**24."""
     red, green, blue = images.float().split(1, dim=1)
-    return (red * 19595 + green * 38470 + blue * 7471).add_(32768).div_(65536).floor_()
+    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
+    return weighted.add_(32768).div_(65536).floor_()
 
 
 def _smooth(images: Tensor) -> Tensor:
     """(1 1 1, 1 5 1, 1 1 1) / 13 around each pixel, the border as it is: float32."""
-    rows = images.to(torch.int16)
-    columns = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]
-    total = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:] + 4 * rows[..., 1:-1, 1:-1]
-    smooth = images.float()
-    smooth[..., 1:-1, 1:-1] = total / 13
+    rows = images.flatten(2).to(torch.int16)  # sums over flat images: what wraps is border
+    columns = rows[..., : -2 * SIZE] + rows[..., SIZE:-SIZE] + rows[..., 2 * SIZE :]
+    around = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]  # pixels 33, 34 ...
+    inner = slice(SIZE + 1, -SIZE - 1)
+    smooth = rows.float()
+    smooth[..., inner] = (around + 4 * rows[..., inner]) * (1 / 13)
+    smooth = smooth.view_as(images)
+    smooth[..., :: SIZE - 1] = images[..., :: SIZE - 1]
     return smooth
 
 
 def _autocontrast(images: Tensor) -> Tensor:
     """Each channel stretched to 0 to 255, unless it is flat; the brightest may be cut to 254."""
-    # Pillow computes in float64, which Apple's GPUs don't have.
-    values = images.to("cpu" if images.device.type == "mps" else images.device, torch.float64)
-    dark, bright = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
+    if images.device.type == "mps":  # which lacks the float64 that Pillow computes in
+        return _autocontrast(images.cpu()).to(images.device)
+    dark, bright = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     flat = dark == bright
-    dark, bright = dark.masked_fill(flat, 0), bright.masked_fill(flat, 255)
+    dark, bright = dark.masked_fill(flat, 0).double(), bright.masked_fill(flat, 255).double()
     scale = torch.tensor(255.0) / (bright - dark)  # a plain 255 / x is 255 times 1 / x
-    return values.mul_(scale).sub_(dark * scale).to(torch.uint8).to(images.device)
+    return images.double().mul_(scale).sub_(dark * scale).to(torch.uint8)
 
 
 OWN_KERNELS = {  # where torchvision's for tensors isn't Pillow's, or is slow
@@ -246,6 +248,7 @@ OWN_KERNELS = {  # where torchvision's for tensors isn't Pillow's, or is slow
     "Color": lambda images, change: _blend(_grey(images), images, change),
     "Contrast": lambda images, change: _blend(_grey(images).mean((1, 2, 3), True), images, change),
     "Sharpness": lambda images, change: _blend(_smooth(images), images, change),
+    "Solarize": lambda images, level: images ^ -(images >= math.ceil(level)).view(torch.uint8),
     "AutoContrast": lambda images, _: _autocontrast(images),
     "Equalize": lambda images, _: kernels.equalize(images),
 }
