@@ -17,9 +17,9 @@ sys.path.insert(
     0, str(Path(__file__).parent.parent)
 )  # so that the scripts run without an installation
 
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import ImageSet, generate_stand_in, load_cifar10
 from cifar_lib.errors import InputError
+from cifar_lib.files import write_atomically
 from cifar_lib.hardware import DTYPES, choose_device, describe
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"

@@ -30,7 +30,6 @@ from tqdm import tqdm
 from cifar_lib.data import ImageSet
 from cifar_lib.hardware import choose_precision
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.fit import resolve
 from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
 
 

@@ -1,49 +1,32 @@
-"""One epoch of augmentation as a pure function of (images, policy, seed, epoch), each image with
-its own draws.
+"""One epoch of augmentation as a pure function of (images, policy, seed, epoch).
 
-All random numbers of an epoch are drawn first, on the CPU, so they depend on nothing but (n,
-policy, seed, epoch): not on the device, the chunk size, workers or restarts. Then images that get
-the same operation are grouped and go through one batched kernel. The published pipeline
-(torchvision's transforms on PIL images) draws and computes image by image.
+All random numbers are drawn first, on the CPU, for each image its own. Then images that get the
+same operation go through one batched kernel together. torchvision's pipeline on PIL images, which
+goes image by image, gives the same pixels from the same draws.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.functional as pil
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms import autoaugment as reference
 from torchvision.transforms.v2 import functional as kernels
 
 from cifar_lib.errors import InputError
 
 SIZE = 32
-CUTOUT_FILL = (
-    125,
-    123,
-    114,
-)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation, which is the mean colour
+CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation
+# arXiv:1909.13719, arXiv:1805.09501 (its policies for CIFAR-10), arXiv:2103.10158 (its wide ranges)
 OP_SETS = ("none", "randaugment", "autoaugment", "trivialaugment")
-SIGNED = (
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Rotate",
-    "Brightness",
-    "Color",
-    "Contrast",
-    "Sharpness",
-)
-GEOMETRIC = SIGNED[:5]
+GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
 OPS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUTO_OPS = (*OPS, "Invert")
+NEAREST = reference.InterpolationMode.NEAREST
 
 
 @dataclass(frozen=True)
@@ -56,9 +39,7 @@ class Policy:
     num_ops: int = 2  # operations an image goes through (RandAugment)
     magnitude: int = 9  # of 31 bins, 0 to 30 (RandAugment)
     erasing: float = 0.5  # probability of RandomErasing: a black box of 2 to 33 % of the area
-    cutout: int = (
-        0  # side of a square of mean colour, centred anywhere (DeVries & Taylor 2017); 0: none
-    )
+    cutout: int = 0  # side of a square of mean colour (DeVries & Taylor 2017); 0: none
 
     def __post_init__(self):
         checks = {
@@ -72,9 +53,8 @@ class Policy:
         }
         for name, good in checks.items():
             if not good:
-                raise InputError(
-                    f"policy.{name}: {getattr(self, name)!r} is out of range (ops: one of {OP_SETS})"
-                )
+                value = getattr(self, name)
+                raise InputError(f"policy.{name}: {value!r} is out of range (ops: {OP_SETS})")
 
 
 @dataclass(frozen=True)
@@ -94,27 +74,21 @@ class Draws:
 def augment_epoch(
     images: Tensor, policy: Policy, seed: int, epoch: int, chunk: int = 4096
 ) -> Tensor:
-    """All images augmented for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order, on
-    the same device."""
+    """All images augmented for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order."""
     draws = draw(len(images), policy, seed, epoch)
     parts = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
     return torch.cat([augment(images[part], policy, draws[part]) for part in parts])
 
 
 def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
-    """Images with their draws applied: crop, flip, operations, erasing, Cutout; uint8 (n, 3, 32,
-    32) -> the same."""
-    if policy.crop_padding:
-        images = crop(images, draws.offsets, policy.crop_padding)
-    if policy.flip:
-        images = flip(images, draws.mirrored)
-    if policy.ops != "none":
-        images = apply_ops(images, operations(policy), draws.ops)
-    if policy.erasing:
-        images = erase(images, draws.boxes)
-    if policy.cutout:
-        images = erase(images, draws.holes, CUTOUT_FILL)
-    return images
+    """Images with their draws applied, on their device: uint8 (n, 3, 32, 32) -> the same."""
+    if len(images) == 0:
+        return images
+    images = crop(images, draws.offsets, policy.crop_padding)
+    images = flip(images, draws.mirrored)
+    images = apply_ops(images, operations(policy), draws.ops)
+    images = erase(images, draws.boxes)
+    return erase(images, draws.holes, CUTOUT_FILL) if policy.cutout else images
 
 
 def random_stream(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
@@ -126,285 +100,184 @@ def random_stream(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
 def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     """The draws of n images for one epoch, with the distributions of torchvision's transforms."""
     generator = random_stream(seed, epoch)
-    return Draws(
-        offsets=torch.randint(2 * policy.crop_padding + 1, (n, 2), generator=generator),
-        mirrored=torch.rand(n, generator=generator) < policy.flip,
-        ops=_draw_ops(n, policy, generator),
-        boxes=_draw_boxes(n, policy.erasing, generator),
-        holes=_draw_holes(n, policy.cutout, generator),
-    )
-
-
-# Operations: RandAugment (arXiv:1909.13719), AutoAugment for CIFAR-10 (1805.09501),
-# TrivialAugmentWide (2103.10158)
-
-
-def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
-    """The distinct (name, magnitude) pairs that images of this policy may go through; Draws.ops
-    counts in it."""
-    return _operation_table(policy.ops, policy.magnitude)[0]
-
-
-@lru_cache
-def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float], ...], Tensor]:
-    """All distinct (name, magnitude) pairs, and int64 (names, bins, 2) that leads from (name, bin,
-    sign) into them.
-
-    RandAugment uses one bin of its 31, which leaves 23 pairs: 14 operations, 9 of them with two
-    signs.
-    """
-    names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
-    used = [magnitude] if ops == "randaugment" else range(bins)
-    pairs: dict[tuple[str, float], int] = {}
-    lookup = torch.empty(len(names), len(used), 2, dtype=torch.int64)
-    for i, name in enumerate(names):
-        values = magnitudes(name, bins, wide=ops == "trivialaugment")
-        for k, value in enumerate(values[m] for m in used):
-            for negative in (0, 1):
-                signed = -value if negative and name in SIGNED else value
-                lookup[i, k, negative] = pairs.setdefault((name, signed), len(pairs))
-    return tuple(pairs), lookup
-
-
-def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
-    """What each magnitude bin of an operation means, as torchvision has it for 32x32 images.
-
-    Shear: the tangent of the angle; Translate: pixels; Rotate: degrees; Brightness to Sharpness:
-    change of the factor 1; Posterize: bits kept; Solarize: threshold. `wide`: TrivialAugmentWide's
-    ranges.
-    """
-    top = {"Shear": (0.3, 0.99), "Translate": (150 / 331 * SIZE, 32.0), "Rotate": (30.0, 135.0)}
-    if name in SIGNED:
-        limit = top.get(name.rstrip("XY"), (0.9, 0.99))[wide]
-        return torch.linspace(0.0, limit, bins).tolist()
-    if name == "Posterize":
-        return (8 - (torch.arange(bins) / ((bins - 1) / (6 if wide else 4))).round()).tolist()
-    if name == "Solarize":
-        return torch.linspace(255.0, 0.0, bins).tolist()
-    return [0.0] * bins
+    offsets = torch.randint(2 * policy.crop_padding + 1, (n, 2), generator=generator)
+    mirrored = torch.rand(n, generator=generator) < policy.flip
+    ops = _draw_ops(n, policy, generator)
+    boxes = _draw_boxes(n, policy.erasing, generator)
+    centres = torch.randint(SIZE, (n, 2), generator=generator)
+    sides = torch.full((n, 2), policy.cutout)
+    return Draws(offsets, mirrored, ops, boxes, torch.cat([centres - sides // 2, sides], dim=1))
 
 
 def _draw_ops(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
-    if policy.ops == "none":
-        return torch.empty(n, 0, dtype=torch.int64)
-    if policy.ops == "autoaugment":
-        return _draw_autoaugment(n, generator)
-    slots = policy.num_ops if policy.ops == "randaugment" else 1
     _, lookup = _operation_table(policy.ops, policy.magnitude)
+    if policy.ops == "autoaugment":  # one of 25 pairs of (name, probability, bin) for each image
+        policies = reference.AutoAugment(reference.AutoAugmentPolicy.CIFAR10).policies
+        name = torch.tensor([[AUTO_OPS.index(op) for op, _, _ in pair] for pair in policies])
+        probability = torch.tensor([[p for _, p, _ in pair] for pair in policies])
+        magnitude = torch.tensor([[k or 0 for _, _, k in pair] for pair in policies])
+        chosen = torch.randint(len(policies), (n,), generator=generator)
+        negative = torch.randint(2, (n, 2), generator=generator)
+        happens = torch.rand(n, 2, generator=generator) <= probability[chosen]
+        return happens * lookup[name[chosen], magnitude[chosen], negative]  # 0 is Identity
+    slots = {"none": 0, "randaugment": policy.num_ops, "trivialaugment": 1}[policy.ops]
     name = torch.randint(len(OPS), (n, slots), generator=generator)
     magnitude = torch.randint(lookup.shape[1], (n, slots), generator=generator)
     negative = torch.randint(2, (n, slots), generator=generator)
     return lookup[name, magnitude, negative]
 
 
-def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
-    """One of 25 pairs of (name, probability, bin) an image, from torchvision's table."""
-    policies = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
-    name = torch.tensor([[AUTO_OPS.index(op) for op, _, _ in pair] for pair in policies])  # (25, 2)
-    probability = torch.tensor([[p for _, p, _ in pair] for pair in policies])
-    magnitude = torch.tensor([[k or 0 for _, _, k in pair] for pair in policies])
-    _, lookup = _operation_table("autoaugment", 0)
-    chosen = torch.randint(len(policies), (n,), generator=generator)
-    negative = torch.randint(2, (n, 2), generator=generator)
-    happens = torch.rand(n, 2, generator=generator) <= probability[chosen]
-    identity = lookup[AUTO_OPS.index("Identity"), 0, 0]
-    return torch.where(happens, lookup[name[chosen], magnitude[chosen], negative], identity)
-
-
-def apply_ops(images: Tensor, table: tuple[tuple[str, float], ...], ops: Tensor) -> Tensor:
-    """Each image through its operations `table[ops[i, 0]]`, `table[ops[i, 1]]`...: uint8 (n, 3, 32,
-    32) -> the same."""
-    for slot in ops.unbind(1):
-        order = slot.argsort(stable=True)
-        counts = torch.bincount(slot, minlength=len(table)).tolist()
-        groups = images.index_select(0, order.to(images.device)).split(counts)
-        done = [
-            apply_op(group, *pair) for group, pair in zip(groups, table, strict=True) if len(group)
-        ]
-        # Two gathers of whole images are ten times faster on a CPU than a gather and a scatter for
-        # each group.
-        images = (
-            torch.cat(done).index_select(0, order.argsort().to(images.device)) if done else images
-        )
-    return images
-
-
-def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """One operation at one magnitude on all images: uint8 (n, 3, 32, 32) -> the same; nearest
-    pixel, black outside."""
-    if name in GEOMETRIC:
-        source = _source_pixels(name, magnitude).to(images.device)
-        return _gather_pixels(images, source.clamp(min=0)).mul_(
-            (source >= 0).to(torch.uint8).view(SIZE, SIZE)
-        )
-    colour: dict[str, Callable[[], Tensor]] = {
-        "Identity": lambda: images,
-        "Brightness": lambda: kernels.adjust_brightness(images, 1 + magnitude),
-        "Color": lambda: kernels.adjust_saturation(images, 1 + magnitude),
-        "Contrast": lambda: adjust_contrast(images, 1 + magnitude),
-        "Sharpness": lambda: sharpen(images, 1 + magnitude),
-        "Posterize": lambda: kernels.posterize(images, int(magnitude)),
-        "Solarize": lambda: solarize(images, magnitude),
-        "AutoContrast": lambda: kernels.autocontrast(images),
-        "Equalize": lambda: equalize(images),
-        "Invert": lambda: kernels.invert(images),
-    }
-    if name not in colour:
-        raise InputError(f"unknown operation {name!r}: expected one of {', '.join(AUTO_OPS)}")
-    return colour[name]()
-
-
-def _gather_pixels(images: Tensor, source: Tensor) -> Tensor:
-    """Pixel `source[k]` of every image as its pixel k: int64 (1024,)."""
-    # gather with an expanded index: four times faster on a CPU than indexing
-    return (
-        images.flatten(2).gather(2, source.expand(*images.shape[:2], SIZE * SIZE)).view_as(images)
-    )
-
-
-@lru_cache(maxsize=512)
-def _source_pixels(name: str, magnitude: float) -> Tensor:
-    """Where each of the 1024 pixels of a moved image comes from, -1 for outside: int64 (1024,).
-
-    The map is torchvision's own PIL operation on an image of pixel numbers, so the result is PIL's
-    to the last pixel.
-    """
-    numbers = Image.fromarray(np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE))
-    if name == "Rotate":
-        moved = pil.rotate(numbers, magnitude)
-    else:
-        axis = (1, 0) if name.endswith("X") else (0, 1)
-        degrees = math.degrees(math.atan(magnitude))
-        shear = [a * degrees if name.startswith("Shear") else 0.0 for a in axis]
-        translate = [a * int(magnitude) if name.startswith("Translate") else 0 for a in axis]
-        centre = [0, 0] if name.startswith("Shear") else None
-        moved = pil.affine(
-            numbers, angle=0.0, translate=translate, scale=1.0, shear=shear, center=centre
-        )
-    return torch.from_numpy(np.array(moved)).long().flatten() - 1
-
-
-# Operations of our own: where torchvision's tensor kernel isn't PIL's, or is slow on a CPU
-
-
-def adjust_contrast(images: Tensor, factor: float) -> Tensor:
-    """PIL's Contrast: away from or towards the image's mean grey: uint8 (n, 3, H, W) -> the same.
-
-    PIL rounds that mean to a whole grey level; torchvision's tensor kernel does not and is two
-    levels off at factor 2.
-    """
-    grey = (
-        kernels.rgb_to_grayscale(images)
-        .flatten(1)
-        .float()
-        .mean(1)
-        .add_(0.5)
-        .floor_()
-        .view(-1, 1, 1, 1)
-    )
-    return images.float().sub_(grey).mul_(factor).add_(grey).clamp_(0, 255).to(torch.uint8)
-
-
-def sharpen(images: Tensor, factor: float) -> Tensor:
-    """PIL's Sharpness: away from (factor > 1) or towards a 3x3 smoothed image: uint8 (n, 3, 32, 32)
-    -> the same.
-
-    The smoothing kernel is (1 1 1, 1 5 1, 1 1 1) / 13, the border stays. The sums run over whole
-    images laid out as rows of 1024 pixels, in whole numbers; what wraps around falls on the border
-    and is dropped.
-    """
-    rows = images.reshape(-1, SIZE * SIZE).to(torch.int16)
-    columns = (rows[:, : -2 * SIZE] + rows[:, SIZE:-SIZE]).add_(rows[:, 2 * SIZE :])
-    box = (columns[:, :-2] + columns[:, 1:-1]).add_(
-        columns[:, 2:]
-    )  # around pixels 33, 34 ... of the image
-    inner = rows[:, SIZE + 1 : -SIZE - 1]
-    smooth = (
-        box.add_(inner, alpha=4).float().add_(6.5).mul_(1 / 13).floor_()
-    )  # (box + 4 inner + 6) // 13
-    sharp = smooth.lerp_(inner.float(), factor).clamp_(0, 255).to(torch.uint8)
-    out = images.clone()
-    out[..., 1:-1, 1:-1] = F.pad(sharp, (0, 2)).view(*images.shape[:2], SIZE - 2, SIZE)[..., :-2]
-    return out
-
-
-def solarize(images: Tensor, threshold: float) -> Tensor:
-    """255 - x for every value x of at least `threshold`: uint8 -> the same."""
-    inverted = (images >= math.ceil(threshold)).view(torch.uint8).neg()  # 255 where true
-    return images ^ inverted
-
-
-def equalize(images: Tensor) -> Tensor:
-    """PIL's Equalize, which flattens each channel's histogram: uint8 (n, 3, 32, 32) -> the same."""
-    rows = images.reshape(-1, SIZE * SIZE)
-    start = torch.arange(0, 256 * len(rows), 256, dtype=torch.int32, device=images.device)[:, None]
-    count = torch.bincount((rows + start).view(-1), minlength=256 * len(rows)).view(-1, 256)
-    brightest = count.gather(1, rows.amax(1, keepdim=True).long())
-    step = (SIZE * SIZE - brightest) // 255  # 0: one value or nearly so, which PIL leaves alone
-    below = count.cumsum(1).sub_(count)
-    table = below.add_(step // 2).div_(step.clamp(min=1), rounding_mode="floor").clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
-    return table.gather(1, rows.long()).view_as(images)
-
-
-# Geometry of the frame: crop, flip, boxes
-
-
-def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """A 32x32 window at `offsets` int64 (n, 2) of each image padded with `padding` black pixels on
-    every side."""
-    windows = (
-        F.pad(images, (padding,) * 4).unfold(2, SIZE, 1).unfold(3, SIZE, 1)
-    )  # (n, 3, 2p+1, 2p+1, 32, 32) view
-    top, left = offsets.unbind(1)
-    if (
-        images.device.type == "cpu"
-    ):  # numpy copies whole rows of a window: three times as fast as torch here
-        return torch.from_numpy(
-            windows.numpy()[np.arange(len(images)), :, top.numpy(), left.numpy()]
-        )
-    top, left = top.to(images.device), left.to(images.device)
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
-
-
-def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Left and right exchanged where `mirrored` bool (n,) says so."""
-    pixel = torch.arange(SIZE * SIZE, device=images.device)
-    mirror = _gather_pixels(images, pixel.view(SIZE, SIZE).flip(1).flatten())
-    order = torch.where(mirrored, len(images), 0) + torch.arange(len(images))
-    return torch.cat([images, mirror]).index_select(0, order.to(images.device))
-
-
-def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
-    """`fill` inside each image's box (top, left, height, width) int64 (n, 4); what lies outside the
-    image is cut."""
-    top, left, height, width = boxes.to(images.device)[:, :, None].unbind(1)
-    pixel = torch.arange(SIZE, device=images.device)
-    rows = (pixel >= top) & (pixel < top + height)  # (n, 32)
-    columns = (pixel >= left) & (pixel < left + width)
-    hole = (rows[:, :, None] & columns[:, None, :])[:, None].to(torch.uint8)  # (n, 1, 32, 32)
-    out = images * (1 - hole)  # a product is six times faster than masked_fill on a CPU
-    if any(fill):
-        out += hole * torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).to(images.device)
-    return out
-
-
 def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tensor:
-    """RandomErasing(p, scale=(0.02, 0.33), ratio=(0.3, 3.3)): the first of ten tries that fits,
-    else nothing."""
+    """RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)): the first of ten tries that fits."""
     happens = torch.rand(n, generator=generator) < probability
     area = SIZE * SIZE * torch.empty(n, 10).uniform_(0.02, 0.33, generator=generator)
     ratio = torch.empty(n, 10).uniform_(math.log(0.3), math.log(3.3), generator=generator).exp()
     position = torch.rand(n, 2, generator=generator)
-    sides = (
-        torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round().long()
-    )  # (n, 10, 2)
-    fits = (sides < SIZE).all(2)
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2).round().long()
+    fits = (sides < SIZE).all(2)  # (n, 10)
     side = sides[torch.arange(n), fits.int().argmax(1)]  # (n, 2): height, width
     corner = (position * (SIZE - side + 1)).long()
     return torch.cat([corner, side], dim=1) * (happens & fits.any(1)).long()[:, None]
 
 
-def _draw_holes(n: int, side: int, generator: torch.Generator) -> Tensor:
-    centre = torch.randint(SIZE, (n, 2), generator=generator)
-    return torch.cat([centre - side // 2, torch.full((n, 2), side)], dim=1)
+def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
+    """The distinct (name, magnitude) pairs of a policy, which Draws.ops counts in."""
+    return _operation_table(policy.ops, policy.magnitude)[0]
+
+
+@lru_cache
+def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float], ...], Tensor]:
+    """All distinct (name, magnitude) pairs, and where in them each (name, bin, sign) is: int64
+    (names, bins, 2). RandAugment has 23 pairs: one bin, 14 operations, 9 of them with two signs."""
+    names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
+    used = slice(magnitude, magnitude + 1) if ops == "randaugment" else slice(bins)
+    every = []
+    for name in names:
+        for value in magnitudes(name, bins, wide=ops == "trivialaugment")[used]:
+            every += [(name, value), (name, -value if name in SIGNED else value)]
+    pairs = tuple(dict.fromkeys(every))
+    return pairs, torch.tensor([pairs.index(pair) for pair in every]).view(len(names), -1, 2)
+
+
+def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
+    """What torchvision takes each bin for: a shear's tangent, pixels, degrees, the change of a
+    factor of 1, bits kept, a threshold; 0 for nothing. `wide`: in TrivialAugmentWide."""
+    wide_space = reference.TrivialAugmentWide()._augmentation_space(bins)
+    space = reference.RandAugment()._augmentation_space(bins, (SIZE, SIZE))  # AutoAugment's too
+    values, _ = (wide_space if wide else space).get(name, (torch.zeros(1), False))
+    return values.float().expand(bins).tolist()
+
+
+def apply_ops(images: Tensor, table: tuple[tuple[str, float], ...], ops: Tensor) -> Tensor:
+    """Each image i of uint8 (n, 3, 32, 32) through `table[ops[i, 0]]`, `table[ops[i, 1]]` ..."""
+    for slot in ops.unbind(1):
+        order = slot.argsort(stable=True)
+        counts = torch.bincount(slot, minlength=len(table)).tolist()
+        groups = images.index_select(0, order.to(images.device)).split(counts)
+        done = [apply_op(x, *pair) for x, pair in zip(groups, table, strict=True) if len(x)]
+        # Two gathers of whole images are ten times faster on a CPU than one of each group.
+        images = torch.cat(done).index_select(0, order.argsort().to(images.device))
+    return images
+
+
+def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
+    """One operation on all images, to the last pixel as Pillow 10 to 13 computes it (nearest pixel,
+    black outside): uint8 (n, 3, 32, 32) -> the same. Raises InputError for an unknown name."""
+    if name not in AUTO_OPS:
+        raise InputError(f"unknown operation {name!r}: expected one of {', '.join(AUTO_OPS)}")
+    if name in GEOMETRIC:
+        source, inside = _source_pixels(name, magnitude, images.device)
+        # gather with an expanded index: four times faster on a CPU than indexing
+        moved = images.flatten(2).gather(2, source.expand(*images.shape[:2], -1))
+        return moved.mul_(inside).view_as(images)
+    if name in OWN_KERNELS:
+        return OWN_KERNELS[name](images, magnitude)
+    return reference._apply_op(images, name, magnitude, NEAREST, fill=None)
+
+
+@lru_cache(maxsize=1024)
+def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the 1024 pixels each pixel of a moved image was, int64 (1024,), and 1 where it was
+    inside, uint8 (1024,): torchvision's own operation on a PIL image of pixel numbers."""
+    numbers = Image.fromarray(np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE))
+    moved = np.array(reference._apply_op(numbers, name, magnitude, NEAREST, fill=None))
+    source = torch.from_numpy(moved).long().flatten().to(device)
+    return (source - 1).clamp_(min=0), (source > 0).to(torch.uint8)
+
+
+def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
+    """Pillow's blend: base, rounded to whole levels, + (1 + change) (image - base), then cut."""
+    base = (base + 0.5).floor_()
+    # Not lerp or addcmul, which round once where Pillow rounds twice.
+    return images.float().sub_(base).mul_(1 + change).add_(base).clamp_(0, 255).to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Whole grey levels, float32 (n, 1, 32, 32): exact, as no sum reaches 2**24."""
+    red, green, blue = images.float().split(1, dim=1)
+    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
+    return weighted.add_(32768).div_(65536).floor_()
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """(1 1 1, 1 5 1, 1 1 1) / 13 around each pixel, the border as it is: float32."""
+    rows = images.flatten(2).to(torch.int16)  # sums over flat images: what wraps is border
+    columns = rows[..., : -2 * SIZE] + rows[..., SIZE:-SIZE] + rows[..., 2 * SIZE :]
+    around = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]  # pixels 33, 34 ...
+    inner = slice(SIZE + 1, -SIZE - 1)
+    smooth = rows.float()
+    smooth[..., inner] = (around + 4 * rows[..., inner]) * (1 / 13)
+    smooth = smooth.view_as(images)
+    smooth[..., :: SIZE - 1] = images[..., :: SIZE - 1]
+    return smooth
+
+
+def _autocontrast(images: Tensor) -> Tensor:
+    """Each channel stretched to 0 to 255, unless it is flat; the brightest may be cut to 254."""
+    if images.device.type == "mps":  # which lacks the float64 that Pillow computes in
+        return _autocontrast(images.cpu()).to(images.device)
+    dark, bright = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+    flat = dark == bright
+    dark, bright = dark.masked_fill(flat, 0).double(), bright.masked_fill(flat, 255).double()
+    scale = torch.tensor(255.0) / (bright - dark)  # a plain 255 / x is 255 times 1 / x
+    return images.double().mul_(scale).sub_(dark * scale).to(torch.uint8)
+
+
+OWN_KERNELS = {  # where torchvision's for tensors isn't Pillow's, or is slow
+    "Brightness": lambda images, change: _blend(images.new_zeros(1), images, change),
+    "Color": lambda images, change: _blend(_grey(images), images, change),
+    "Contrast": lambda images, change: _blend(_grey(images).mean((1, 2, 3), True), images, change),
+    "Sharpness": lambda images, change: _blend(_smooth(images), images, change),
+    "Solarize": lambda images, level: images ^ -(images >= math.ceil(level)).view(torch.uint8),
+    "AutoContrast": lambda images, _: _autocontrast(images),
+    "Equalize": lambda images, _: kernels.equalize(images),
+}
+
+
+def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    """A 32x32 window at `offsets` int64 (n, 2) of each image with `padding` black pixels around."""
+    side = SIZE + 2 * padding
+    # A window is copied as 32 runs of 32 pixels: three times faster on a CPU than indexing windows.
+    runs = torch.nn.functional.pad(images, (padding,) * 4).flatten().unfold(0, SIZE, 1)
+    top, left = offsets.to(images.device)[:, :, None, None].unbind(1)  # (n, 1, 1)
+    channel = torch.arange(3 * len(images), device=images.device).view(-1, 3, 1)
+    row = channel * side + top + torch.arange(SIZE, device=images.device)  # (n, 3, 32)
+    return runs.index_select(0, (row * side + left).flatten()).view_as(images)
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Left and right exchanged where `mirrored` bool (n,) says so."""
+    order = torch.where(mirrored, len(images), 0) + torch.arange(len(images))
+    return torch.cat([images, images.flip(3)]).index_select(0, order.to(images.device))
+
+
+def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
+    """`fill` in each image's box (top, left, height, width) int64 (n, 4), which may stick out."""
+    corner, side = boxes.to(images.device)[:, :, None].split(2, dim=1)  # (n, 2, 1)
+    pixel = torch.arange(SIZE, device=images.device)
+    rows, columns = ((pixel >= corner) & (pixel < corner + side)).unbind(1)  # (n, 32)
+    hole = (rows[:, :, None] & columns[:, None, :])[:, None].to(torch.uint8)  # (n, 1, 32, 32)
+    out = images * (1 - hole)  # a product is six times faster than masked_fill on a CPU
+    if any(fill):
+        out += hole * torch.tensor(fill, dtype=torch.uint8, device=images.device).view(3, 1, 1)
+    return out

@@ -15,10 +15,10 @@ import torchinfo
 from PIL import Image
 
 from cifar_lib import __version__, ranks
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import TTA, predict, summarize
+from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision, prepare
 from cifar_lib.kaggle import read_test_file, write_submission

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from cifar_lib import pickles
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES, KAGGLE_MEAN, KAGGLE_STD, ImageSet
 from cifar_lib.errors import InputError
+from cifar_lib.files import write_atomically
 from cifar_lib.shift import match_statistics
 
 MAX_NAME = 200  # characters of an id

@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import CLASSES
+from cifar_lib.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter

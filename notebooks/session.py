@@ -16,7 +16,6 @@ if _MISSING:
 import pandas as pd
 import torch
 import torchinfo
-from cifar_lib.checkpoint import write_atomically
 from cifar_lib.data import (
     REAL,
     STAND_IN,
@@ -26,6 +25,7 @@ from cifar_lib.data import (
 )
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import wilson_interval
+from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.hardware import choose_device, choose_precision, prepare
 from cifar_lib.kaggle import generate_test_file, read_test_file

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
 
 import figures
-from cifar_lib.checkpoint import write_atomically
+from cifar_lib.files import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import TTA, average_views, features, mcnemar, predict_views, wilson_interval

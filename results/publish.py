@@ -25,7 +25,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
 
-from cifar_lib.checkpoint import write_atomically
+from cifar_lib.files import write_atomically
 from cifar_lib.data import PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, REAL, ImageSet, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (

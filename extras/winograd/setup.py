@@ -1,6 +1,6 @@
 """Compiles winograd.cpp for the processor it is installed on, against the torch at hand:
 
-    pip install --no-build-isolation ./extras/winograd
+pip install --no-build-isolation ./extras/winograd
 """
 
 import torch
