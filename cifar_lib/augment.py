@@ -279,5 +279,5 @@ def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0))
     hole = (rows[:, :, None] & columns[:, None, :])[:, None].to(torch.uint8)  # (n, 1, 32, 32)
     out = images * (1 - hole)  # a product is six times faster than masked_fill on a CPU
     if any(fill):
-        out += hole * torch.tensor(fill, dtype=torch.uint8, device=images.device).view(3, 1, 1)
+        out += hole * torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1).to(images.device)
     return out
