@@ -52,7 +52,7 @@ def main() -> None:
         precision=precision,
         channels=(width, 2 * width, 4 * width),
     )
-    base = replace(base, step="graph" if device.type == "cuda" else "plain")
+    base = replace(base, compile=device.type == "cuda")
     rows = []
     for what in ("images", "epochs", "width"):
         times = []
@@ -75,7 +75,7 @@ def main() -> None:
         "images": images,
         "batch_size": batch,
         "blocks": base.blocks,
-        "step": base.step,
+        "compile": base.compile,
         "precision": precision,
     }
     publish("scaling", {"hardware": hardware(device), **start, "rows": rows}, arguments)

@@ -27,19 +27,27 @@ from bench import (
 from published import PublishedLoop
 from tqdm import tqdm
 
+from cifar_lib import hardware as hardware_module
 from cifar_lib.data import ImageSet
-from cifar_lib.hardware import choose_precision
+from cifar_lib.fit import resolve
+from cifar_lib.hardware import prepare
 from cifar_lib.recipes import TrainConfig, recipe
 from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
 
+WINOGRAD = hardware_module.cifar_winograd
+
 
 class Ours:
-    def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device):
+    """One call, one epoch; `winograd`: with extras/winograd, where it is installed."""
+
+    def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device, winograd: bool):
         self.train, self.config, self.device = train.to(device), config, device
         self.step = Step(State.new(config, device), config)
+        self.convolutions = WINOGRAD if winograd else None
 
     def __call__(self) -> float:
         state = self.step.state
+        hardware_module.cifar_winograd = self.convolutions
         synchronize(self.device)
         start = time.perf_counter()
         plan = epoch_plan(self.config, len(self.train), state.epoch)
@@ -51,21 +59,20 @@ class Ours:
 
 def main() -> None:
     arguments, device = parse(__doc__, rounds=5)
-    n = {"cpu": (512, 512), "cuda": (12_800, 49_920)}.get(
-        device.type, (2560, 2560)
-    )  # whole batches
-    n = (256, 256) if arguments.dry_run else n
+    sizes = {"cpu": (512, 512), "cuda": (12_800, 49_920)}  # whole batches
+    n = (256, 256) if arguments.dry_run else sizes.get(device.type, (2560, 2560))
     train = training_images(max(n))
-    config = recipe("report", precision=choose_precision("auto", device))
-    chosen = choose_step(config, device, 50_000)
-    kinds = [
-        "plain",
-        *(["graph"] if device.type == "cuda" else []),
-        *(["compiled"] if device.type != "mps" else []),
-    ]
-    kinds += ["winograd"] if device.type == "cpu" and config.precision == "fp32" else []
+    config = resolve(recipe("report"), device, 50_000)
+    prepare(device, config.precision)
+    chosen = "compiled" if config.compile else "plain"
+    kinds = {"plain": (False, False), "compiled": (True, False)}
+    if device.type == "cpu" and config.precision == "fp32" and WINOGRAD is not None:
+        chosen = "winograd"
+        kinds["winograd"] = (False, True)
     loops = {"published": PublishedLoop(train[slice(n[0])], device)}
-    loops |= {kind: Ours(train[slice(n[1])], replace(config, step=kind), device) for kind in kinds}
+    for kind, (compiled, winograd) in kinds.items():
+        own = replace(config, compile=compiled)
+        loops[kind] = Ours(train[slice(n[1])], own, device, winograd)
     rates: dict[str, list[float]] = {name: [] for name in loops}
     memory = dict.fromkeys(loops, 0.0)
     peak = 0.0
