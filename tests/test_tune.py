@@ -130,6 +130,20 @@ def test_a_worker_whose_trial_another_one_took_up_goes_on(tmp_path):
     assert lines[0] == "another worker took this one for dead, and has its trial"
 
 
+def test_the_trial_of_a_worker_that_lives_is_left_to_it(tmp_path):
+    where = str(tmp_path / "s")
+    lines: list[str] = []
+
+    def watched(trial):
+        work(open_study(where, BASE), where, 1, x, lines.append)  # another worker joins
+        return x(trial)
+
+    study = open_study(where, BASE)
+    work(study, where, 1, watched, silent)
+    assert states(study) == ["COMPLETE"]
+    assert lines == ["1 still running elsewhere: if that worker died, start the same command again"]
+
+
 def test_workers_draw_differently_and_one_alone_draws_the_same_again(tmp_path):
     def drawn(name, seed):
         where = str(tmp_path / name)
