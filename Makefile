@@ -1,8 +1,9 @@
 # Two commands: `make run` and `make test`. Each sets up .venv first, from nothing if need be.
 PYTHON ?= python3
 PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test full notebooks benchmarks reliability address clean
+.PHONY: run test colab full notebooks benchmarks reliability address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
@@ -11,8 +12,11 @@ run: .venv/ready  ## the five notebooks as pages under runs/html, and the README
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n logical --dist loadgroup tests
+	$(PY) -m pytest -q -n logical --dist loadgroup tests extras/winograd/tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
+
+colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an empty folder, a clone of the last commit
+	$(PY) tests/colab/run.py $(ARGS)
 
 # Afterwards the weights are others than those of results/shift: move that folder away and run results/ablation.py.
 full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
@@ -36,10 +40,12 @@ address:  ## make address TO=you/your-repository: the address in pyproject.toml,
 	sed -i "s#$$from#$(TO)#g" pyproject.toml README.md notebooks/*.ipynb
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-colab runs
 
-.venv/ready: requirements.txt constraints.txt
+.venv/ready: requirements.txt constraints.txt extras/winograd/winograd.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PIP) -r requirements.txt -c constraints.txt
+	$(PIP) 'setuptools>=77,<81' && $(PIP) --no-build-isolation ./extras/winograd || \
+	  echo "extras/winograd can't be built here: training in fp32 on a CPU goes without it, slower"
 	touch $@
