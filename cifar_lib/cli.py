@@ -80,16 +80,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m cifar_lib", description="Train a small ResNet on CIFAR-10 and use it."
-    )
+    parser = _Parser("python -m cifar_lib", description="Train a small ResNet on CIFAR-10, use it.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = _command(commands, _info, "the network's size and a recipe's learning rates")
-    info.add_argument(
-        "--recipe", default="report", metavar="R", help=f"one of {', '.join(RECIPES)}"
-    )
+    info.add_argument("--recipe", default="report", metavar="R")
     info.add_argument("--json", action="store_true")
 
     train = _command(commands, _train, "train a recipe into a run directory, or go on with it")
@@ -101,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
     _recipe_options(train, default=None)
 
-    tune = _command(
-        commands, _tune, "search for Table 1's values, with as many workers as you start"
-    )
+    tune = _command(commands, _tune, "search for Table 1's values, by any number of workers")
     tune.set_defaults(go_on="the trial waits to be run again; the same command goes on")
     tune.add_argument("--study", required=True, metavar="FILE_OR_URL", help="journal, or database")
     tune.add_argument("--trials", required=True, type=_positive, metavar="N", help="of the study")
@@ -142,20 +136,10 @@ def _command(commands, function: Callable, text: str) -> argparse.ArgumentParser
 
 
 def _recipe_options(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument(
-        "--recipe",
-        required=default is None,
-        default=default,
-        metavar="R",
-        help=f"one of {', '.join(RECIPES)}",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any field of TrainConfig",
-    )
+    names = f"one of {', '.join(RECIPES)}"
+    parser.add_argument("--recipe", required=not default, default=default, metavar="R", help=names)
+    field = "any field of TrainConfig"
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=field)
     _device_options(parser)
     _data_option(parser)
 
@@ -247,12 +231,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from cifar_lib import tune  # here, as importing Optuna takes a second
+    from cifar_lib.study import best, work
 
     config = _config(options, tune.SHORT, ("precision",))
     score = tune.objective(load_cifar10(options.data)[0], config, options.device)
-    study = tune.open_study(options.study, config, options.seed)
-    tune.work(study, options.study, options.trials, score)
-    print(f"best on the validation split: {tune.best(study)}")
+    study = tune.open_search(options.study, config, options.seed)
+    work(study, options.study, options.trials, score)
+    print(f"best on the validation split: {best(study)}")
 
 
 def _print_score(score: dict, where: str) -> None:

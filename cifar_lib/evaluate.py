@@ -131,7 +131,8 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for the accuracy over all images like these n, `correct` of them right.
+    """Wilson's score interval for the accuracy over all images like these n, of which `correct`
+    are right.
 
     It covers that true accuracy with this confidence. The accuracy measured on n other images
     deviates too, and falls into a 95 % interval in 83 % of cases only.

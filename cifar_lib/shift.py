@@ -24,7 +24,7 @@ from cifar_lib.hardware import computing
 
 SEVERITIES = (1, 2, 3, 4, 5)
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
-PRIOR = 16  # images that the training statistics count for: Schneider et al. found 8 to 32 for sets of any size
+PRIOR = 16  # images that the training statistics count for: Schneider et al. found 8 to 32 best
 STATISTICS_BATCH = 250  # images; the variance between batches is not in the statistics
 
 
@@ -181,7 +181,8 @@ def adapt(
         own_mean, own_std = channel_statistics(images)
         if min(own_std) == 0:
             raise InputError(
-                "adapt: a channel of these images is constant, normalize can't divide: use --adapt none"
+                "adapt: normalize can't divide by 0, a channel of these images is constant: "
+                "use --adapt none"
             )
         mean, std = tuple(own_mean.tolist()), tuple(own_std.tolist())
     if "batchnorm" in method:
@@ -241,8 +242,8 @@ def _with_batch_statistics(
     n = len(images)
     if n < 2:
         raise InputError(
-            f"adapt: batchnorm takes its statistics from the images themselves, {n} can't tell what is the set's and "
-            "what is the image's: give at least 2, better hundreds, or use --adapt none"
+            f"adapt: batchnorm takes its statistics from the images themselves, and {n} can't tell "
+            "the set's from the image's: give at least 2, better hundreds, or use --adapt none"
         )
     model = copy.deepcopy(model)
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

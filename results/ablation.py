@@ -68,8 +68,8 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
     before = str(right.pop("weights", "unknown")), len(right[CLEAN][0])
     if before != (weights, images):
         raise InputError(
-            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}..., "
-            f"found {before[1]} by {before[0][:12]}...: move the folder away to measure anew"
+            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}"
+            f"..., found {before[1]} by {before[0][:12]}...: move the folder away to measure anew"
         )
     measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]

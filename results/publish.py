@@ -177,9 +177,8 @@ def check() -> bool:
     scores, _ = score(model, info, test, precision)
     shipped = SHIPPED_RUNS[-1]
     recorded = json.loads((shipped / "metrics.json").read_text())["half_precision"]
-    print(
-        f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in results/{shipped.name})"
-    )
+    place = f"results/{shipped.name}"
+    print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in {place})")
     pairs = {
         label: (scores[name]["accuracy"], recorded[name]["accuracy"])
         for name, label in (
@@ -192,7 +191,8 @@ def check() -> bool:
         low, high = wilson_interval(round(now * len(test)), len(test))
         print(f"  {label:46} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
     published = scores["published_test_normalisation"]
-    changed = f"{published['lost']} lost, {published['gained']} gained (McNemar's p = {published['mcnemar_p']:.1e})"
+    p = f"McNemar's p = {published['mcnemar_p']:.1e}"
+    changed = f"{published['lost']} lost, {published['gained']} gained ({p})"
     print(f"  {'images, normalised as published':46} {changed}")
     for name, now, then in (
         (
@@ -215,9 +215,7 @@ def on_custom_set(
     run's custom set: without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text())
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
-        print(
-            "  results/shift was measured with other weights, nothing to compare: see results/ablation.py"
-        )
+        print("  results/shift is of other weights, nothing to compare: see results/ablation.py")
         return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]

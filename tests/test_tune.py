@@ -19,11 +19,12 @@ import optuna
 import pytest
 from optuna.trial import FixedTrial, TrialState
 
-from cifar_lib import tune
+from cifar_lib import study as study_module
 from cifar_lib.errors import InputError
 from cifar_lib.model import PARAMETER_BUDGET, count_parameters
 from cifar_lib.recipes import recipe
-from cifar_lib.tune import SHAPES, objective, open_study, own_trial, suggest, trials_table, work
+from cifar_lib.study import work
+from cifar_lib.tune import SHAPES, objective, open_search, own_trial, suggest, trials_table
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning"),
@@ -45,7 +46,7 @@ def silent(_):
 
 def worker(where, folder, name):
     """Its trials say that they run, and end when the file `go` is there."""
-    tune.HEARTBEAT = 1
+    study_module.HEARTBEAT = 1
 
     def run(trial):
         (folder / f"{name}-{trial.number}").write_text(str(x(trial)))
@@ -53,7 +54,7 @@ def worker(where, folder, name):
             time.sleep(0.05)
         return trial.params["x"]
 
-    work(open_study(where, BASE), where, 8, run, silent)
+    work(open_search(where, BASE), where, 8, run, silent)
 
 
 def states(study):
@@ -92,7 +93,7 @@ def test_a_trial_that_diverges_is_pruned(stand_in, small):
 def test_a_study_goes_on_where_it_stopped(tmp_path):
     where = str(tmp_path / "Suche ü" / "study.log")
     for trials in (3, 5, 5):
-        study = open_study(where, BASE)
+        study = open_search(where, BASE)
         work(study, where, trials, x, silent)
         assert states(study) == trials * ["COMPLETE"]
     assert study.trials[0].system_attrs["fixed_params"] == own_trial(BASE).params
@@ -104,7 +105,7 @@ def test_an_interrupted_trial_waits_to_be_run_again_and_a_finished_one_does_not(
         raise KeyboardInterrupt
 
     where = str(tmp_path / "s")
-    study = open_study(where, BASE)
+    study = open_search(where, BASE)
     with pytest.raises(KeyboardInterrupt):
         work(study, where, 3, interrupt)
     with pytest.raises(KeyboardInterrupt):  # in the report of the second run
@@ -117,7 +118,7 @@ def test_an_interrupted_trial_waits_to_be_run_again_and_a_finished_one_does_not(
 
 def test_a_worker_whose_trial_another_one_took_up_goes_on(tmp_path):
     where = str(tmp_path / "s")
-    study = open_study(where, BASE)
+    study = open_search(where, BASE)
     lines: list[str] = []
 
     def suspended(trial):
@@ -135,10 +136,10 @@ def test_the_trial_of_a_worker_that_lives_is_left_to_it(tmp_path):
     lines: list[str] = []
 
     def watched(trial):
-        work(open_study(where, BASE), where, 1, x, lines.append)  # another worker joins
+        work(open_search(where, BASE), where, 1, x, lines.append)  # another worker joins
         return x(trial)
 
-    study = open_study(where, BASE)
+    study = open_search(where, BASE)
     work(study, where, 1, watched, silent)
     assert states(study) == ["COMPLETE"]
     assert lines == ["1 still running elsewhere: if that worker died, start the same command again"]
@@ -147,18 +148,18 @@ def test_the_trial_of_a_worker_that_lives_is_left_to_it(tmp_path):
 def test_workers_draw_differently_and_one_alone_draws_the_same_again(tmp_path):
     def drawn(name, seed):
         where = str(tmp_path / name)
-        study = open_study(where, BASE, seed)
+        study = open_search(where, BASE, seed)
         work(study, where, 12, x, silent)  # the first ten are random
         return [trial.params["x"] for trial in study.trials]
 
-    pair = [open_study(str(tmp_path / "pair"), BASE) for _ in range(2)]
+    pair = [open_search(str(tmp_path / "pair"), BASE) for _ in range(2)]
     assert len({x(study.ask()) for study in pair}) == 2
     assert drawn("a", 1) == drawn("b", 1) != drawn("c", 2)
 
 
 def test_a_search_that_died_of_a_full_disk_goes_on(tmp_path):
     journal = tmp_path / "s"
-    study = open_study(str(journal), BASE)
+    study = open_search(str(journal), BASE)
     work(study, str(journal), 1, x, silent)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 600, hard))
@@ -168,7 +169,7 @@ def test_a_search_that_died_of_a_full_disk_goes_on(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not journal.read_bytes().endswith(b"\n")
-    study = open_study(str(journal), BASE)
+    study = open_search(str(journal), BASE)
     work(study, str(journal), 9, x, silent)
     assert states(study).count("COMPLETE") == 9
     assert all(json.loads(line) for line in journal.read_text().splitlines())
@@ -181,7 +182,7 @@ def test_a_database_that_goes_away_is_one_line(tmp_path):
         raise optuna.exceptions.StorageInternalError("connection lost\nlong story")
 
     with pytest.raises(InputError, match=r"^study: [^\n]*\(connection lost\): [^\n]*$"):
-        work(open_study(where, BASE), where, 1, gone)
+        work(open_search(where, BASE), where, 1, gone)
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +240,8 @@ def test_no_trial_is_lost_or_run_twice_when_a_worker_is_killed(
     numbers = [path.name.split("-")[1] for path in runs.glob("*-*")]
     assert len(numbers) == len(set(numbers))
 
-    monkeypatch.setattr(tune, "HEARTBEAT", 1)
-    study = open_study(where, BASE)
+    monkeypatch.setattr(study_module, "HEARTBEAT", 1)
+    study = open_search(where, BASE)
     while (complete := states(study).count("COMPLETE")) < 8:
         assert time.monotonic() < deadline
         work(study, where, 8, x, silent)
@@ -263,7 +264,7 @@ def test_workers_that_start_together_make_one_study(tmp_path, kind, request):
 
     def open_together(_):
         barrier.wait()
-        return open_study(where, BASE)
+        return open_search(where, BASE)
 
     with ThreadPoolExecutor(6) as pool:
         studies = list(pool.map(open_together, range(6)))
@@ -284,9 +285,9 @@ def test_the_recorded_search_is_read_and_left_alone(tmp_path):
 
 def test_another_search_space_is_refused(tmp_path):
     where = str(tmp_path / "study.log")
-    open_study(where, BASE)
+    open_search(where, BASE)
     with pytest.raises(InputError, match=r"\(these differ: epochs\): choose another place"):
-        open_study(where, replace(BASE, epochs=3))
+        open_search(where, replace(BASE, epochs=3))
 
 
 @pytest.mark.parametrize(
@@ -312,7 +313,7 @@ def test_a_study_that_cant_be_opened_is_one_line_without_secrets(tmp_path, where
     if content:
         journal.write_bytes(content)
     with pytest.raises(InputError, match=r"^study: expected [^\n]*$") as error:
-        open_study(where.format(tmp=tmp_path), BASE)
+        open_search(where.format(tmp=tmp_path), BASE)
     assert "secret" not in str(error.value)
     assert not content or journal.read_bytes() == content
 

@@ -84,8 +84,8 @@ def run(path: Path) -> str | None:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     asked = sum(cell.source.count("session.show(") for cell in notebook.cells)
-    text = "".join(output.get("text", "") for output in outputs[:10])
-    print("".join(f"  {line}\n" for line in text.splitlines()[:6]), end="")
+    lines = "".join(output.get("text", "") for output in outputs).splitlines()
+    print("\n".join(f"  {line}" for line in lines if "profile" in line or "stand-in" in line))
     return None if pictures >= asked > 0 else f"{pictures} pictures of {asked} came out"
 
 
@@ -105,6 +105,7 @@ def main() -> int:
         for i, (key, value) in enumerate(git.items()):
             os.environ |= {f"GIT_CONFIG_KEY_{i}": key, f"GIT_CONFIG_VALUE_{i}": value}
         os.environ["PATH"] = f"{HOME / 'bin'}:{os.environ['PATH']}"
+        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a warning of the debugger's
         os.environ["IPYTHONDIR"] = str(HOME / "ipython")
         os.environ["JUPYTER_PATH"] = str(HOME / "share" / "jupyter")
         for path in sorted((origin / "notebooks").glob("0*.ipynb")):
