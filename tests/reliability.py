@@ -479,7 +479,7 @@ def losses_that_are_not_finite(folder: Path, times: int, dice: random.Random) ->
             expected = f"not finite at epoch {epoch}, step {step}"
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
                 refused(
-                    lambda: cifar_lib.train.fit(
+                    lambda: cifar_lib.fit.fit(
                         config, path, *DATA, device="cpu", log=lambda _: None
                     ),
                     expected,
