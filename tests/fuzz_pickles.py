@@ -1,19 +1,22 @@
-"""Random pickles for as long as one likes: python tests/fuzz_pickles.py [SECONDS]."""
+"""Random pickles for as long as one likes: PYTHONPATH=. python tests/fuzz_pickles.py [SECONDS]."""
 
+import pickle
 import random
 import resource
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from test_pickles import CORPUS, ENVIRONMENT, HONEST, mutated
 
-from cifar_lib.pickles import INSTRUCTIONS, InputError, pickle, read
+from cifar_lib.errors import InputError
+from cifar_lib.pickles import INSTRUCTIONS, read
 
 
 def fuzz(seconds: float) -> str:
-    """Files are read or refused, each in 10 s and 1 GB; RuntimeError names the seed where not."""
+    """Each file is read or refused in 10 s and 1 GB; RuntimeError names the seed where not."""
     seed = time.time_ns() % 2**32
     command = [sys.executable, __file__, str(seconds), str(seed)]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
@@ -36,7 +39,8 @@ def file(dice: random.Random) -> bytes:
 
 
 def campaign(seconds: float, seed: int) -> str:
-    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (loaded + (1 << 30), loaded + (1 << 30)))
     dice, counts, end = random.Random(seed), [0, 0], time.monotonic() + seconds
     while time.monotonic() < end:
         content = file(dice)
@@ -52,4 +56,5 @@ def campaign(seconds: float, seed: int) -> str:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    print(campaign(float(arguments[0]), int(arguments[1])) if arguments[1:] else fuzz(60))
+    seconds = float(arguments[0]) if arguments else 60
+    print(campaign(seconds, int(arguments[1])) if arguments[1:] else fuzz(seconds))

@@ -42,6 +42,7 @@ ARRAY = b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01
 SCALAR = b"cnumpy._core.multiarray\nscalar\n"
 ENCODE = b"c_codecs\nencode\n"
 NAME = b"cnumpy\ndtype\n"
+EQUAL = 2**61 - 1  # whole numbers that differ by it have the same hash
 
 
 def filled(shape: bytes, kind: bytes, content: bytes = raw(b"a")) -> bytes:
@@ -51,10 +52,15 @@ def filled(shape: bytes, kind: bytes, content: bytes = raw(b"a")) -> bytes:
     )
 
 
+def beside(content: bytes) -> bytes:
+    """An empty dict, given back once all of that has been followed."""
+    return b"\x80\x04}" + content + b"0."
+
+
 def again(function: bytes, arguments: bytes, times: int = 10**5) -> bytes:
-    """A list of what the function makes of the same arguments, as often as that."""
+    """What the function makes of the same arguments, as often as that."""
     call = b"h\x00h\x01R" * times
-    return b"\x80\x04" + function + b"\x94" + arguments + b"\x940](" + call + b"e."
+    return beside(function + b"\x94" + arguments + b"\x940](" + call + b"e")
 
 
 def long(size: int) -> bytes:
@@ -71,42 +77,43 @@ def gadgets() -> dict[str, bytes]:
     cases = {}
     for line in GADGETS.split("|"):
         module, _, name = line.partition(" ")
-        call = text("touch owned") + b"\x85R."
-        cases[f"GLOBAL {line}"] = b"\x80\x02c" + f"{module}\n{name}\n".encode() + call
-        cases[f"STACK_GLOBAL {line}"] = b"\x80\x04" + text(module) + text(name) + b"\x93" + call
+        call = text("touch owned") + b"\x85R"
+        cases[f"GLOBAL {line}"] = beside(b"c" + f"{module}\n{name}\n".encode() + call)
+        cases[f"STACK_GLOBAL {line}"] = beside(text(module) + text(name) + b"\x93" + call)
     return cases
 
 
-CORPUS = {
+# What `read` may take for data, and the competition's reader refuses
+ODD = {
+    "a name as data": b"}" + text("data") + NAME + b"s" + text("ids") + b"]s.",
+    "an array never filled": b"}" + text("data") + ARRAY + b"s" + text("ids") + b"]s.",
+    "small arrays as ids": pickle.dumps({"data": DATA, "ids": np.full(10**6, b"a")}),
+    "ids that are a bomb": doubled() + b"}" + text("ids") + b"h\x3cs" + text("data") + b"h\x3cs.",
+    "a dict of itself": b"\x80\x04}\x94" + text("data") + b"h\x00s.",
+    "nested tuples": b"}" + text("ids") + b")" + b"\x85" * 10**5 + b"s" + text("data") + b"Ns.",
+    "long as an id": b"}" + text("data") + b"Ns" + text("ids") + b"]" + long(10**6) + b"as.",
+}
+CORPUS = ODD | {
     **gadgets(),
     # instructions that make objects, or ask for something outside the file
-    "INST": b"(S'touch owned'\nios\nsystem\n.",
-    "OBJ": b"(" + NAME + text("u1") + b"\x89\x88o.",
-    "NEWOBJ": b"\x80\x02" + NAME + b")\x81.",
-    "NEWOBJ_EX": b"\x80\x04" + NAME + b")}\x92.",
-    "PERSID": b"Pfile\n.",
-    "EXT1": b"\x80\x02\x82\x01.",
-    "NEXT_BUFFER": b"\x80\x05\x97.",
-    "FROZENSET": b"\x80\x04(K\x01\x91.",
+    "INST": beside(b"(S'u1'\nI0\nI1\ninumpy\ndtype\n"),
+    "OBJ": beside(b"(" + NAME + text("u1") + b"\x89\x88o"),
+    "NEWOBJ": beside(NAME + b")\x81"),
+    "NEWOBJ_EX": beside(NAME + b")}\x92"),
+    "PERSID": beside(b"Pfile\n"),
+    "EXT1": beside(b"\x82\x01"),
+    "NEXT_BUFFER": b"\x80\x05}\x970.",
+    "FROZENSET": beside(b"(K\x01\x91"),
     "DUP": b"\x80\x02}2.",
     # changing what has a name, calling it otherwise than numpy does
-    "BUILD on a function": ENCODE + b"N}" + text("__defaults__") + b")s\x86b.",
-    "BUILD on a class": NAME + b"N}" + text("__init__") + b"Ns\x86b.",
-    "BUILD on a dict": b"\x80\x02}}" + text("a") + b"Nsb.",
-    "REDUCE of text": text("os.system") + b")R.",
-    "REDUCE with text for a tuple": NAME + text("u1x") + b"R.",
-    "encode by another codec": b"\x80\x02" + ENCODE + text("a") + text("zlib") + b"\x86R.",
-    "a result that is a name": NAME + b".",
-    "a name as data": b"}" + text("data") + NAME + b"s" + text("ids") + b"]s.",
-    "an array never filled": b"}"
-    + text("data")
-    + b"\x80\x04"
-    + ARRAY
-    + b"s"
-    + text("ids")
-    + b"]s.",
+    "BUILD on a function": beside(ENCODE + b"N}" + text("owned") + b")s\x86b"),
+    "BUILD on a class": beside(NAME + b"N}" + text("owned") + b")s\x86b"),
+    "BUILD on a dict": beside(b"})b"),
+    "REDUCE of text": beside(text("os.system") + b")R"),
+    "REDUCE with a list": beside(ENCODE + b"(" + text("a") + text("latin1") + b"lR"),
+    "encode by another codec": beside(ENCODE + text("a") + text("zlib") + b"\x86R"),
     # arrays of objects, of records, of sizes that their bytes don't have
-    "object array": pickle.dumps({"data": np.array([print, None]), "ids": []}),
+    "object array": pickle.dumps({"data": np.array([print, None])}),
     "records": filled(b"K\x01\x85", dtype("i4,i4"), raw(bytes(8))),
     "empty element": filled(b"J\xff\xff\xff\x7f\x85", dtype("S0"), raw(b"")),
     "characters that don't exist": filled(b"K\x01\x85", dtype("U1"), raw(b"\xff" * 4)),
@@ -117,26 +124,23 @@ CORPUS = {
     "shape of too many": filled(b"(" + b"K\x01" * 10**5 + b"t", dtype("u1")),
     "shape of bombs": doubled() + filled(b"h\x3ch\x3c\x86", dtype("u1")),
     # small files, or small work, that would become large
-    "a long dtype name": dtype("<" * 10**6) + b".",
+    "a long dtype name": beside(dtype("<" * 10**6)),
     "a long dtype name again": again(NAME, text("<" * 10**6) + b"\x89\x88\x87"),
     "long scalars again": again(SCALAR, dtype("U999") + raw(b"a\0\0\0" * 999) + b"\x86"),
     "bytes again": again(ENCODE, text("x" * 10**5) + text("latin1") + b"\x86"),
-    "small arrays as ids": pickle.dumps({"data": DATA, "ids": np.full(10**6, b"a")}),
-    "memo of four billion": b"\x80\x02Nr\xff\xff\xff\xff.",
-    "memo of equal hashes": b"N" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(9)) + b".",
-    "keys of equal hash": pickle.dumps({n * (2**61 - 1): None for n in range(1, 9)}),
-    "a key that is a bomb": doubled() + b"}h\x3cNs.",
+    "memo of four billion": beside(b"Nr\xff\xff\xff\xff"),
+    "memo of equal hashes": beside(b"N" + b"".join(b"p%d\n" % (n * EQUAL) for n in range(9))),
+    "keys of equal hash": pickle.dumps({n * EQUAL: None for n in range(9)}),
+    "a key that is a bomb": doubled() + beside(b"}h\x3cNs"),
     "long keys": pickle.dumps({"x" * 10**6: None}),
-    "ids that are a bomb": doubled() + b"}" + text("ids") + b"h\x3cs" + text("data") + b"h\x3cs.",
     "a list of itself": b"\x80\x04]\x94h\x00a.",
-    "a dict of itself": b"\x80\x04}\x94" + text("data") + b"h\x00s.",
-    "nested tuples": b"}" + text("ids") + b")" + b"\x85" * 10**5 + b"s" + text("data") + b"Ns.",
-    "INT of a million digits": b"I" + b"9" * 10**6 + b"\n.",
-    "PUT of a million digits": b"Np" + b"9" * 10**6 + b"\n.",
-    "long as an id": b"}" + text("data") + b"Ns" + text("ids") + b"]" + long(10**6) + b"as.",
-    "lone surrogates": b"X\x03\x00\x00\x00\xed\xa0\x80.",
-    "endless instructions": b"](" * (MAX_INSTRUCTIONS // 2) + b".",
-    "too long": b"C" + bytes(MAX_BYTES),
+    "INT of a million digits": beside(b"I" + b"9" * 10**6 + b"\n"),
+    "PUT of a million digits": beside(b"Np" + b"9" * 10**6 + b"\n"),
+    "lone surrogates": beside(text("") + b"X\x03\x00\x00\x00\xed\xa0\x800"),
+    "endless instructions": beside(
+        b"](" * (MAX_INSTRUCTIONS // 4) + b"10" * (MAX_INSTRUCTIONS // 4)
+    ),
+    "too long": beside(raw(bytes(MAX_BYTES))),
     **{
         f"{name} of {size:#x}": b"\x80\x05" + code + struct.pack(form, size) + b"abc."
         for name, code, form, size in [
@@ -161,7 +165,7 @@ def test_what_is_no_dict_of_arrays_is_refused_in_one_line(name, tmp_path):
     path = tmp_path / "test.pkl"
     path.write_bytes(CORPUS[name])
     with pytest.raises(InputError) as caught:
-        read_test_file(path)
+        read_test_file(path) if name in ODD else read(CORPUS[name])
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(path))
 
 
@@ -173,6 +177,7 @@ def test_a_name_is_refused_where_it_is_named():
         assert str(caught.value) == f"it wants to run {wanted}; nothing was run"
 
 
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
 BOUNDED = """
 import pickle, resource, sys, time
 from cifar_lib import pickles
@@ -201,9 +206,8 @@ print(heard)
 def test_every_hostile_file_needs_less_than_a_gigabyte_and_ten_seconds_and_runs_nothing(tmp_path):
     # The kernel holds a process of its own to the limit; an audit hook hears what it opens or runs.
     (tmp_path / "corpus.pkl").write_bytes(pickle.dumps(CORPUS))
-    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BOUNDED]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.pkl"]
 
@@ -243,7 +247,7 @@ def mutated(content: bytes, dice: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(dice.randint(1, 6)):
         head, tail = dice.randrange(400), len(changed) - dice.randrange(300)
-        at = dice.choice([head, tail, dice.randrange(len(changed))])
+        at = dice.choice([head, tail, dice.randrange(len(changed) + 1)])
         changed[at : at + dice.randint(0, 4)] = dice.randbytes(dice.randint(0, 8))
     return bytes(changed)
 
