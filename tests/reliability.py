@@ -136,6 +136,9 @@ class HalfWritten:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
+    def fileno(self) -> int:
+        return self.file.fileno()
+
     def write(self, content: bytes) -> None:
         self.file.write(content[: len(content) // 2])
         self.file.flush()

@@ -16,6 +16,11 @@ CUDA = torch.device("cuda")
 NORMALISATION = (CIFAR10_MEAN, CIFAR10_STD)
 
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="needs torch 2.11 or later"
+)
+
+
 @pytest.fixture
 def cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
