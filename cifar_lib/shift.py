@@ -63,7 +63,7 @@ def _kernel(function: Callable, amounts: tuple[float, ...]) -> Callable[[Tensor,
 # (Hendrycks and Dietterich 2019, arXiv:1903.12261); brightness goes towards dark, saturation
 # towards grey, pixelation down to 8x8.
 FAMILIES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "statistics": _statistics,  # severity 1: exactly the published run's custom set
+    "statistics": _statistics,  # severity 1: a synthetic copy of the published custom set
     "brightness": _kernel(kernels.adjust_brightness, (0.85, 0.7, 0.55, 0.4, 0.25)),
     "contrast": _kernel(kernels.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     "saturation": _kernel(kernels.adjust_saturation, (0.8, 0.6, 0.4, 0.2, 0.0)),

@@ -4,6 +4,7 @@ runs them."""
 import json
 import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,30 @@ def test_set_up_is_the_same_and_names_the_one_address(name):
     ]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
+
+
+def test_a_clone_that_failed_is_one_line_with_the_address(tmp_path, monkeypatch):
+    lines = cells(NAMES[0], "code")[0].source.split("\n\nfrom session")[0].splitlines()
+    plain = "\n".join(
+        line.replace("    !", "    #").replace("    %", "    pass  #") for line in lines
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=f"no cifar_lib here: .*{ADDRESS}"):
+        exec(plain, {})
+
+
+def test_a_missing_package_is_one_line_with_the_remedy():
+    code = "import importlib.util as u; real = u.find_spec; "
+    code += "u.find_spec = lambda name: None if name == 'captum' else real(name); import session"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]
+    assert last == "ImportError: missing: captum: pip install -r requirements.txt, restart"
 
 
 @pytest.mark.parametrize("name", NAMES)
