@@ -81,6 +81,8 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
         ({"data": HWC, "ids": ["a", "b", "c", "d\n"]}, "got 'd\\n'"),
         ({"data": HWC, "ids": ["a", "b", "c", "d" * 201]}, "got 'dddd"),
         ({"data": HWC, "ids": "abcd"}, "a flat array, got str"),
+        ({"data": HWC, "ids": np.array(5)}, "a flat array, got ndarray"),
+        ({"data": HWC, "ids": [1, 2, 3, 10**20]}, "whole numbers or names"),
         (pickle.dumps({"data": HWC, "ids": IDS})[:-1], "it can't be read as a pickle of arrays"),
     ],
 )

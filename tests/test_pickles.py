@@ -131,15 +131,14 @@ CORPUS = ODD | {
     "memo of four billion": beside(b"Nr\xff\xff\xff\xff"),
     "memo of equal hashes": beside(b"N" + b"".join(b"p%d\n" % (n * EQUAL) for n in range(9))),
     "keys of equal hash": pickle.dumps({n * EQUAL: None for n in range(9)}),
+    "a dict's items on the stack": beside(b"(K\x01Nd"),
     "a key that is a bomb": doubled() + beside(b"}h\x3cNs"),
     "long keys": pickle.dumps({"x" * 10**6: None}),
     "a list of itself": b"\x80\x04]\x94h\x00a.",
     "INT of a million digits": beside(b"I" + b"9" * 10**6 + b"\n"),
     "PUT of a million digits": beside(b"Np" + b"9" * 10**6 + b"\n"),
     "lone surrogates": beside(text("") + b"X\x03\x00\x00\x00\xed\xa0\x800"),
-    "endless instructions": beside(
-        b"](" * (MAX_INSTRUCTIONS // 4) + b"10" * (MAX_INSTRUCTIONS // 4)
-    ),
+    "endless instructions": beside(b"](10" * (MAX_INSTRUCTIONS // 4) + b"N"),
     "too long": beside(raw(bytes(MAX_BYTES))),
     **{
         f"{name} of {size:#x}": b"\x80\x05" + code + struct.pack(form, size) + b"abc."
