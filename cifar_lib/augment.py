@@ -1,8 +1,7 @@
 """One epoch of augmentation as a pure function of (images, policy, seed, epoch).
 
-All random numbers are drawn first, on the CPU, for each image its own. Then images that get the
-same operation go through one batched kernel together. torchvision's pipeline on PIL images, which
-goes image by image, gives the same pixels from the same draws.
+All random numbers are drawn first, on the CPU, for each image its own. Images that get the same
+operation then share a kernel; torchvision's PIL pipeline has the same pixels for the same draws.
 """
 
 import math
@@ -215,20 +214,18 @@ def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     """Whole grey levels, float32 (n, 1, 32, 32): exact, as no sum reaches 2**24."""
     red, green, blue = images.float().split(1, dim=1)
-    weighted = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
-    return weighted.add_(32768).div_(65536).floor_()
+    return (red * 19595 + green * 38470 + blue * 7471).add_(32768).div_(65536).floor_()
 
 
 def _smooth(images: Tensor) -> Tensor:
     """(1 1 1, 1 5 1, 1 1 1) / 13 around each pixel, the border as it is: float32."""
-    rows = images.flatten(2).to(torch.int16)  # sums over flat images: what wraps is border
-    columns = rows[..., : -2 * SIZE] + rows[..., SIZE:-SIZE] + rows[..., 2 * SIZE :]
-    around = columns[..., :-2] + columns[..., 1:-1] + columns[..., 2:]  # pixels 33, 34 ...
-    inner = slice(SIZE + 1, -SIZE - 1)
+    rows = images.flatten(2).to(torch.int16)  # in flat images sums wrap around to the border only
+    columns = (rows[..., : -2 * SIZE] + rows[..., SIZE:-SIZE]).add_(rows[..., 2 * SIZE :])
+    around = (columns[..., :-2] + columns[..., 1:-1]).add_(columns[..., 2:])  # pixels 33, 34 ...
     smooth = rows.float()
-    smooth[..., inner] = (around + 4 * rows[..., inner]) * (1 / 13)
+    smooth[..., 33:-33] = around.add_(rows[..., 33:-33], alpha=4) * (1 / 13)
     smooth = smooth.view_as(images)
-    smooth[..., :: SIZE - 1] = images[..., :: SIZE - 1]
+    smooth[..., ::31] = images[..., ::31]
     return smooth
 
 
