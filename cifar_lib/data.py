@@ -59,7 +59,7 @@ class ImageSet:
     def __getitem__(self, index: Tensor | np.ndarray | slice) -> "ImageSet":
         """The images at `index` (positions, a mask, or a slice), labels and ids with them."""
         positions = torch.arange(len(self))[index]
-        on_device = positions.to(self.images.device)
+        on_device = positions.to(self.images.device, non_blocking=True)
         return replace(
             self,
             images=self.images[on_device],

@@ -18,12 +18,12 @@ FUSED_SGD = (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr)
 
 
 class FakeCuda(TorchDispatchMode):
-    """Within it, "cuda" is there. `to_cpu`: shapes that were copied back, each of which waits."""
+    """Within it, "cuda" is there. `waits`: what was copied back, or there without non_blocking."""
 
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.to_cpu: list[tuple[int, ...]] = []
+        self.waits: list[tuple[int, ...]] = []
 
     def __enter__(self):
         torch.cuda._lazy_init = lambda: None
@@ -51,8 +51,10 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             args, kwargs = tree_map_only(torch.Tensor, self._faked, (args, kwargs))
             result = function(*args, **kwargs)
+        if function in COPIES and not fakes and not kwargs.get("non_blocking"):
+            self.waits.append(tuple(result.shape))
         if function in COPIES and target == "cpu":
-            self.to_cpu.append(tuple(result.shape))
+            self.waits.append(tuple(result.shape))
             return torch.zeros(result.shape, dtype=result.dtype)
         return result
 
