@@ -66,12 +66,20 @@ def fit(
                 saved = run.load()
         saved, finished = ranks.from_first((saved, finished))
         if finished is not None:
+            if "test" not in finished:
+                raise InputError(f"{run_path}/metrics.json has no test: restore or delete it")
             return finished
         note = prepare(target, config.precision)
         if note:
             log(note)
         if saved is not None:
-            state.load(saved)
+            try:
+                state.load(saved)
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(
+                    f"run directory: the checkpoint in {run_path} is not of this run "
+                    f"({type(error).__name__}): restore it, or choose another directory"
+                ) from error
             log(f"going on from epoch {state.epoch} of {config.epochs} in {run_path}")
         step = Step(state, config, log)
         _train_epochs(step, run, part, validation, test.to(target), log)
@@ -143,11 +151,6 @@ def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> N
     if stored is None:
         run.write_json("config.json", ours)
         return
-    if not isinstance(stored, dict):
-        raise InputError(
-            f"{run.path / 'config.json'} is no configuration: restore it, or choose "
-            "another run directory"
-        )
     before = {name: stored.pop(name, None) for name in data}
     theirs = {**asdict(recipe("report", **stored)), **before}
     differing = [

@@ -642,6 +642,21 @@ def test_a_configuration_that_is_none_is_refused(stand_in, started, tmp_path, te
         fit(tiny(), path, *stand_in, device="cpu", log=quiet)
 
 
+def test_a_checkpoint_of_another_network_and_metrics_of_nothing_are_refused(
+    stand_in, started, tmp_path
+):
+    path = shutil.copytree(started, tmp_path / "mixed")
+    run = RunDirectory(path)
+    saved = run.load()
+    del saved["model"]["conv1.weight"]
+    run.save(saved)
+    with pytest.raises(InputError, match="checkpoint in .* is not of this run"):
+        fit(tiny(), path, *stand_in, device="cpu", log=quiet)
+    (path / "metrics.json").write_text('{"epochs": 3}')
+    with pytest.raises(InputError, match="metrics.json has no test"):
+        fit(tiny(), path, *stand_in, device="cpu", log=quiet)
+
+
 def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, started, tmp_path):
     path = shutil.copytree(started, tmp_path / "older")
     config = json.loads((path / "config.json").read_text())
