@@ -43,7 +43,7 @@ clean:
 	rm -rf .venv .venv-colab runs
 
 .venv/ready: requirements.txt constraints.txt extras/winograd/winograd.cpp
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt
 	$(PIP) 'setuptools>=77,<81' && $(PIP) --no-build-isolation ./extras/winograd || \

@@ -32,6 +32,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from fuzz_pickles import fuzz  # noqa: E402
+
 import cifar_lib.checkpoint  # noqa: E402
 import cifar_lib.files  # noqa: E402
 import cifar_lib.fit  # noqa: E402
@@ -658,6 +660,12 @@ def main() -> int:
         "losses": lambda f: losses_that_are_not_finite(f, few, dice),
         "submissions": lambda f: submissions(f, options.kills, dice),
         "pickles": lambda f: pickles(f, options.kills * 50, dice),
+        "random pickles": lambda f: Row(
+            "random pickles: honest and hostile ones changed, instructions put in anywhere",
+            options.kills,
+            "each read or refused within 10 s and 1 GB, nothing else",
+            f"{fuzz(options.kills)}, in {options.kills} s",
+        ),
         "data": lambda f: tests(
             "data: files missing, truncated, swapped, changed",
             "one clear line",
