@@ -113,6 +113,14 @@ def test_flip_shift_weights_the_centre_half_and_two_corners_a_quarter_each(linea
     torch.testing.assert_close(predict(linear, images, MEAN, STD, tta="flip-shift"), expected)
 
 
+def test_logits_can_be_changed_in_place_and_learnt_from(linear, images):
+    logits = predict(linear, images, MEAN, STD)
+    logits /= 2.0
+    temperature = torch.ones((), requires_grad=True)
+    F.cross_entropy(logits / temperature, torch.arange(23) % 10).backward()
+    assert temperature.grad.isfinite()
+
+
 def test_an_unknown_view_is_an_error(linear, images):
     with pytest.raises(ValueError, match="flip-shift"):
         predict(linear, images, MEAN, STD, tta="rotate")
@@ -128,6 +136,15 @@ def test_wilson_interval_is_the_closed_formula(correct, n):
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     assert wilson_interval(correct, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_wilson_interval_covers_the_true_accuracy_and_another_sets_less_often():
+    dice = np.random.default_rng(0)
+    first, second = dice.binomial(1000, 0.92, (2, 3000))
+    low, high = np.array([wilson_interval(int(correct), 1000) for correct in first]).T
+    assert np.mean((low <= 0.92) & (high >= 0.92)) == pytest.approx(0.95, abs=0.012)
+    other = second / 1000
+    assert np.mean((low <= other) & (other <= high)) == pytest.approx(0.83, abs=0.025)
 
 
 def test_confusion_matrix_has_true_classes_in_rows():

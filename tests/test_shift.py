@@ -77,6 +77,13 @@ def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(image
     np.testing.assert_allclose(std, KAGGLE_STD, atol=2e-3)
 
 
+def test_a_constant_channel_has_no_statistics_to_match(images):
+    flat = images.clone()
+    flat[:, 1] = 7
+    with pytest.raises(InputError, match="shift: a channel of these images is constant"):
+        match_statistics(flat, KAGGLE_MEAN, KAGGLE_STD)
+
+
 @pytest.mark.parametrize("severity", [0, 6, -1, 2.5, None])
 def test_a_severity_out_of_range_is_refused(images, severity):
     with pytest.raises(InputError, match="severity: expected a whole number from 1 to 5, got"):
@@ -286,7 +293,7 @@ def test_the_readmes_table_is_what_was_measured():
     rows["way"] = rows["adapt"] + " + " + rows["tta"]
     named = {
         "unshifted": "clean",
-        "the report's custom set, n = 10,000": "custom",
+        "synthetic copy of the custom set, n = 10,000": "custom",
         "darkness, mean of five": "brightness",
     }
     named |= {
