@@ -117,12 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     submit = _command(commands, _submit, "label a competition's .pkl")
     submit.add_argument("--test", required=True, metavar="FILE.pkl")
     submit.add_argument("--out", required=True, metavar="FILE.csv")
-    submit.add_argument(
-        "--adapt",
-        choices=ADAPTATIONS,
-        default="normalize+batchnorm",  # this and the views by results/shift/verdict.json
-        help="what of the file's own statistics is used; default: %(default)s",
-    )
+    chosen = "normalize+batchnorm"  # this and the views by results/shift/verdict.json
+    use = "what of the file's own statistics is used; default: %(default)s"
+    submit.add_argument("--adapt", choices=ADAPTATIONS, default=chosen, help=use)
     submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
     _weights_options(submit, tta="flip")
     return parser
@@ -287,7 +284,8 @@ def _predict(options: argparse.Namespace) -> None:
     for path, image, its_heat in zip(paths, images, heat, strict=True):
         png = io.BytesIO()
         Image.fromarray(beside_heat(image, its_heat)).save(png, format="PNG")
-        write_atomically(Path(options.grad_cam) / f"{path.stem}.grad-cam.png", png.getvalue())
+        target = Path(options.grad_cam) / f"{path.stem}.grad-cam.png"
+        write_atomically(target, png.getvalue(), inputs=paths)
 
 
 def _submit(options: argparse.Namespace) -> None:
@@ -296,6 +294,7 @@ def _submit(options: argparse.Namespace) -> None:
     normalisation = info["mean"], info["std"]
     model, mean, std = adapt(options.adapt, model, test.images, *normalisation, precision)
     labels = predict(model, test.images, mean, std, precision, options.tta).argmax(1)
-    write_submission(options.out, test.ids, labels.tolist(), options.label_column)
+    inputs = (options.test, options.weights)
+    write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
     how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
     print(f"{len(labels)} labels in {options.out} ({how})")

@@ -94,11 +94,12 @@ def write_submission(
     ids: Sequence[int | str],
     labels: Sequence[int],
     label_column: str = "Labels",
+    inputs: Sequence[str | os.PathLike] = (),
 ) -> None:
     """Write `ID,<label_column>` and a row an image in the order given.
 
-    `labels`: class numbers 0 to 9. Raises InputError, and leaves an older file as it was, where the
-    rows are no valid submission.
+    `labels`: class numbers 0 to 9; `inputs`: files that must not be written over. Raises
+    InputError, and leaves an older file as it was, where the rows are no valid submission.
     """
     if not label_column or not label_column.isprintable():
         raise InputError(
@@ -119,7 +120,7 @@ def write_submission(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ID", label_column])
     writer.writerows(zip(ids, map(int, labels), strict=True))
-    write_atomically(Path(path), text.getvalue().encode())
+    write_atomically(Path(path), text.getvalue().encode(), inputs)
 
 
 def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:

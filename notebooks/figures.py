@@ -197,17 +197,21 @@ def curves(
 
 
 @_in_style
-def frequencies(measured: Mapping[str, float], expected: float, title: str) -> Figure:
-    """How often each thing happened, as bars, against one expected share."""
+def frequencies(
+    measured: Mapping[str, float], expected: float, deviation: float, title: str
+) -> Figure:
+    """How often each thing happened, as dots, with the expected share and the band of two standard
+    deviations of chance around it."""
     figure, axes = _figure(size=(8, 3.2))
     ax = axes[0, 0]
-    ax.bar(range(len(measured)), measured.values())
+    low, high = expected - 2 * deviation, expected + 2 * deviation
+    ax.axhspan(low, high, color=COLOURS[4], alpha=0.25, label="expected ± 2 standard deviations")
     ax.axhline(expected, color=COLOURS[5], linestyle="--", label=f"expected {expected:.2%}")
+    ax.plot(range(len(measured)), list(measured.values()), "o", label="measured")
     ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
-    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    ax.grid(axis="x", visible=False)
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
-    ax.legend(loc="lower right", frameon=True)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -417,74 +421,3 @@ def severity_maps(
         ax.tick_params(length=0, labelleft=i == 0, labelrotation=0)
         ax.grid(False)
     return figure
-
-
-@_in_style
-def search_history(trials: pd.DataFrame, importance: Mapping[str, float], title: str) -> Figure:
-    """Each trial's accuracy in the order they ran, and how much of the differences each
-    hyperparameter explains.
-
-    `trials`: as `tune.trials_table` gives them; number 0 is marked as what the others compete with.
-    """
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _trials(left, trials, "number")
-    finished = trials[trials.complete].sort_values("number")
-    left.step(
-        finished.number,
-        finished.accuracy.cummax(),
-        where="post",
-        color="#444444",
-        label="best so far",
-    )
-    left.set(xlabel="trial", ylabel="validation accuracy")
-    figure.legend(loc="outside lower left", ncols=4)
-    names = sorted(importance, key=importance.get)
-    right.barh(names, [importance[name] for name in names])
-    right.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    right.grid(axis="y", visible=False)
-    right.set(xlabel="share of the differences explained")
-    return figure
-
-
-@_in_style
-def search_slices(
-    trials: pd.DataFrame, names: Sequence[str], title: str, logarithmic: Sequence[str] = ()
-) -> Figure:
-    """Accuracy against each hyperparameter."""
-    columns = -(-len(names) // 2)
-    figure, axes = _figure(2, columns, (2.8 * columns, 5.6))
-    figure.suptitle(title)
-    for ax in axes.flat[len(names) :]:
-        ax.set_axis_off()
-    for ax, name in zip(axes.flat, names, strict=False):
-        _trials(ax, trials, name)
-        if name in logarithmic:
-            ax.set_xscale("log")
-        if trials[name].dtype.kind not in "if":
-            ax.tick_params(axis="x", labelrotation=35, labelsize=7)
-        ax.set(xlabel=name)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("validation accuracy")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
-    return figure
-
-
-def _trials(axes: Axes, trials: pd.DataFrame, column: str) -> None:
-    first, others = trials[trials.number == 0], trials[trials.number != 0]
-    pruned = others[~others.complete]
-    finished = others[others.complete]
-    axes.plot(
-        pruned[column],
-        pruned.accuracy,
-        "x",
-        color="#999999",
-        label="pruned, last epoch",
-        markersize=5,
-    )
-    axes.plot(
-        finished[column], finished.accuracy, "o", color=COLOURS[0], label="finished", markersize=5
-    )
-    axes.plot(first[column], first.accuracy, "D", color=COLOURS[5], label="Table 1", markersize=7)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

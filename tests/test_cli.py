@@ -162,6 +162,8 @@ WRONG = [
     (f"{SUBMIT} --test blocked --out o", "test file: blocked: it can't be read as a pickle"),
     (f"{SUBMIT} --test test.pkl --out blocked/o", "can't write blocked/o"),
     (f"{SUBMIT} --test test.pkl --out {300 * 'x'}", "(File name too long)"),
+    (f"{SUBMIT} --test test.pkl --out test.pkl", "it is an input of this command"),
+    (f"{SUBMIT} --test test.pkl --out tiny.safetensors", "it is an input of this command"),
     ("tune --study blocked --trials 1", "got blocked (it is no journal)"),
     ("tune --study s.log --trials 0", "expected a whole number from 1 on, got '0'"),
 ]

@@ -20,16 +20,6 @@ BINS = {
     "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
 }
 MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
-TRIALS = pd.DataFrame(
-    {
-        **{"number": [0, 1, 2], "accuracy": [0.3, 0.2, 0.4], "complete": [True, False, True]},
-        **{
-            "momentum": [0.9, 0.8, 0.95],
-            "shape": ["3,4,3", "2,2,2", "3,4,3"],
-            "batch_size": [128, 64, 64],
-        },
-    }
-)
 FIGURES = {
     "image_grid": lambda: figures.image_grid(
         PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"
@@ -42,7 +32,7 @@ FIGURES = {
     "curves": lambda: figures.curves(
         {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
     ),
-    "frequencies": lambda: figures.frequencies({"a": 0.5, "b": 0.5}, 0.5, "T"),
+    "frequencies": lambda: figures.frequencies({"a": 0.5, "b": 0.5}, 0.5, 0.01, "T"),
     "confusion": lambda: figures.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
     "class_scores": lambda: figures.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
     "confused_pairs": lambda: figures.confused_pairs([("cat", "dog", 5), ("dog", "cat", 4)], "T"),
@@ -52,12 +42,6 @@ FIGURES = {
     "intervals": lambda: figures.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
     "severity_maps": lambda: figures.severity_maps(
         {"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}
-    ),
-    "search_history": lambda: figures.search_history(
-        TRIALS, {"momentum": 0.7, "batch_size": 0.3}, "T"
-    ),
-    "search_slices": lambda: figures.search_slices(
-        TRIALS, ["momentum", "shape"], "T", logarithmic=["momentum"]
     ),
 }
 
