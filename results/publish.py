@@ -215,7 +215,7 @@ def on_custom_set(
     run's custom set: without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text())
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
-        print("  results/shift is of other weights, nothing to compare: see results/ablation.py")
+        print("  results/shift was measured with other weights: see results/ablation.py")
         return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
