@@ -48,13 +48,14 @@ class RunDirectory:
             ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
-        except OSError as error:  # some network file systems have no locks
+        except BlockingIOError as error:
             os.close(self._lock)
-            busy = isinstance(error, BlockingIOError)
-            reason = "another process trains in it" if busy else error.strerror
             raise InputError(
-                f"run directory: can't lock {self.path} ({reason}): wait, or choose another"
+                f"run directory: another process trains in {self.path}: wait, or choose another"
             ) from error
+        except OSError as error:  # a mounted Drive, say, has no locks
+            reason = f"{self.path} can't be locked ({error.strerror})"
+            warnings.warn(f"{reason}: start only one training in it", stacklevel=2)
         for scratch in self.path.glob(SCRATCH):  # what a killed process was writing
             if scratch.is_file():
                 scratch.unlink()

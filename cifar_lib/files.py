@@ -1,5 +1,6 @@
 """Files: what is written is whole and replaces nothing it shouldn't, what is read has bounds."""
 
+import contextlib
 import json
 import os
 import re
@@ -36,7 +37,8 @@ def write_atomically(
         try:
             with open(scratch, "xb") as file:
                 if mode is not None:
-                    os.fchmod(file.fileno(), mode)
+                    with contextlib.suppress(OSError):  # a mounted Drive, say, has no permissions
+                        os.fchmod(file.fileno(), mode)
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -45,9 +47,12 @@ def write_atomically(
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the new names too
-        os.close(folder)
+        with contextlib.suppress(OSError):  # the new names too, where folders can be flushed
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise InputError(
             f"can't write {path} ({error.strerror}): choose another place or free the disk"

@@ -452,7 +452,7 @@ def locks(folder: Path, times: int) -> Row:
 
         pid = forked(hold)
         os.read(ready, 1)
-        refused(RunDirectory(path).__enter__, "another process trains in it")
+        refused(RunDirectory(path).__enter__, "another process trains in")
         os.kill(pid, signal.SIGKILL)
         ended(pid)
         with RunDirectory(path):
