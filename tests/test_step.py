@@ -113,10 +113,14 @@ def test_where_compiling_fails_training_says_so_and_is_the_plain_one(stand_in, m
     assert fallen_back == losses(tiny(), stand_in[0])
 
 
-def test_gradients_lie_in_memory_as_their_parameters_do(stand_in):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_lie_in_memory_as_their_parameters_do(stand_in, monkeypatch, compiled):
     """Else the fused optimizer takes a slow way, or a wrong one."""
-    state = State.new(tiny(precision="bf16"), CPU)
-    step = Step(state, tiny(precision="bf16"))
+    torch._dynamo.reset()
+    with_backend(monkeypatch, "aot_eager")
+    config = tiny(precision="bf16", compile=compiled)
+    state = State.new(config, CPU)
+    step = Step(state, config)
     step(stand_in[0].images[:16], stand_in[0].labels[:16], rate=0.1)
     for parameter in state.model.parameters():
         sizes = zip(parameter.shape, parameter.stride(), parameter.grad.stride(), strict=True)
