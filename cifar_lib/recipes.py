@@ -162,7 +162,7 @@ def _parse(name: str, value: object, kind: typing.Any) -> object:
             return None if missing else _parse(name, value, arguments[0])
         if typing.get_origin(kind) is tuple:
             parts = value.strip("()[] ").split(",") if isinstance(value, str) else value
-            return tuple(_parse(name, part, arguments[0]) for part in parts)  # type: ignore[union-attr]
+            return tuple(_parse(name, part, arguments[0]) for part in parts)
         if kind is bool and isinstance(value, str):
             return {"true": True, "false": False, "1": True, "0": False}[value.strip().lower()]
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
