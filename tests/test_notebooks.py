@@ -63,15 +63,13 @@ def test_skeleton(name):
 def test_set_up_is_the_same_and_names_the_one_address(name):
     badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
     assert badge in cells(name, "markdown")[0].source
-    set_up = [
-        cells(each, "code")[0].source.split("\n\nfrom session")[0] for each in (name, NAMES[0])
-    ]
+    set_up = [cells(each, "code")[0].source for each in (name, NAMES[0])]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
 
 
 def test_a_clone_that_failed_is_one_line_with_the_address(tmp_path, monkeypatch):
-    lines = cells(NAMES[0], "code")[0].source.split("\n\nfrom session")[0].splitlines()
+    lines = cells(NAMES[0], "code")[0].source.splitlines()
     plain = "\n".join(
         line.replace("    !", "    #").replace("    %", "    pass  #") for line in lines
     )
