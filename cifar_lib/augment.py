@@ -161,9 +161,10 @@ def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float],
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
     """What torchvision takes each bin for: a shear's tangent, pixels, degrees, the change of a
     factor of 1, bits kept, a threshold; 0 for nothing. `wide`: in TrivialAugmentWide."""
-    wide_space = reference.TrivialAugmentWide()._augmentation_space(bins)
     space = reference.RandAugment()._augmentation_space(bins, (SIZE, SIZE))  # AutoAugment's too
-    values, _ = (wide_space if wide else space).get(name, (torch.zeros(1), False))
+    if wide:
+        space = reference.TrivialAugmentWide()._augmentation_space(bins)
+    values, _ = space.get(name, (torch.zeros(1), False))
     return values.float().expand(bins).tolist()
 
 
@@ -181,9 +182,7 @@ def apply_ops(images: Tensor, table: tuple[tuple[str, float], ...], ops: Tensor)
 
 def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
     """One operation on all images, to the last pixel as Pillow 10 to 13 computes it (nearest pixel,
-    black outside): uint8 (n, 3, 32, 32) -> the same. Raises InputError for an unknown name."""
-    if name not in AUTO_OPS:
-        raise InputError(f"unknown operation {name!r}: expected one of {', '.join(AUTO_OPS)}")
+    black outside): uint8 (n, 3, 32, 32) -> the same."""
     if name in GEOMETRIC:
         source, inside = _source_pixels(name, magnitude, images.device)
         # gather with an expanded index: four times faster on a CPU than indexing

@@ -30,12 +30,10 @@ from cifar_lib.data import PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, REAL, ImageS
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
     accuracy,
-    average_views,
     calibration_error,
     fit_temperature,
     mcnemar,
     predict,
-    predict_views,
     summarize,
     wilson_interval,
 )
@@ -130,14 +128,16 @@ def score(
     model: ResNet, info: dict, test: ImageSet, precision: str = "fp32"
 ) -> tuple[dict, Tensor]:
     """What the card and the README say of weights, and the logits (N, 10) without views."""
-    views = predict_views(model, test.images, info["mean"], info["std"], precision, count=2)
+    plain, mirrored = (
+        predict(model, images, info["mean"], info["std"], precision)
+        for images in (test.images, test.images.flip(3))
+    )
     scores = {}
-    for tta in ("none", "flip"):
-        summary = summarize(average_views(views, tta), test.labels)
+    for tta, logits in {"none": plain, "flip": (plain + mirrored) / 2}.items():
+        summary = summarize(logits, test.labels)
         scores[f"tta_{tta}"] = {
             name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")
         }
-    plain = average_views(views, "none")
     scores["temperature"] = info["temperature"]
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
     published = predict(model, test.images, PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD, precision)
