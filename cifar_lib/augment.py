@@ -81,8 +81,6 @@ def augment_epoch(
 
 def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
     """Images with their draws applied, on their device: uint8 (n, 3, 32, 32) -> the same."""
-    if len(images) == 0:
-        return images
     images = crop(images, draws.offsets, policy.crop_padding)
     images = flip(images, draws.mirrored)
     images = apply_ops(images, operations(policy), draws.ops)

@@ -153,7 +153,8 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         return _parse(content)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(reason.split())[:200]  # torch and pydantic take several lines
+        # torch and pydantic take several lines, pydantic the last one for a link
+        reason = " ".join(reason.partition("\n    For further")[0].split())[:200]
         raise InputError(
             f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
         ) from error
