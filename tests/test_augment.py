@@ -193,7 +193,7 @@ def test_the_same_draws_give_torchvisions_pixels(ops, pictures):
 
 
 def statistics(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
-    """Numbers of each image that its augmentation moves: mean, contrast, black, white, distance,
+    """Numbers of each image that its augmentation moves: contrast, mean, black, white, distance,
     edges; (6, n)."""
     values = images.float()
     parts = (values, values == 0, values == 255, (values - originals).abs(), values.diff().abs())

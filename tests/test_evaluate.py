@@ -87,14 +87,6 @@ def test_views_weight_the_image_half_and_two_corners_a_quarter_each(linear, imag
         predict(linear, images, MEAN, STD, tta="rotate")
 
 
-def test_logits_can_be_changed_in_place_and_learnt_from(linear, images):
-    logits = predict(linear, images, MEAN, STD)
-    logits /= 2.0
-    temperature = torch.ones((), requires_grad=True)
-    F.cross_entropy(logits / temperature, torch.arange(123) % 10).backward()
-    assert temperature.grad.isfinite()
-
-
 @pytest.mark.parametrize(("correct", "n"), [(9556, 10_000), (0, 20), (1, 3)])
 def test_wilson_interval_is_the_closed_formula(correct, n):
     z, p = 1.959963984540054, correct / n
@@ -254,8 +246,9 @@ def test_large_tensors_ask_for_huge_pages():
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("needs Linux with transparent huge pages")
     large = torch.ones(2**24)
-    flags = [line for line in open("/proc/self/smaps") if line.startswith("VmFlags")]
-    assert any("hg" in line.split() for line in flags) and large[0] == 1
+    areas = Path("/proc/self/smaps").read_text().splitlines()
+    flags = [line.split() for line in areas if line.startswith("VmFlags")]
+    assert any("hg" in each for each in flags) and large[0] == 1
 
 
 def test_description_of_the_machine_goes_into_json():
