@@ -1,7 +1,7 @@
 """One epoch of augmentation as a pure function of (images, policy, seed, epoch).
 
-All random numbers are drawn first, on the CPU, for each image its own. Images that get the same
-operation then share a kernel; torchvision's PIL pipeline has the same pixels for the same draws.
+All random numbers are drawn first, on the CPU. Images that get the same operation then share a
+kernel, with the pixels that torchvision's PIL pipeline has for the same draws.
 """
 
 import math
@@ -138,14 +138,14 @@ def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tenso
 
 
 def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
-    """The distinct (name, magnitude) pairs of a policy, which Draws.ops counts in."""
+    """The distinct (name, magnitude) pairs of a policy, which Draws.ops counts in: 23 of
+    RandAugment, 14 operations at one magnitude, 9 of them with two signs."""
     return _operation_table(policy.ops, policy.magnitude)[0]
 
 
 @lru_cache
 def _operation_table(ops: str, magnitude: int) -> tuple[tuple[tuple[str, float], ...], Tensor]:
-    """All distinct (name, magnitude) pairs, and where in them each (name, bin, sign) is: int64
-    (names, bins, 2). RandAugment has 23 pairs: one bin, 14 operations, 9 of them with two signs."""
+    """`operations`, and where in them each (name, bin, sign) is: int64 (names, bins, 2)."""
     names, bins = (AUTO_OPS, 10) if ops == "autoaugment" else (OPS, 31)
     used = slice(magnitude, magnitude + 1) if ops == "randaugment" else slice(bins)
     every = []

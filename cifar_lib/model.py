@@ -135,10 +135,9 @@ def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> Non
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and
-    its `info`.
+    its `info`. `pretrained` names the package's own, whose sha256 is checked.
 
-    `pretrained` names the weights that come with the package, whose sha256 is checked. Raises
-    InputError where the file is missing or damaged, or its network gives no usable logits.
+    Raises InputError where the file is missing or damaged, or its network gives no usable logits.
     """
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
     shipped = str(path) == PRETRAINED
@@ -149,7 +148,9 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     try:
         content = read_regular(Path(path), LARGEST_FILE)
         if shipped:
-            _check_sum(content)
+            listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
+            if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
+                raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
         return _parse(content)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
@@ -158,12 +159,6 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         raise InputError(
             f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
         ) from error
-
-
-def _check_sum(content: bytes) -> None:
-    listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
-    if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
-        raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
 
 
 def _parse(content: bytes) -> tuple[ResNet, dict]:

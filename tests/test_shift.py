@@ -9,30 +9,10 @@ import torch
 from scipy.linalg import sqrtm
 from session import SHIFT
 
-from cifar_lib.data import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    KAGGLE_MEAN,
-    KAGGLE_STD,
-    ImageSet,
-    channel_statistics,
-    normalize,
-)
+from cifar_lib import data, shift
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import features, predict
 from cifar_lib.model import ResNet
-from cifar_lib.shift import (
-    ADAPTATIONS,
-    FAMILIES,
-    PRIOR,
-    SEVERITIES,
-    adapt,
-    channel_distance,
-    frechet_distance,
-    match_statistics,
-    rebase_batch_norm,
-    shifted,
-)
 from cifar_lib.stand_in import generate_stand_in
 
 HEADER = "| accuracy, % | none | normalize | batchnorm | both | both, mirror image: the default |"
@@ -43,13 +23,13 @@ ROWS = {
     "channel statistics": "statistics",
     "pixelation": "pixelate",
 }
-MEAN, STD = CIFAR10_MEAN, CIFAR10_STD
+MEAN, STD = data.CIFAR10_MEAN, data.CIFAR10_STD
 
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     """260: two batches of statistics, which count alike, so both must have 130."""
-    return match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
+    return shift.match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +47,7 @@ def model() -> ResNet:
 @pytest.fixture(scope="module")
 def first_inputs(model, images) -> torch.Tensor:
     """What comes into the first batch-norm layer."""
-    return model.conv1(normalize(images, MEAN, STD)).detach()
+    return model.conv1(data.normalize(images, MEAN, STD)).detach()
 
 
 @pytest.fixture
@@ -75,26 +55,26 @@ def flat(images) -> torch.Tensor:
     return torch.cat([images[:, :1], torch.full_like(images[:, :1], 7), images[:, 2:]], dim=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", shift.FAMILIES)
 def test_a_shift_is_deterministic_and_grows_with_its_severity(family, images):
     images = images[:50]
-    results = [shifted(images, family, severity) for severity in SEVERITIES]
+    results = [shift.shifted(images, family, severity) for severity in shift.SEVERITIES]
     assert all(r.shape == images.shape and r.dtype == torch.uint8 for r in results)
-    assert torch.equal(results[2], shifted(images, family, 3))
+    assert torch.equal(results[2], shift.shifted(images, family, 3))
     changes = [(r.float() - images.float()).abs().mean().item() for r in results]
     assert changes[0] > 0.05 and changes == sorted(changes)
 
 
 def test_noise_has_the_standard_deviation_of_its_severity(images):
-    moved = shifted(images, "noise", 5).float() - images.float()
+    moved = shift.shifted(images, "noise", 5).float() - images.float()
     inside = (images > 90) & (images < 165)  # where nothing is cut off
     assert moved[inside].std().item() == pytest.approx(0.10 * 255, rel=0.02)
 
 
 def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(images):
-    mean, std = channel_statistics(shifted(images, "statistics", 1))
-    np.testing.assert_allclose(mean, KAGGLE_MEAN, atol=2e-3)
-    np.testing.assert_allclose(std, KAGGLE_STD, atol=2e-3)
+    mean, std = data.channel_statistics(shift.shifted(images, "statistics", 1))
+    np.testing.assert_allclose(mean, data.KAGGLE_MEAN, atol=2e-3)
+    np.testing.assert_allclose(std, data.KAGGLE_STD, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +84,13 @@ def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(image
 )
 def test_an_unknown_shift_or_severity_is_refused(images, family, severity, message):
     with pytest.raises(InputError, match=message):
-        shifted(images, family, severity)
+        shift.shifted(images, family, severity)
 
 
 def test_channel_distance_of_a_constant_move_is_the_move():
     low = torch.randint(0, 200, (20, 3, 8, 8), dtype=torch.uint8)
     high = low + torch.tensor([0, 10, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    np.testing.assert_allclose(channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
+    np.testing.assert_allclose(shift.channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
 
 
 def test_frechet_distance_is_the_formula():
@@ -120,8 +100,8 @@ def test_frechet_distance_is_the_formula():
     means = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
     wanted = (means**2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     a, b = torch.from_numpy(a), torch.from_numpy(b)
-    assert frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert shift.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
+    assert shift.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 @torch.no_grad()
@@ -133,9 +113,9 @@ def test_features_are_what_the_last_layer_sees(model, images):
 
 
 def test_normalize_undoes_gain_and_offset_and_none_nothing(model, images):
-    moved = match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
-    assert adapt("none", model, moved, MEAN, STD) == (model, MEAN, STD)
-    network, mean, std = adapt("normalize", model, moved, MEAN, STD)
+    moved = shift.match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
+    assert shift.adapt("none", model, moved, MEAN, STD) == (model, MEAN, STD)
+    network, mean, std = shift.adapt("normalize", model, moved, MEAN, STD)
     normalized, plain = predict(network, moved, mean, std), predict(model, moved, MEAN, STD)
     reference = predict(model, images, MEAN, STD)
     assert (normalized - reference).abs().mean() < 0.2 * (plain - reference).abs().mean()
@@ -143,12 +123,12 @@ def test_normalize_undoes_gain_and_offset_and_none_nothing(model, images):
 
 def test_batchnorm_mixes_the_images_statistics_with_the_training_ones(model, images, first_inputs):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    adapted, mean, std = adapt("batchnorm", model, images, MEAN, STD)
+    adapted, mean, std = shift.adapt("batchnorm", model, images, MEAN, STD)
     assert (mean, std) == (MEAN, STD)
     assert not any(module.training for module in adapted.modules())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name  # the network itself stays
-    weight = len(images) / (PRIOR + len(images))
+    weight = len(images) / (shift.PRIOR + len(images))
     own = {"running_mean": first_inputs.mean((0, 2, 3)), "running_var": first_inputs.var((0, 2, 3))}
     for name, value in own.items():
         wanted = weight * value + (1 - weight) * before[f"bn1.{name}"]
@@ -161,7 +141,7 @@ def test_rebasing_keeps_the_function_and_takes_what_is_no_shift_from_batchnorm(
     """The images have other statistics than the network was left with; they are no shift for a
     rebased one."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rebased = rebase_batch_norm(model, images, MEAN, STD)
+    rebased = shift.rebase_batch_norm(model, images, MEAN, STD)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     reference = predict(model, images, MEAN, STD)
     torch.testing.assert_close(predict(rebased, images, MEAN, STD), reference, atol=1e-4, rtol=1e-4)
@@ -169,20 +149,20 @@ def test_rebasing_keeps_the_function_and_takes_what_is_no_shift_from_batchnorm(
     torch.testing.assert_close(rebased.bn1.running_mean, wanted, rtol=1e-4, atol=1e-4)
     error = {}
     for name, network in (("as trained", model), ("rebased", rebased)):
-        adapted, mean, std = adapt("batchnorm", network, images, MEAN, STD)
+        adapted, mean, std = shift.adapt("batchnorm", network, images, MEAN, STD)
         error[name] = (predict(adapted, images, mean, std) - reference).abs().mean().item()
     assert error["rebased"] < 0.02 * error["as trained"]
 
 
 def test_images_without_statistics_of_their_own_are_refused(model, images, flat):
     with pytest.raises(InputError, match="shift: a channel of these images is constant"):
-        match_statistics(flat, KAGGLE_MEAN, KAGGLE_STD)
+        shift.match_statistics(flat, data.KAGGLE_MEAN, data.KAGGLE_STD)
     with pytest.raises(InputError, match="adapt: a channel of these images is constant"):
-        adapt("normalize", model, flat, MEAN, STD)
+        shift.adapt("normalize", model, flat, MEAN, STD)
     with pytest.raises(InputError, match="adapt: batchnorm takes at least 2 images.* got 1:"):
-        adapt("normalize+batchnorm", model, images[:1], MEAN, STD)
+        shift.adapt("normalize+batchnorm", model, images[:1], MEAN, STD)
     with pytest.raises(InputError, match="adapt: expected one of none, normalize.* got 'magic'"):
-        adapt("magic", model, images, MEAN, STD)
+        shift.adapt("magic", model, images, MEAN, STD)
 
 
 # What the ablation makes of its measurements
@@ -201,17 +181,18 @@ def script():
 def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(script, helped):
     dice = np.random.default_rng(0)
     best, right = script.WAYS.index(("batchnorm", "flip")), {}
-    for shift in (script.CLEAN, script.CUSTOM, *(f"{f} {s}" for f, s in product(FAMILIES, (1, 2)))):
-        right[shift] = np.tile(dice.random(200) < 0.6, (len(script.WAYS), 1))
-        if helped == "all" or (helped == "chosen on" and shift.split()[0] in script.CHOSEN_ON):
-            right[shift][best] |= dice.random(200) < 0.5
+    shifts = [f"{family} {severity}" for family, severity in product(shift.FAMILIES, (1, 2))]
+    for name in (script.CLEAN, script.CUSTOM, *shifts):
+        right[name] = np.tile(dice.random(200) < 0.6, (len(script.WAYS), 1))
+        if helped == "all" or (helped == "chosen on" and name.split()[0] in script.CHOSEN_ON):
+            right[name][best] |= dice.random(200) < 0.5
     verdict = script.verdict(right)
     confirmed = helped == "all"
     assert verdict["confirmed"] == confirmed
     assert verdict["beats_none_outside_the_intervals_on_the_custom_set"] == confirmed
     default = {"adapt": "batchnorm", "tta": "flip"} if confirmed else dict(adapt="none", tta="none")
     assert verdict["default"] == default
-    table = script.accuracy_table({shift: right[shift] for shift in (script.CLEAN, "noise 2")})
+    table = script.accuracy_table({name: right[name] for name in (script.CLEAN, "noise 2")})
     assert len(table) == 2 * len(script.WAYS)
     row = table.query("family == 'noise' and adapt == 'batchnorm' and tta == 'flip'").iloc[0]
     assert (row.severity, row.accuracy) == (2, right["noise 2"][best].mean())
@@ -221,10 +202,10 @@ def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(
 
 
 def test_the_ablation_scores_what_the_library_predicts(script, model, images):
-    test = ImageSet(images[:60], torch.arange(60) % 10, "generated")
+    test = data.ImageSet(images[:60], torch.arange(60) % 10, "generated")
     right = script.score(test.images, test, model, {"mean": MEAN, "std": STD})
     for adaptation, tta in (("none", "flip-shift"), ("batchnorm", "flip")):
-        network, mean, std = adapt(adaptation, model, test.images, MEAN, STD)
+        network, mean, std = shift.adapt(adaptation, model, test.images, MEAN, STD)
         guesses = predict(network, test.images, mean, std, tta=tta).argmax(1)
         found = right[script.WAYS.index((adaptation, tta))]
         assert np.array_equal(found, (guesses == test.labels).numpy())
@@ -248,10 +229,10 @@ def test_the_ablation_goes_on_only_with_the_same_weights_and_images(script, tmp_
 def test_the_readmes_table_is_what_was_measured():
     rows = pd.read_csv(SHIFT / "accuracy.csv")
     means = 100 * rows.groupby(["family", rows.adapt + " + " + rows.tta]).accuracy.mean()
-    ways = [*(f"{name} + none" for name in ADAPTATIONS), "normalize+batchnorm + flip"]
+    ways = [*(f"{name} + none" for name in shift.ADAPTATIONS), "normalize+batchnorm + flip"]
     lines = (SHIFT.parents[1] / "README.md").read_text().splitlines()
     start = lines.index(HEADER) + 2
-    for line in lines[start : start + 2 + len(FAMILIES)]:
+    for line in lines[start : start + 2 + len(shift.FAMILIES)]:
         name, *said = line.strip("| ").split(" | ")
         name = name.removesuffix(", mean of five")
         family = ROWS.get(name, name.lower())
