@@ -28,7 +28,7 @@ FIGURES = {
     "channel_histograms": lambda: figures.channel_histograms(
         {"a": np.ones((3, 256)), "b": np.ones((3, 256))}, "T"
     ),
-    "channel_dots": lambda: figures.channel_dots({"a": (0.1, 0.2, 0.3)}, "T", "x"),
+    "channel_dots": lambda: figures.channel_dots({"a": ((0.1, 0.2, 0.3), (1, 2, 3))}, "T"),
     "curves": lambda: figures.curves(
         {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
     ),
