@@ -151,8 +151,7 @@ def channel_dots(
     values: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str
 ) -> Figure:
     """A row for each set, a dot for each channel: {set: (means (3,), standard deviations (3,))}."""
-    figure, axes = _figure(1, 2, (8, 1.5 + 0.38 * len(values)))
-    figure.suptitle(title)
+    figure, axes = _figure(1, 2, (8, 1.2 + 0.38 * len(values)))
     for i, (ax, xlabel) in enumerate(zip(axes[0], ("mean", "standard deviation"), strict=True)):
         for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
             dots = [row[i][channel] for row in values.values()]
@@ -161,8 +160,8 @@ def channel_dots(
         ax.invert_yaxis()
         ax.margins(x=0.08, y=0.12)
         ax.set_xlabel(xlabel)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    axes[0, 0].set_title(title)
+    axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return figure
 
 
