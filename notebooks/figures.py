@@ -14,7 +14,7 @@ from cifar_lib.data import CLASSES
 from cifar_lib.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
@@ -214,7 +214,7 @@ def frequencies(
     ax.plot(range(len(measured)), values, "o", label="measured")
     ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
     ax.set_ylim(min(low - 2 * deviation, *values), max(high + 4 * deviation, *values))
-    ax.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
+    ax.locator_params(axis="y", nbins=8, steps=[1, 2, 5, 10])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
     ax.legend(loc="upper center", ncols=3)
