@@ -94,14 +94,14 @@ def image_grid(
     a picture."""
     rows = -(-len(images) // columns)
     width = columns * scale + (0.9 if len(row_labels) else 0)
-    lines = max((t.count("\n") + 1 for t in titles), default=0)
-    figure, axes = _figure(
-        rows, columns, (max(width, 4), rows * (scale + 0.17 * lines) + (0.4 if title else 0))
-    )
+    in_rows = [titles[start : start + columns] for start in range(0, len(titles), columns)]
+    lines = sum(max(t.count("\n") + 1 if t else 0 for t in row) for row in in_rows)
+    height = rows * scale + 0.17 * lines + (0.4 if title else 0)
+    figure, axes = _figure(rows, columns, (max(width, 4), height))
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
         if i < len(images):
-            _show(ax, images[i], titles[i] if len(titles) else "")
+            _show(ax, images[i], titles[i] if len(titles) else "", size=9)
         else:
             ax.set_axis_off()
     for ax, label in zip(axes[:, 0], row_labels, strict=False):
@@ -111,53 +111,57 @@ def image_grid(
 
 @_in_style
 def class_counts(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
-    """Bars of images a class, a colour for each set: {set: (10,)}."""
-    figure, axes = _figure(size=(9.5, 3.4))
+    """Bars of images per class, a colour for each set: {set: (10,)}."""
+    figure, axes = _figure(size=(8, 3.4))
     ax, width = axes[0, 0], 0.86 / len(counts)
     for i, (name, values) in enumerate(counts.items()):
         places = np.arange(len(CLASSES)) + (i - (len(counts) - 1) / 2) * width
         bars = ax.bar(places, values, width, label=name)
-        ax.bar_label(bars, fontsize=7, padding=1)
+        if len(counts) == 1:  # bars of several sets are too narrow for their numbers
+            ax.bar_label(bars, fontsize=9, padding=1)
     ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=30, ha="right")
     ax.set(ylabel="images", title=title)
     ax.grid(axis="x", visible=False)
     ax.margins(y=0.12)
     if len(counts) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(counts), borderaxespad=0)
     return figure
 
 
 @_in_style
 def channel_histograms(histograms: Mapping[str, np.ndarray], title: str) -> Figure:
     """How often each value occurs in each channel, a panel for each set: {set: (3, 256)}."""
-    figure, axes = _figure(1, len(histograms), (4.5 * len(histograms), 3.2))
+    figure, axes = _figure(1, len(histograms), (max(5.5, 4 * len(histograms)), 3.4))
     figure.suptitle(title)
     for ax, (name, counts) in zip(axes[0], histograms.items(), strict=True):
         for channel, (colour, hexadecimal) in zip(counts, CHANNEL_COLOURS.items(), strict=True):
             ax.plot(channel / channel.sum(), color=hexadecimal, label=colour, linewidth=1.2)
-        ax.set(xlabel="pixel value", ylabel="share of pixels", title=name)
+        ax.set(xlabel="pixel value", title=name)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     top = max(ax.get_ylim()[1] for ax in axes[0])
     for ax in axes[0]:
         ax.set_ylim(0, top)
-    axes[0, -1].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0, 0].set_ylabel("share of pixels")
+    axes[0, 0].legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
     return figure
 
 
 @_in_style
-def channel_dots(values: Mapping[str, Sequence[float]], title: str, xlabel: str) -> Figure:
-    """A row for each set, a dot for each channel: {set: (3,)}."""
-    figure, axes = _figure(size=(7.5, 1.1 + 0.38 * len(values)))
-    ax = axes[0, 0]
-    for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
-        marker = "osD"[channel]
-        dots = [row[channel] for row in values.values()]
-        ax.plot(dots, range(len(values)), marker, color=hexadecimal, label=colour, markersize=7)
-    ax.set_yticks(range(len(values)), values.keys())
-    ax.invert_yaxis()
-    ax.margins(y=0.2)
-    ax.set(title=title, xlabel=xlabel)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+def channel_dots(
+    values: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str
+) -> Figure:
+    """A row for each set, a dot for each channel: {set: (means (3,), standard deviations (3,))}."""
+    figure, axes = _figure(1, 2, (8, 1.2 + 0.38 * len(values)))
+    for i, (ax, xlabel) in enumerate(zip(axes[0], ("mean", "standard deviation"), strict=True)):
+        for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
+            dots = [row[i][channel] for row in values.values()]
+            ax.plot(dots, range(len(values)), "osD"[channel], color=hexadecimal, label=colour)
+        ax.set_yticks(range(len(values)), values.keys() if i == 0 else [])
+        ax.invert_yaxis()
+        ax.margins(x=0.08, y=0.12)
+        ax.set_xlabel(xlabel)
+    axes[0, 0].set_title(title)
+    axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return figure
 
 
@@ -202,16 +206,18 @@ def frequencies(
 ) -> Figure:
     """How often each thing happened, as dots, with the expected share and the band of two standard
     deviations of chance around it."""
-    figure, axes = _figure(size=(8, 3.2))
-    ax = axes[0, 0]
+    figure, axes = _figure(size=(8, 3.6))
+    ax, values = axes[0, 0], list(measured.values())
     low, high = expected - 2 * deviation, expected + 2 * deviation
-    ax.axhspan(low, high, color=COLOURS[4], alpha=0.25, label="expected ± 2 standard deviations")
+    ax.axhspan(low, high, color=COLOURS[4], alpha=0.25, label="± 2 standard deviations")
     ax.axhline(expected, color=COLOURS[5], linestyle="--", label=f"expected {expected:.2%}")
-    ax.plot(range(len(measured)), list(measured.values()), "o", label="measured")
+    ax.plot(range(len(measured)), values, "o", label="measured")
     ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
+    ax.set_ylim(min(low - 2 * deviation, *values), max(high + 4 * deviation, *values))
+    ax.locator_params(axis="y", nbins=8, steps=[1, 2, 5, 10])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="upper center", ncols=3)
     return figure
 
 

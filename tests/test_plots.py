@@ -67,9 +67,11 @@ def test_lines_and_dots_go_through_the_numbers():
     drawn = lines(figures.channel_histograms({"a": counts, "b": counts + 1}, "T"), panel=1)
     for name, channel in zip(("red", "green", "blue"), counts + 1, strict=True):
         assert drawn[name] == (list(range(256)), (channel / channel.sum()).tolist())
-    drawn = lines(figures.channel_dots({"a": (0.1, 0.2, 0.3), "b": (0.4, 0.5, 0.6)}, "T", "x"))
-    dots = {"red": [0.1, 0.4], "green": [0.2, 0.5], "blue": [0.3, 0.6]}
-    assert drawn == {name: (x, [0, 1]) for name, x in dots.items()}
+    sets = {"a": ((0.1, 0.2, 0.3), (1, 2, 3)), "b": ((0.4, 0.5, 0.6), (4, 5, 6))}
+    figure = figures.channel_dots(sets, "T")
+    for panel in (0, 1):
+        dots = zip(("red", "green", "blue"), sets["a"][panel], sets["b"][panel], strict=True)
+        assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
     scores = [i / 10 for i in range(10)]
     drawn = lines(figures.class_scores({"ours": scores}, "T", "F1"))
     assert drawn == {"ours": (scores, list(range(10)))}
