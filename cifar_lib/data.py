@@ -219,8 +219,9 @@ def read_picture(path: str | os.PathLike) -> Tensor:
     """
     try:
         content = io.BytesIO(read_regular(Path(path), 4 * MAX_PIXELS))
-        with warnings.catch_warnings(), Image.open(content, formats=PICTURE_FORMATS) as file:
-            picture = _decoded(file)
+        with warnings.catch_warnings():  # the error says it all
+            warnings.simplefilter("ignore")
+            picture = _decoded(Image.open(content, formats=PICTURE_FORMATS))
     except Exception as error:  # whatever Pillow stumbles over in a broken file
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise InputError(
