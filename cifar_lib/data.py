@@ -38,7 +38,6 @@ KAGGLE_MEAN, KAGGLE_STD = (0.4765, 0.4808, 0.4958), (0.2303, 0.2267, 0.2268)
 
 FOLDER = CIFAR10.base_folder
 KAGGLE_INPUT = Path("/kaggle/input")
-COPY_AGAIN = "delete the folder to download it again, or copy the file again"
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS, say, would run a program
 MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
@@ -116,11 +115,14 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     for name, md5 in files:
         try:
             content = read_regular(folder / name, pickles.MAX_BYTES)
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+                raise ValueError(f"expected md5 {md5}, the file differs")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{folder / name} can't be read ({reason}): {COPY_AGAIN}") from error
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            raise InputError(f"{folder / name}: expected md5 {md5}, the file differs: {COPY_AGAIN}")
+            raise InputError(
+                f"{folder / name} can't be read ({reason}): delete the folder to download it "
+                "again, or copy the file again"
+            ) from error
         batch = pickles.read(content)
         images.append(batch["data"].reshape(-1, 3, 32, 32))
         labels += batch["labels"]
@@ -140,13 +142,10 @@ def check_labels(images: ImageSet) -> None:
 
 def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
     """Positions int64 of the training and the validation part, each in rising order, classes in
-    equal shares. Raises InputError where a class would be missing from one of them."""
+    equal shares. InputError where a class would be missing from one of them."""
     try:
         parts = train_test_split(
-            np.arange(len(labels)),
-            test_size=n_validation,
-            stratify=labels.cpu().numpy(),
-            random_state=seed,
+            np.arange(len(labels)), test_size=n_validation, stratify=labels.cpu(), random_state=seed
         )
     except ValueError as error:
         raise InputError(
@@ -158,8 +157,7 @@ def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tens
 
 
 def channel_histogram(images: Tensor) -> Tensor:
-    """How often each of the 256 values occurs in each channel: uint8 (N, 3, H, W) -> int64
-    (3, 256) on the CPU."""
+    """How often each value occurs in each channel: uint8 (N, 3, H, W) -> int64 (3, 256), CPU."""
     counts = torch.zeros(3, 256, dtype=torch.int64, device=images.device)
     for chunk in images.split(2000):
         for channel in range(3):
@@ -168,11 +166,9 @@ def channel_histogram(images: Tensor) -> Tensor:
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel over all pixels of all images, in [0, 1], float64
-    (3,) each.
+    """Mean and standard deviation of each channel over all n pixels, in [0, 1], float64 (3,) each.
 
-    From whole-number sums over the n pixels of a channel, so exact but for the last rounding:
-    mean = S1 / n, variance = S2 / n - mean^2, with S1 = sum of x, S2 = sum of x^2.
+    mean = S1 / n, variance = S2 / n - mean^2, of the whole numbers S1 = sum of x, S2 = sum of x^2.
     """
     counts = channel_histogram(images).numpy()
     values = np.arange(256)
@@ -181,11 +177,10 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_of_image_stds(images: Tensor) -> np.ndarray:
-    """The mean over images of each image's own standard deviation per channel, in [0, 1], float64
-    (3,).
+    """The mean of the images' own standard deviations per channel, in [0, 1], float64 (3,).
 
-    Below the one over all pixels, as it leaves out how far the images' means lie apart. With
-    Bessel's correction, torch's default: that gives the widespread .2023 .1994 .2010 to the digit.
+    It leaves out how far the images' means lie apart. With Bessel's correction, torch's default,
+    as that gives the widespread .2023 .1994 .2010 to the digit.
     """
     stds = [chunk.flatten(2).double().std(dim=2) for chunk in images.split(2000)]
     return (torch.cat(stds).mean(0) / 255).cpu().numpy()
@@ -213,10 +208,7 @@ def apply_scale(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def read_picture(path: str | os.PathLike) -> Tensor:
     """A picture file as a CIFAR-10 image, uint8 (3, 32, 32): its central square, scaled down with
-    anti-aliasing; of an animation the first frame.
-
-    Transparent parts become white. Raises InputError for a file that is no picture.
-    """
+    anti-aliasing, on white; of an animation the first frame. InputError for what is no picture."""
     try:
         content = io.BytesIO(read_regular(Path(path), 4 * MAX_PIXELS))
         with warnings.catch_warnings():  # the error says it all

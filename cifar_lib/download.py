@@ -40,10 +40,9 @@ def download_cifar10(
 ) -> Path:
     """Put the batch files into `root`, all of them or none; returns their folder.
 
-    Sources: `mirror` (the address of a folder that holds the archive), then SOURCES. What has come
-    of the archive stays, and the next call goes on with it. `archives`: a folder that keeps the
-    whole archive, too. Raises InputError where no source has it, `give_up_after` seconds are over,
-    or `root` can't be written.
+    Sources: `mirror` (the address of a folder with the archive), then SOURCES. What has come stays
+    for the next call. `archives`: a folder that keeps the archive. Raises InputError where no
+    source has it, `give_up_after` seconds are over, or `root` can't be written.
     """
     if mirror is not None and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
         raise InputError(

@@ -26,9 +26,8 @@ MAX_NAME = 200  # characters of an id
 def read_test_file(path: str | os.PathLike) -> ImageSet:
     """The unlabelled images and ids of a pickled dict; no code in it runs.
 
-    `data`: uint8 (N, 32, 32, 3), or flat (N, 3072) with the channels one after the other, told
-    apart by the shape; `ids`: N different whole numbers or names. The two keys may be str or bytes.
-    Raises InputError for anything else.
+    `data`: uint8 (N, 32, 32, 3), or (N, 3072) with the channels one after the other; `ids`: N
+    different whole numbers or names. Raises InputError for anything else.
     """
     try:
         content = pickles.read(read_regular(Path(path), pickles.MAX_BYTES))
@@ -118,8 +117,7 @@ def write_submission(
 def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:
     """A file in the competition's format, where there is no real one; returns its images labelled.
 
-    The images of `test` in another order, with the channel statistics that the published run found
-    in the competition's images. The file holds `data` (N, 32, 32, 3) and `ids` 0 to N - 1.
+    The images of `test` in another order, with the channel statistics of the competition's images.
     """
     shuffled = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))]
     images = match_statistics(shuffled.images, KAGGLE_MEAN, KAGGLE_STD)

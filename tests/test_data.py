@@ -13,25 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torchvision.datasets import CIFAR10
 
 from cifar_lib import data
-from cifar_lib.data import (
-    CAT,
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    DOG,
-    FOLDER,
-    PUBLISHED_STD,
-    STAND_IN,
-    ImageSet,
-    channel_histogram,
-    channel_statistics,
-    check_labels,
-    find_cifar10,
-    load_cifar10,
-    mean_of_image_stds,
-    normalize,
-    read_picture,
-    stratified_split,
-)
+from cifar_lib.data import CAT, DOG, FOLDER, ImageSet, find_cifar10, load_cifar10, read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import confusion_matrix
 from cifar_lib.stand_in import generate_stand_in
@@ -127,11 +109,11 @@ def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
 
 def test_labels_that_are_no_class_are_refused():
     train, _ = generate_stand_in(10, 0)
-    check_labels(train)
+    data.check_labels(train)
     for labels, known in ((None, 0), (train.labels[:9], 9), (train.labels + 1, 9)):
         message = f"stand-in data: expected a label from 0 to 9 for each of 10 images, got {known}:"
         with pytest.raises(InputError, match=message):
-            check_labels(replace(train, labels=labels))
+            data.check_labels(replace(train, labels=labels))
 
 
 # Splits and statistics
@@ -139,18 +121,18 @@ def test_labels_that_are_no_class_are_refused():
 
 def test_split_is_stratified_disjoint_and_by_seed():
     labels = torch.arange(200) % 10
-    train, validation = stratified_split(labels, 50, seed=3)
+    train, validation = data.stratified_split(labels, 50, seed=3)
     assert train.dtype == torch.int64 and labels[validation].bincount().tolist() == [5] * 10
     assert torch.cat([train, validation]).sort().values.tolist() == list(range(200))
     assert all(torch.equal(part, part.sort().values) for part in (train, validation))
-    assert torch.equal(stratified_split(labels, 50, seed=3)[1], validation)
-    assert not torch.equal(stratified_split(labels, 50, seed=4)[1], validation)
+    assert torch.equal(data.stratified_split(labels, 50, seed=3)[1], validation)
+    assert not torch.equal(data.stratified_split(labels, 50, seed=4)[1], validation)
 
 
 @pytest.mark.parametrize("n_validation", [0, 5, 195, 201])
 def test_a_split_without_every_class_in_both_parts_is_refused(n_validation):
     with pytest.raises(InputError, match=f"can't split 200 images into {200 - n_validation} and"):
-        stratified_split(torch.arange(200) % 10, n_validation, seed=0)
+        data.stratified_split(torch.arange(200) % 10, n_validation, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -162,27 +144,27 @@ def random_images() -> torch.Tensor:
 
 
 def test_channel_statistics_are_torchs_in_float64(random_images):
-    mean, std = channel_statistics(random_images)
+    mean, std = data.channel_statistics(random_images)
     pixels = random_images.double().transpose(0, 1).flatten(1) / 255
     np.testing.assert_allclose(mean, pixels.mean(1), rtol=1e-13)
     np.testing.assert_allclose(std, pixels.std(1, correction=0), rtol=1e-12)
     assert mean.dtype == std.dtype == np.float64
-    assert channel_histogram(random_images)[1, 42] == (random_images[:, 1] == 42).sum()
+    assert data.channel_histogram(random_images)[1, 42] == (random_images[:, 1] == 42).sum()
 
 
 def test_mean_of_image_stds_leaves_out_differences_between_images(random_images):
     expected = (random_images.double() / 255).std(dim=(2, 3)).mean(0)
-    np.testing.assert_allclose(mean_of_image_stds(random_images), expected, rtol=1e-12)
+    np.testing.assert_allclose(data.mean_of_image_stds(random_images), expected, rtol=1e-12)
     flat = torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1).expand(20, 3, 4, 4)
-    assert mean_of_image_stds(flat).tolist() == [0, 0, 0]
-    assert channel_statistics(flat)[1].min() > 0
+    assert data.mean_of_image_stds(flat).tolist() == [0, 0, 0]
+    assert data.channel_statistics(flat)[1].min() > 0
 
 
 def test_normalize_is_channel_by_channel(random_images):
     images, mean, std = random_images[:50], (0.1, 0.5, 0.9), (0.2, 1.0, 3.0)
     before = images.clone()
     centred = images.double() / 255 - torch.tensor(mean).view(3, 1, 1)
-    result = normalize(images, mean, std)
+    result = data.normalize(images, mean, std)
     expected = centred / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(result.double(), expected, atol=1e-6, rtol=1e-6)
     assert result.dtype == torch.float32 and result.is_contiguous(memory_format=torch.channels_last)
@@ -223,7 +205,7 @@ def test_stand_in_is_deterministic_balanced_and_marked():
         assert ours.images.shape == (n, 3, 32, 32) and ours.images.dtype == torch.uint8
         assert ours.labels.bincount().tolist() == [n // 10] * 10
         assert torch.equal(ours.images, again.images) and torch.equal(ours.labels, again.labels)
-        assert ours.source == STAND_IN
+        assert ours.source == data.STAND_IN
         assert len(ours.images.flatten(1).unique(dim=0)) == n
     assert not torch.equal(generate_stand_in(120, 40, seed=1)[0].images, first[0].images)
     assert not torch.equal(first[0].images[:40], first[1].images)
@@ -247,10 +229,10 @@ def test_constants_are_what_the_real_training_images_give(cifar10):
     for part, n in zip(cifar10, (50_000, 10_000), strict=True):
         assert part.labels.bincount().tolist() == [n // 10] * 10
     images = cifar10[0].images
-    mean, std = channel_statistics(images)
-    assert tuple(mean.round(4)) == CIFAR10_MEAN
-    assert tuple(std.round(4)) == CIFAR10_STD
-    assert tuple(mean_of_image_stds(images).round(4)) == PUBLISHED_STD
+    mean, std = data.channel_statistics(images)
+    assert tuple(mean.round(4)) == data.CIFAR10_MEAN
+    assert tuple(std.round(4)) == data.CIFAR10_STD
+    assert tuple(data.mean_of_image_stds(images).round(4)) == data.PUBLISHED_STD
 
 
 # Pictures of one's own

@@ -53,6 +53,7 @@ def serve():
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
+        server.handle_error = lambda *_: None  # the downloader goes away while it is served
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
@@ -63,9 +64,9 @@ def serve():
         server.server_close()
 
 
-def send(content: bytes, asked: list | None = None, until: int | None = None, pause=0.0) -> Answer:
-    """Serve `content` from the byte asked for, noting that in `asked`; `until`: only so far, and
-    then nothing for `pause` seconds."""
+def send(content: bytes, asked: list | None = None, until: int | None = None, seconds=0) -> Answer:
+    """Serve `content` from the byte asked for, noting that in `asked`; only until there, and evenly
+    in so many seconds for all of it."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         wanted = request.headers.get("Range", "")
@@ -75,24 +76,9 @@ def send(content: bytes, asked: list | None = None, until: int | None = None, pa
         request.send_response(206 if first else 200)
         request.send_header("Content-Length", str(len(content) - first))
         request.end_headers()
-        request.wfile.write(content[first:until])
-        request.wfile.flush()
-        time.sleep(pause)
-
-    return answer
-
-
-def drip(content: bytes, seconds: float, asked: list | None = None) -> Answer:
-    """All of it from the start, evenly in so many seconds."""
-
-    def answer(request: BaseHTTPRequestHandler) -> None:
-        if asked is not None:
-            asked.append(request.headers.get("Range", ""))
-        request.send_response(200)
-        request.end_headers()
-        for i in range(0, len(content), len(content) // 200):
-            request.wfile.write(content[i : i + len(content) // 200])
-            time.sleep(seconds / 200)
+        for start in range(first, until or len(content), 500):
+            request.wfile.write(content[start : min(start + 500, until or len(content))])
+            time.sleep(seconds * 500 / len(content))
 
     return answer
 
@@ -124,7 +110,7 @@ def test_a_named_mirror_comes_first(archive, serve, tmp_path, monkeypatch):
         (lambda archive: lambda request: request.send_error(404), "404: Not Found"),
         (lambda archive: send(bytes(len(archive))), "another file: the md5 differs"),
         (lambda archive: send(archive, until=1000), "it ended after 1,000 of"),
-        (lambda archive: send(archive, until=1000, pause=2), "timed out"),
+        (lambda archive: send(archive, seconds=1000), "timed out"),
     ],
 )
 def test_a_source_that_fails_is_named_and_left_for_the_next(
@@ -160,7 +146,7 @@ def test_a_slow_source_is_left_for_the_next_but_the_last_is_not(
     archive, serve, tmp_path, monkeypatch
 ):
     asked: list[str] = []
-    slow = [serve(drip(archive, seconds, asked)) for seconds in (20, 0.6)]
+    slow = [serve(send(archive, asked, seconds=seconds)) for seconds in (20, 1)]
     fetch(monkeypatch, tmp_path / "data", *slow)
     assert len(asked) == 2 and asked[0] == "" and asked[1].startswith("bytes=")
 
@@ -168,7 +154,7 @@ def test_a_slow_source_is_left_for_the_next_but_the_last_is_not(
 def test_the_time_limit_holds(archive, serve, tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(InputError, match=r"\(127[^;]*: the time is over\): set CIFAR10_ROOT"):
-        fetch(monkeypatch, tmp_path, serve(drip(archive, 20)), CLOSED, give_up_after=0.2)
+        fetch(monkeypatch, tmp_path, serve(send(archive, seconds=20)), CLOSED, give_up_after=0.2)
     assert time.monotonic() - start < 10
 
 
@@ -183,7 +169,7 @@ def test_the_archive_can_be_kept_elsewhere_and_serves_the_next_machine(
 
 def test_two_at_once_download_once(archive, serve, tmp_path, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr(download, "SOURCES", (serve(drip(archive, 0.3, asked)),))
+    monkeypatch.setattr(download, "SOURCES", (serve(send(archive, asked, seconds=0.3)),))
     calls = [threading.Thread(target=download_cifar10, args=(tmp_path / "data",)) for _ in range(2)]
     for call in calls:
         call.start()

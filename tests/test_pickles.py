@@ -230,13 +230,6 @@ def test_honest_content_comes_back_as_pickle_would_read_it(protocol, value):
         np.testing.assert_equal(found[key], item)
 
 
-@pytest.mark.parametrize("protocol", range(4))
-def test_files_of_numpy_1_and_2_read_the_same(protocol):
-    old, new = b"numpy.core.multiarray", b"numpy._core.multiarray"
-    for content in (HONEST[protocol].replace(new, old), HONEST[protocol].replace(old, new)):
-        np.testing.assert_equal(read(content), {b"data": DATA, b"ids": [0, 1]})
-
-
 @pytest.mark.parametrize("bound", ["MAX_BYTES", "MAX_INSTRUCTIONS"])
 def test_what_is_too_long_is_refused(bound, monkeypatch):
     monkeypatch.setattr(pickles, bound, 9)
