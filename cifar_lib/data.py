@@ -99,7 +99,7 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
     named = root or os.environ.get("CIFAR10_ROOT")
     if not named:
         found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
-        return next((folder for folder in found if folder.is_dir()), None)
+        return next(filter(os.path.isdir, found), None)
     for folder in (Path(named, FOLDER), Path(named)):
         if folder.name == FOLDER and os.path.isdir(folder):
             return folder
@@ -215,7 +215,7 @@ def read_picture(path: str | os.PathLike) -> Tensor:
             warnings.simplefilter("ignore")
             picture = _decoded(Image.open(content, formats=PICTURE_FORMATS))
     except Exception as error:  # whatever Pillow stumbles over in a broken file
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        reason = str(getattr(error, "strerror", None) or error).partition(" <_io")[0]
         raise InputError(
             f"picture: {path} can't be read ({reason}): give a file of one of "
             f"{', '.join(PICTURE_FORMATS)}"

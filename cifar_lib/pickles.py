@@ -165,7 +165,7 @@ def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
         raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
     if kind.dtype.kind == "U":  # numpy takes any number for a character, and breaks on it later
         content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
-    return array.transpose(*axes) if order == "K" else array
+    return array.transpose(axes) if order == "K" else array
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -32,10 +32,9 @@ def test_every_honest_variant_reads_the_same(tmp_path, data, keys, ids):
     assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS) and read.labels is None
 
 
-def test_names_as_ids_are_carried(tmp_path):
-    for ids in ([b"a", "b", "c", "d"], np.array(["a", "b", "c", "d"])):
-        content = written(tmp_path, {"data": HWC, "ids": ids})
-        assert read_test_file(content).ids == ("a", "b", "c", "d")
+@pytest.mark.parametrize("ids", [[b"a", "b", "c", "d"], np.array(["a", "b", "c", "d"])])
+def test_names_as_ids_are_carried(tmp_path, ids):
+    assert read_test_file(written(tmp_path, {"data": HWC, "ids": ids})).ids == tuple("abcd")
 
 
 # As Python 2 wrote it: byte strings for keys and pixels, numpy.core instead of numpy._core.
@@ -69,11 +68,9 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
         ({"data": HWC}, "the key 'ids', found 'data'"),
         ({"data": HWC.astype(np.int64), "ids": IDS}, "array of uint8, got int64"),
         ({"data": HWC.tolist(), "ids": IDS}, "uint8, got list"),
-        ({"data": IMAGES.numpy(), "ids": IDS}, "(N, 3072), got (4, 3, 32, 32)"),
         ({"data": HWC[:0], "ids": []}, "(N, 3072), got (0, 32, 32, 3)"),
         ({"data": np.array(5, np.uint8), "ids": [1]}, "(N, 3072), got ()"),
         ({"data": HWC, "ids": IDS[:3]}, "one for each of 4 images, got 3"),
-        ({"data": HWC, "ids": np.full(10**6, b"a")}, "one for each of 4 images, got 1000000"),
         ({"data": HWC, "ids": [1, 2, 3, 1]}, "'1' stands for several"),
         ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers or names"),
         ({"data": HWC, "ids": ["a", "b", "c", "d\n"]}, "got 'd\\n'"),
@@ -89,9 +86,7 @@ def test_a_wrong_content_is_named_with_its_remedy(tmp_path, content, message):
     with pytest.raises(InputError) as caught:
         read_test_file(path)
     assert str(caught.value).startswith(f"test file: {path}: ") and message in str(caught.value)
-    assert str(caught.value).endswith(
-        ": give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
-    )
+    assert str(caught.value).endswith(" a dict with data (N, 32, 32, 3) and ids")
 
 
 def test_what_is_no_file_is_named(tmp_path):
@@ -132,7 +127,6 @@ def test_a_submission_can_go_to_standard_output(capfdbinary, tmp_path, monkeypat
         ([1, 2], [3, -1], "labels 0 to 9, got -1"),
         ([1, 2], [3, 2.9], "labels 0 to 9, got 2.9"),
         ([1, 2], [3], "one for each of 1 images, got 2"),
-        ([1, 2, 1], [3, 4, 5], "'1' stands for several"),
         (["1", 1], [3, 4], "'1' stands for several"),
         (["a\nb"], [3], "names of 1 to 200 letters, got 'a\\nb'"),
     ],
