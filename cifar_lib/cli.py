@@ -16,17 +16,19 @@ from PIL import Image
 
 from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, behind
 from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
-from cifar_lib.hardware import choose_device, choose_precision, prepare
+from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision, prepare
 from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 from cifar_lib.shift import ADAPTATIONS, adapt
 
-DEVICES = "auto, cpu, cuda, cuda:N or mps"
+# Options of several commands.
+DEVICE = {"default": "auto", "metavar": "D", "help": "auto, cpu, cuda, cuda:N or mps"}
+DATA = {"metavar": "ROOT", "help": "the folder that holds cifar-10-batches-py"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,13 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
         return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
     except BaseException as error:
-        # An interrupt that arrives while C code runs can end as a SystemError.
-        while error is not None and not isinstance(error, KeyboardInterrupt):
-            error = error.__cause__ or error.__context__
-        if error is None:
+        # One that arrives while C code runs can end as a SystemError.
+        interrupt = behind(error, KeyboardInterrupt)
+        if interrupt is None:
             raise
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
-        return 143 if isinstance(error, _Terminated) else 130
+        return 143 if isinstance(interrupt, _Terminated) else 130
     return 0
 
 
@@ -97,9 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_train, text, "goes on from the last finished epoch")
     add("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
     add("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
-    _add_recipe(add, required=True)
-    for flag, field in (("--epochs", "epochs"), ("--train-size", "train_size"), ("--seed", "seed")):
-        _add_field(add, flag, field)
+    _add_recipe(add, "epochs", "train_size", "seed", required=True)
 
     text = "search for Table 1's values, by any number of workers"
     add = command(_tune, text, "goes on; the trial waits to be run again")
@@ -111,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_evaluate, "score weights on CIFAR-10's test images", "starts again")
     add("--json", action="store_true")
     _add_weights(add, tta="none")
-    _add_data(add)
+    add("--data", **DATA)
 
     add = command(_predict, "the three likeliest classes of your own pictures", "starts again")
     add("images", nargs="+", metavar="IMAGE")
@@ -129,29 +128,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(add: Callable, **given: object) -> None:
+def _add_recipe(add: Callable, *fields: str, **given: object) -> None:
+    """A recipe and its fields: --train-size 100 is short for --set train_size=100."""
     add("--recipe", metavar="R", help=f"one of {', '.join(RECIPES)}", **given)
-    field = "any field of TrainConfig"
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help=field)
-    _add_field(add, "--precision", "precision")
-    add("--device", default="auto", metavar="D", help=DEVICES)
-    _add_data(add)
-
-
-def _add_field(add: Callable, flag: str, field: str) -> None:
-    add(flag, dest="set", action="append", type=f"{field}={{}}".format, metavar="VALUE")
+    change = {"dest": "set", "action": "append", "metavar": "VALUE"}
+    for field in (*fields, "precision"):
+        add(f"--{field.replace('_', '-')}", type=f"{field}={{}}".format, default=[], **change)
+    add("--set", **change | {"metavar": "FIELD=VALUE", "help": "any field of TrainConfig"})
+    add("--device", **DEVICE)
+    add("--data", **DATA)
 
 
 def _add_weights(add: Callable, tta: str) -> None:
     add("--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package")
     views = {"nargs": "?", "const": "flip-shift", "default": tta, "choices": TTA}
     add("--tta", **views, help="test-time views; default: %(default)s")
-    add("--precision", default="auto", metavar="P", help="default: what the device is good for")
-    add("--device", default="auto", metavar="D", help=DEVICES)
-
-
-def _add_data(add: Callable) -> None:
-    add("--data", metavar="ROOT", help="the folder that holds cifar-10-batches-py")
+    add("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
+    add("--device", **DEVICE)
 
 
 def _positive(text: str) -> int:
@@ -217,7 +210,8 @@ def _tune(options: argparse.Namespace) -> None:
     score = tune.objective(load_cifar10(options.data)[0], config, options.device)
     study = tune.open_search(options.study, config, options.seed)
     tune.work(study, options.study, options.trials, score)
-    print(f"best on the validation split: {tune.best(study)}")
+    for best in study.best_trials[:1]:  # none, if all were pruned
+        print(f"best on the validation split: {best.value:.2%} with {best.params}")
 
 
 def _print_score(score: dict, where: str) -> None:

@@ -11,6 +11,15 @@ class InputError(ValueError):
     in one line."""
 
 
+def behind(
+    error: BaseException | None, kinds: type[BaseException] | tuple[type[BaseException], ...]
+) -> BaseException | None:
+    """The error of these kinds that `error` is or comes from, if any."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def checked(cls: type) -> type:
     """The class as a frozen dataclass whose values pydantic reads (text, JSON's lists) and checks
     by the fields' types; the first that doesn't fit is an InputError."""

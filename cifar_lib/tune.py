@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 from tqdm import tqdm
 
 from cifar_lib.data import ImageSet
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, behind
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import resolve, split
 from cifar_lib.hardware import choose_device, prepare
@@ -33,6 +33,12 @@ warnings.filterwarnings("ignore", category=ExperimentalWarning)
 STUDY = "table-1"
 HEARTBEAT = 20  # seconds; a worker is taken for dead after three without one
 RETRY = RetryHeartbeatStaleTrialCallback()  # a copy of a trial waits, under a new number
+# A trial whose worker died before its first heartbeat, or had no room for it: from now on its
+# silence counts.
+FIRST_BEATS = """
+INSERT INTO trial_heartbeats (trial_id, heartbeat) SELECT trial_id, CURRENT_TIMESTAMP FROM trials
+WHERE state = 'RUNNING' AND trial_id NOT IN (SELECT trial_id FROM trial_heartbeats)
+"""
 # A trial of minutes on two cores: what differs from the recipe. Warm-up is a sixth of the epochs,
 # as in the report.
 SHORT = {
@@ -147,6 +153,8 @@ def open_search(where: str, base: TrainConfig, seed: int | None = None) -> optun
             study.enqueue_trial(own.params)  # by the one worker that makes the study
         except DuplicatedStudyError:
             study = optuna.load_study(study_name=STUDY, storage=storage)
+        with storage.engine.begin() as connection:
+            connection.exec_driver_sql(FIRST_BEATS)
         stored = study.user_attrs.get("space", space)  # none: another worker is just making it
         differing = [name for name in space if stored.get(name) != space[name]]
         if differing:
@@ -204,7 +212,10 @@ def _told(where: str, *errors: type[Exception]) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except errors as error:
+    except Exception as error:
+        error = behind(error, errors)  # Optuna's own handling of one can end in another
+        if error is None:
+            raise
         kind, is_url, _ = where.partition("://")
         reason = str(error.__cause__ or error).partition("\n")[0][:200] or type(error).__name__
         if is_url and isinstance(error, (ArgumentError, ValueError)):
@@ -225,9 +236,9 @@ def work(
     """Run trials until the study, opened from `where`, has this many that finished or were pruned,
     or others are running the rest.
 
-    No two workers run the same trial; those that begin the last one at the same moment run one too
-    many. A trial that was interrupted waits to be run again, with the same parameters. So does that
-    of a worker that died, from when its heartbeat has stopped. Raises InputError where the database
+    No two workers run the same trial, but those that begin the last one at the same moment run one
+    too many. A trial that is interrupted waits to be run again with the same parameters; so does
+    that of a worker that died, once its heartbeat has stopped. Raises InputError where the database
     goes away or the disk is full; the same command then goes on.
     """
 
@@ -261,13 +272,6 @@ def _left(study: optuna.Study, trials: int, log: Callable[[str], None]) -> bool:
     if 0 < left <= running:
         log(f"{left} still running elsewhere: if that worker died, start the same command again")
     return left > running
-
-
-def best(study: optuna.Study) -> str:
-    try:
-        return f"{study.best_value:.2%} with {study.best_params}"
-    except ValueError:
-        return "none, as all were pruned"
 
 
 def load(path: str | Path) -> optuna.Study:

@@ -28,6 +28,7 @@ from cifar_lib.stand_in import generate_stand_in
 
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {TINY} --device cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 @pytest.fixture
