@@ -7,15 +7,17 @@ kernel, with the pixels that torchvision's PIL pipeline has for the same draws.
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import autoaugment as reference
 from torchvision.transforms.v2 import functional as kernels
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, checked
 
 SIZE = 32
 CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation
@@ -26,34 +28,21 @@ SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
 OPS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
 AUTO_OPS = (*OPS, "Invert")
 NEAREST = reference.InterpolationMode.NEAREST
+Side = Annotated[int, Field(ge=0, le=SIZE)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
+@checked
 class Policy:
     """What happens to a training image; the default is the published pipeline."""
 
-    crop_padding: int = 4  # black pixels on each side, then a random 32x32 crop; 0: no crop
-    flip: float = 0.5  # probability of a mirror image
-    ops: str = "randaugment"  # one of OP_SETS
-    num_ops: int = 2  # operations an image goes through (RandAugment)
-    magnitude: int = 9  # of 31 bins, 0 to 30 (RandAugment)
-    erasing: float = 0.5  # probability of RandomErasing: a black box of 2 to 33 % of the area
-    cutout: int = 0  # side of a square of mean colour (DeVries & Taylor 2017); 0: none
-
-    def __post_init__(self):
-        checks = {
-            "crop_padding": 0 <= self.crop_padding <= SIZE,
-            "flip": 0 <= self.flip <= 1,
-            "ops": self.ops in OP_SETS,
-            "num_ops": 1 <= self.num_ops <= 100,
-            "magnitude": 0 <= self.magnitude <= 30,
-            "erasing": 0 <= self.erasing <= 1,
-            "cutout": 0 <= self.cutout <= SIZE,
-        }
-        for name, good in checks.items():
-            if not good:
-                value = getattr(self, name)
-                raise InputError(f"policy.{name}: {value!r} is out of range (ops: {OP_SETS})")
+    crop_padding: Side = 4  # black pixels on each side, then a random 32x32 crop; 0: no crop
+    flip: Probability = 0.5  # of a mirror image
+    ops: Literal[OP_SETS] = "randaugment"
+    num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # an image goes through (RandAugment)
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # of 31 bins (RandAugment)
+    erasing: Probability = 0.5  # of RandomErasing: a black box of 2 to 33 % of the area
+    cutout: Side = 0  # of a square of mean colour (DeVries & Taylor 2017); 0: none
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_NEEDED = ("captum", "cleanlab", "optuna", "safetensors", "sklearn", "torchinfo", "tqdm")
+_NEEDED = ("captum", "cleanlab", "optuna", "pydantic", "safetensors", "sklearn")
+_NEEDED += ("torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
     raise ImportError(f"missing: {', '.join(_MISSING)}: pip install -r requirements.txt, restart")
@@ -40,7 +41,7 @@ from figures import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-SEARCH = ROOT / "results" / "tuning" / "study.log"  # a search's journal
+SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
 # The records of the package's weights: of each run that began with the weights of the one before.
 SHIPPED_RUNS = (ROOT / "results" / "best-seed42",)
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
