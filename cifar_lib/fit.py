@@ -143,7 +143,8 @@ def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> N
     try:
         theirs = {**asdict(recipe("report", **stored)), **before}
     except InputError as error:
-        raise InputError(f"run directory: {run.path}/config.json: {error}") from error
+        reason = f"{run.path} is of another version ({error})"
+        raise InputError(f"run directory: {reason}: choose another directory") from error
     differing = [f"{k} ({theirs[k]!r}, now {v!r})" for k, v in ours.items() if theirs[k] != v]
     if differing:
         raise InputError(

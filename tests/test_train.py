@@ -336,7 +336,7 @@ def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, st
     (started / "config.json").write_text(json.dumps(config))
     fit_killed_after(2, tiny(**RICH), started, stand_in)
     (started / "config.json").write_text(json.dumps(config | {"gone": 1}))
-    with pytest.raises(InputError, match=r"run directory: [^\n]*config.json: [^\n]*gone[^\n]*$"):
+    with pytest.raises(InputError, match=r"is of another version \([^\n]*gone[^\n]*$"):
         fit_quietly(tiny(**RICH), started, stand_in)
 
 
