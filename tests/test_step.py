@@ -1,6 +1,9 @@
 """The training step: compiled as written, in half precision, on a GPU where there is one."""
 
 import copy
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,7 +70,7 @@ def test_only_long_runs_on_one_gpu_are_compiled_unless_asked_for(monkeypatch):
 def test_a_compiled_step_is_the_plain_one_compiled_once_for_each_image_size(stand_in, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
     with_backend(monkeypatch, counter)
-    changes = {"ema_decay": 0.9, "half_size_epochs": 1, "nesterov": True}
+    changes = {"ema_decay": 0.9, "half_size_epochs": 1, "blocks": (1,), "channels": (18,)}
     lines: list[str] = []
     compiled = losses(tiny(compile=True, **changes), stand_in[0], log=lines.append)
     assert lines == ["compiling the training step, which takes a minute or two"]
@@ -100,6 +103,29 @@ def test_where_compiling_fails_training_says_so_and_is_the_plain_one(stand_in, m
     fallen_back = losses(tiny(compile=True), stand_in[0], log=lines.append)
     assert lines[1:] == ["compiling doesn't work here (no compiler): going on without"]
     assert fallen_back == losses(tiny(), stand_in[0])
+
+
+def test_a_gpu_is_set_up_for_fast_fp32_and_a_cpu_is_left_alone(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    hardware.prepare(CPU, "fp32")
+    assert asked == [] and not torch.backends.cudnn.benchmark
+    hardware.prepare(CUDA, "bf16")
+    assert asked == [] and torch.backends.cudnn.benchmark
+    hardware.prepare(CUDA, "fp32")
+    assert asked == ["high"]
+
+
+def test_the_commit_is_named_in_a_checkout_only(monkeypatch, tmp_path):
+    if (Path(hardware.__file__).parents[1] / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", hardware.describe(CPU)["commit"])
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "cifar_lib" / "hardware.py"))
+    assert hardware.describe(CPU)["commit"] is None
+    (tmp_path / ".git").mkdir()  # of no repository, and then without git
+    assert hardware.describe(CPU)["commit"] is None
+    monkeypatch.setenv("PATH", "")
+    assert hardware.describe(CPU)["commit"] is None
 
 
 def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
