@@ -49,10 +49,10 @@ def test_the_fake_device_finds_what_a_real_one_would(cuda):
 @pytest.mark.parametrize("ops", OP_SETS)
 def test_augmentation_stays_on_the_device(cuda, ops):
     policy = Policy(ops=ops, cutout=8, num_ops=2)
-    images = images_on(CUDA, 400)
+    images = images_on(CUDA, 80)
     for epoch in (0, 0):  # in the first, the maps of geometric operations are put there
         cuda.waits.clear()
-        result = augment(images, policy, draw(400, policy, seed=0, epoch=epoch))
+        result = augment(images, policy, draw(80, policy, seed=0, epoch=epoch))
     assert result.shape == images.shape and result.dtype == torch.uint8
     assert result.device.type == "cuda" and cuda.waits == []
 
