@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import autoaugment as reference
 from torchvision.transforms.v2 import functional as kernels
 
-from cifar_lib.errors import InputError, checked
+from cifar_lib.errors import checked
 
 SIZE = 32
 CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation

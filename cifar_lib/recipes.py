@@ -76,6 +76,8 @@ class TrainConfig:
 
 
 REPORT = TrainConfig()
+# Values that brought a nearly identical network (blocks 3, 3, 3; 64, 128, 256 channels) to 96.05 %
+# in 65 epochs, at rate 0.2: davdcharizard/autoresearch-cifar10, one run.
 BEST = replace(
     REPORT,
     recipe="best",
@@ -83,9 +85,8 @@ BEST = replace(
     warmup_epochs=5,
     nesterov=True,
     weight_decay=5e-4,
-    decay_all=False,
-    ema_decay=0.999,
-    policy=Policy(num_ops=1, erasing=0.25),
+    label_smoothing=0.09,  # 0.1 in PyTorch's definition
+    policy=Policy(ops="none", erasing=0.0, cutout=16),
     std=CIFAR10_STD,
     test_mean=CIFAR10_MEAN,
     test_std=CIFAR10_STD,
@@ -98,7 +99,8 @@ QUICK = replace(
     batch_size=32,
     learning_rate=0.05,
     warmup_epochs=1,
-    ema_decay=0.0,
+    decay_all=False,
+    label_smoothing=0.05,
     half_size_epochs=3,
     policy=Policy(ops="none", erasing=0.0),
     train_size=1200,

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
 # The records of the package's weights: of each run that began with the weights of the one before.
-SHIPPED_RUNS = (ROOT / "results" / "best-seed42",)
+SHIPPED_RUNS = (ROOT / "results" / "report-seed42",)
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000

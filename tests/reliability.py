@@ -270,8 +270,8 @@ def stopped_run(path: Path) -> None:
     def action():
         real = RunDirectory.write_rows
 
-        def write_rows(run, name, rows):
-            real(run, name, rows)
+        def write_rows(run, name, rows, **how):
+            real(run, name, rows, **how)
             if name == "history.csv" and len(rows) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -14,7 +14,6 @@ from torchvision.transforms.autoaugment import _apply_op
 from cifar_lib import augment as ours
 from cifar_lib.augment import OPS, Policy, augment_epoch, draw, operations
 from cifar_lib.data import CIFAR10_MEAN
-from cifar_lib.errors import InputError
 
 N = 60_000
 BINS = {"randaugment": 31, "trivialaugment": 31, "autoaugment": 10}
