@@ -19,6 +19,7 @@ BINS = {
     "confidence": np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
     "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
 }
+HEAT = {"cat": np.zeros((32, 32)), "dog": np.ones((32, 32))}
 MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
 FIGURES = {
     "image_grid": lambda: figures.image_grid(
@@ -33,12 +34,27 @@ FIGURES = {
         {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
     ),
     "frequencies": lambda: figures.frequencies({"a": 0.5, "b": 0.5}, 0.5, 0.01, "T"),
-    "confusion": lambda: figures.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
-    "class_scores": lambda: figures.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
-    "confused_pairs": lambda: figures.confused_pairs([("cat", "dog", 5), ("dog", "cat", 4)], "T"),
+    "confusion": lambda: figures.confusion({"a": MATRIX, "b": MATRIX}, "T", "images"),
+    "confused_pairs": lambda: figures.confused_pairs(
+        [("cat", "dog", 5), ("dog", "cat", 4)], [4, 5], "T", "images"
+    ),
     "gallery": lambda: figures.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=np.zeros((7, 32, 32))),
     "empty gallery": lambda: figures.gallery(PICTURES[:0], [], "T"),
-    "reliability_diagram": lambda: figures.reliability_diagram(BINS, 0.1, "T"),
+    "contact_sheet": lambda: figures.contact_sheet(
+        {
+            "a": (PICTURES, ["1\na"] * 7, np.arange(7) == 2),
+            "none": (PICTURES[:0], [], np.array([])),
+        },
+        "T",
+        columns=4,
+    ),
+    "two_histograms": lambda: figures.two_histograms(
+        {"a": np.arange(-3, 9), "b": np.arange(-5, 4)}, "T", "x", ("left", "right")
+    ),
+    "inspection": lambda: figures.inspection(
+        PICTURES[0], {"cat": 0.9, "dog": 0.1}, HEAT, PICTURES[:5], list("abcde"), "T"
+    ),
+    "reliability_diagram": lambda: figures.reliability_diagram({"a": BINS, "b": BINS}, "T"),
     "intervals": lambda: figures.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
     "severity_maps": lambda: figures.severity_maps(
         {"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}
@@ -61,22 +77,34 @@ def test_every_figure_has_ink_and_the_note_adds_some(name):
     assert note[-40:].sum() > 100, "the note is not at the foot of the figure"
 
 
-@pytest.mark.parametrize(
-    "kind, text",
-    [("counts", "90"), ("rows", f"{9000 / MATRIX[3].sum():.1f}"), ("difference", "+90")],
-)
-def test_confusion_prints_every_cell(kind, text):
-    figure = figures.confusion({"a": MATRIX}, kind, "T")
+@pytest.mark.parametrize("signed, text", [(False, "90"), (True, "+90")])
+def test_confusion_prints_every_cell(signed, text):
+    figure = figures.confusion({"a": MATRIX}, "T", "images", signed)
     texts = [t.get_text() for t in figure.axes[0].texts if t.get_text()]
-    assert len(texts) >= 100 and text in texts
+    assert len(texts) == 100 and texts.count(text) == 10
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(CLASSES)
     assert figure.axes[0].get_ylabel() == "true" and figure.axes[0].get_xlabel() == "predicted"
 
 
-def test_confusion_colours_the_mistakes_only():
-    (mesh,) = figures.confusion({"a": MATRIX}, "counts", "T").axes[0].collections
-    colours = np.ma.filled(mesh.get_array(), np.nan).reshape(10, 10)
-    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6 == mesh.get_clim()[1]
+def test_confusion_colours_the_mistakes_only_and_in_one_scale():
+    figure = figures.confusion({"a": MATRIX, "twice": 2 * MATRIX}, "T", "images")
+    first, second = (ax.collections[0] for ax in figure.axes[:2])
+    colours = np.ma.filled(first.get_array(), np.nan).reshape(10, 10)
+    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6
+    assert first.get_clim() == second.get_clim() == (0, 12)
+
+
+def test_a_bin_of_few_images_has_a_long_interval():
+    bins = {
+        "edges": np.linspace(0, 1, 4),
+        "count": np.array([0, 2, 200]),
+        "confidence": np.array([np.nan, 0.5, 0.9]),
+        "accuracy": np.array([np.nan, 0.5, 0.5]),
+    }
+    figure = figures.reliability_diagram({"a": bins}, "T")
+    _, _, (bars,) = figure.axes[0].containers[0]
+    lengths = [high - low for (_, low), (_, high) in bars.get_segments()]
+    assert lengths == pytest.approx([0.811, 0.137], abs=0.001)  # Wilson's, of 1 in 2 and 100 in 200
 
 
 def test_save_figure_writes_what_it_returns(tmp_path):
