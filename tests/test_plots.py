@@ -107,6 +107,16 @@ def test_a_bin_of_few_images_has_a_long_interval():
     assert lengths == pytest.approx([0.811, 0.137], abs=0.001)  # Wilson's, of 1 in 2 and 100 in 200
 
 
+def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
+    captions = [f"{i}\n99%" for i in range(7)]
+    figure = figures.contact_sheet({"a": (PICTURES, captions, np.arange(7) > 4)}, "T", columns=3)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == captions
+    assert len(ax.images) == 7 and len(ax.patches) == 2
+    low, high = sorted(ax.get_ylim())
+    assert all(low <= edge <= high for image in ax.images for edge in image.get_extent()[2:])
+
+
 def test_save_figure_writes_what_it_returns(tmp_path):
     png = figures.save_figure(FIGURES["curves"](), tmp_path / "new" / "f.png")
     assert (tmp_path / "new" / "f.png").read_bytes() == png
