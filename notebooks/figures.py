@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from cifar_lib.data import CLASSES
+from cifar_lib.evaluate import wilson_interval
 from cifar_lib.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
@@ -54,10 +56,13 @@ def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
     drawn, packed = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
     picture = Image.open(drawn).convert("RGB")
-    if not any(axes.images for axes in figure.axes):
-        picture = picture.quantize(
-            method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-        )  # half the bytes; photographs keep all their colours
+    photographs = sum(len(axes.images) for axes in figure.axes)
+    if photographs == 0 or photographs > 100:  # few photographs keep all their colours
+        picture = picture.quantize(  # half the bytes of a chart, a third of those of a large sheet
+            method=Image.Quantize.MAXCOVERAGE,
+            kmeans=2 if photographs else 0,
+            dither=Image.Dither.NONE,
+        )
     picture.save(packed, format="png", optimize=True)
     return packed.getvalue()
 
@@ -222,79 +227,153 @@ def frequencies(
 
 
 @_in_style
-def confusion(matrices: Mapping[str, np.ndarray], kind: str, title: str) -> Figure:
-    """Confusion matrices (10, 10) side by side, rows true, columns predicted.
+def confusion(
+    matrices: Mapping[str, np.ndarray], title: str, unit: str, signed: bool = False
+) -> Figure:
+    """Confusion matrices (10, 10) of whole numbers side by side, rows true, columns predicted.
 
-    kind: `counts`; `rows` (each row a share of its class); `difference` (signed). Colours leave the
-    diagonal out, which would drown the mistakes.
+    One colour scale for all, in `unit`; around 0 where `signed`. Colours leave the diagonal out,
+    which would drown the mistakes.
     """
-    figure, axes = _figure(1, len(matrices), (5.6 * len(matrices) + 0.4, 5.4))
+    figure, axes = _figure(1, len(matrices), (3.4 * len(matrices) + 1.5, 4.8))
+    figure.set_layout_engine("compressed")  # no gaps around axes of a fixed shape
     figure.suptitle(title)
-    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
-        shown = matrix / np.maximum(matrix.sum(1, keepdims=True), 1) if kind == "rows" else matrix
-        texts = np.vectorize(
-            {"counts": str, "rows": _percent, "difference": _signed}[kind], otypes=[object]
-        )(shown)
-        colours = np.where(np.eye(len(matrix), dtype=bool), np.nan, shown.astype(float))
-        limit = max(np.nanmax(np.abs(colours)), 1e-9)
-        palette = "PuOr" if kind == "difference" else "Blues"
-        span = (-limit, limit) if kind == "difference" else (0, limit)
-        look = {
-            "annot": texts,
-            "fmt": "",
-            "square": True,
-            "cbar": False,
-            "linewidths": 0.5,
-            "annot_kws": {"size": 8},
-        }
-        sns.heatmap(colours, ax=ax, cmap=palette, vmin=span[0], vmax=span[1], **look)
-        for i in range(len(matrix)):
-            ax.text(
-                i + 0.5, i + 0.5, texts[i, i], ha="center", va="center", fontsize=8, weight="bold"
-            )
+    diagonal = np.eye(len(CLASSES), dtype=bool)
+    limit = max(np.abs(matrix[~diagonal]).max() for matrix in matrices.values())
+    palette, low = ("PuOr", -limit) if signed else ("Blues", 0)
+    for i, (ax, (name, matrix)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+        colours = np.where(diagonal, np.nan, matrix)
+        texts = np.vectorize(_signed if signed else str, otypes=[object])(matrix)
+        look = {"annot": texts, "fmt": "", "annot_kws": {"size": 9}, "cbar": False}
+        sns.heatmap(
+            colours, ax=ax, cmap=palette, vmin=low, vmax=limit, square=True, linewidths=0.5, **look
+        )
+        for k in range(len(CLASSES)):  # nan has no text
+            ax.text(k + 0.5, k + 0.5, texts[k, k], ha="center", va="center", size=9, weight="bold")
         ax.set_xticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=45, ha="right")
         ax.set_yticks(np.arange(len(CLASSES)) + 0.5, CLASSES, rotation=0)
-        ax.set(title=name, xlabel="predicted", ylabel="true")
+        ax.tick_params(length=0, labelleft=i == 0)
+        ax.set(title=name, xlabel="predicted", ylabel="" if i else "true")
         ax.grid(False)
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, label=unit, shrink=0.75, pad=0.02)
     return figure
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}" if share else "0"
-
-
-def _signed(count: float) -> str:
-    return f"{count:+.0f}" if count else "0"
+def _signed(count: int) -> str:
+    return f"{count:+d}" if count else "0"
 
 
 @_in_style
-def class_scores(scores: Mapping[str, Sequence[float]], title: str, xlabel: str) -> Figure:
-    """A score of each class, a marker for each model: {model: (10,)}."""
-    figure, axes = _figure(size=(7.5, 4))
+def confused_pairs(
+    pairs: Sequence[tuple[str, str, int]], published: Sequence[int], title: str, xlabel: str
+) -> Figure:
+    """Bars of (true class, predicted class, images), most first, and the published run's numbers
+    of the same mistakes."""
+    figure, axes = _figure(size=(7.5, 1.2 + 0.3 * max(len(pairs), 3)))
     ax = axes[0, 0]
-    for i, (name, values) in enumerate(scores.items()):
-        ax.plot(values, range(len(CLASSES)), "osD^"[i], label=name, markersize=7)
-    ax.set_yticks(range(len(CLASSES)), CLASSES)
+    pets = {"cat", "dog"}
+    colours = [COLOURS[5] if {true, guess} == pets else COLOURS[0] for true, guess, _ in pairs]
+    bars = ax.barh(range(len(pairs)), [n for _, _, n in pairs], color=colours, label="this network")
+    ax.bar_label(bars, padding=2, fontsize=9)
+    ax.plot(published, range(len(pairs)), "D", color=COLOURS[7], label="published run")
+    ax.set_yticks(range(len(pairs)), [f"{true} taken for {guess}" for true, guess, _ in pairs])
     ax.invert_yaxis()
-    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.grid(axis="y", visible=False)
     ax.set(title=title, xlabel=xlabel)
+    ax.legend(loc="lower right")
+    return figure
+
+
+@_in_style
+def contact_sheet(
+    groups: Mapping[str, tuple[np.ndarray, Sequence[str], np.ndarray]],
+    title: str,
+    columns: int = 12,
+) -> Figure:
+    """Many small pictures: {heading: (uint8 (n, 32, 32, 3), a caption each, bool (n,): framed)}."""
+    rows = [max(-(-len(captions) // columns), 1) for _, captions, _ in groups.values()]
+    width, height, side = 0.7, 1.0, 64 / 110  # inches; side: two pixels of the PNG a pixel
+    size = (columns * width, sum(rows) * height + 0.35 * len(rows) + 0.3)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for ax, n, (heading, (pictures, captions, framed)) in zip(
+        axes, rows, groups.items(), strict=True
+    ):
+        ax.set_title(heading)
+        ax.set_axis_off()
+        for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+            x, y = i % columns * width + 0.06, i // columns * height + 0.03
+            place = (x, x + side, y + side, y)  # left, right, bottom, top
+            ax.imshow(picture, extent=place, interpolation="nearest", vmin=0, vmax=255)
+            look = {"size": 9, "ha": "center", "va": "top", "linespacing": 1.05}
+            ax.text(x + side / 2, y + side + 0.04, caption, **look)
+            if framed[i]:
+                frame = {"fill": False, "edgecolor": COLOURS[5], "linewidth": 2.5}
+                ax.add_patch(Rectangle((x, y), side, side, **frame))
+        ax.set(xlim=(0, columns * width), ylim=(n * height, 0), aspect="equal")
+        if not captions:
+            ax.text(0.04, 0.4, "no such image")
+    return figure
+
+
+@_in_style
+def two_histograms(
+    values: Mapping[str, np.ndarray], title: str, xlabel: str, sides: tuple[str, str]
+) -> Figure:
+    """Two histograms over each other: {name: (n,)}; `sides`: what is answered left and right of the
+    threshold at 0."""
+    figure, axes = _figure(size=(8, 3.8))
+    ax = axes[0, 0]
+    everything = np.concatenate(list(values.values()))
+    edges = np.linspace(everything.min(), everything.max(), 61)
+    edges -= edges[np.abs(edges).argmin()]  # the threshold is an edge, no bin lies on both sides
+    for (name, numbers), colour in zip(values.items(), (COLOURS[0], COLOURS[5]), strict=True):
+        look = {"histtype": "stepfilled", "alpha": 0.5, "edgecolor": colour}
+        ax.hist(numbers, edges, color=colour, label=f"{name} ({len(numbers):,})", **look)
+    ax.axvline(0, color="black", linestyle="--", linewidth=1)
+    for side, x, align in zip(sides, (-8, 8), ("right", "left"), strict=True):
+        ax.annotate(
+            side,
+            (0, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(x, 0),
+            textcoords="offset points",
+            ha=align,
+            va="top",
+        )
+    ax.set(title=title, xlabel=xlabel, ylabel="images")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 @_in_style
-def confused_pairs(pairs: Sequence[tuple[str, str, int]], title: str) -> Figure:
-    """Bars of (true class, predicted class, images), most first."""
-    figure, axes = _figure(size=(7.5, 0.9 + 0.3 * max(len(pairs), 3)))
-    ax = axes[0, 0]
-    pets = {"cat", "dog"}
-    colours = [COLOURS[5] if {true, guess} == pets else COLOURS[0] for true, guess, _ in pairs]
-    bars = ax.barh(range(len(pairs)), [n for _, _, n in pairs], color=colours)
-    ax.bar_label(bars, padding=2, fontsize=8)
-    ax.set_yticks(range(len(pairs)), [f"{true} taken for {guess}" for true, guess, _ in pairs])
-    ax.invert_yaxis()
-    ax.grid(axis="y", visible=False)
-    ax.set(title=title, xlabel="images")
+def inspection(
+    picture: np.ndarray,
+    probabilities: Mapping[str, float],
+    maps: Mapping[str, np.ndarray],
+    neighbours: np.ndarray,
+    captions: Sequence[str],
+    title: str,
+) -> Figure:
+    """One image: the picture uint8 (32, 32, 3), two heat maps (32, 32) in [0, 1] over it, bars of
+    probabilities, and below them its five neighbours uint8 (5, 32, 32, 3)."""
+    figure = Figure(figsize=(8, 4.3), layout="constrained")
+    figure.suptitle(title)
+    upper, lower = figure.subfigures(2, 1)
+    lower.suptitle("nearest training images, and their cosine", size=10)
+    *shown, bars = upper.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
+    _show(shown[0], picture, "test image", size=9)
+    for ax, (name, heat) in zip(shown[1:], maps.items(), strict=True):
+        _show(ax, picture, name, size=9)
+        ax.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest")
+    for ax, neighbour, caption in zip(lower.subplots(1, 5), neighbours, captions, strict=True):
+        _show(ax, neighbour, caption, size=9)
+    names, values = list(probabilities), list(probabilities.values())
+    bars.bar_label(bars.barh(names, values), [f"{p:.0%}" for p in values], padding=2)
+    bars.set(xlim=(0, 1.25), xticks=[], title="probability")
+    bars.invert_yaxis()
+    bars.grid(False)
     return figure
 
 
@@ -319,7 +398,7 @@ def gallery(
         if i >= len(images):
             ax.set_axis_off()
             continue
-        _show(ax, images[i], captions[i])
+        _show(ax, images[i], captions[i], size=9)
         if overlays is not None:
             ax.imshow(
                 overlays[i], cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest"
@@ -330,31 +409,26 @@ def gallery(
 
 
 @_in_style
-def reliability_diagram(bins: Mapping[str, np.ndarray], error: float, title: str) -> Figure:
-    """Accuracy against confidence in equal bins (see `evaluate.reliability`), and how many images
-    each bin holds."""
-    figure = Figure(figsize=(6, 5), layout="constrained")
+def reliability_diagram(series: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+    """Accuracy against confidence, {name: the bins of `evaluate.reliability`}, with Wilson's 95 %
+    interval of each bin, and how many images each bin holds."""
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    edges, width = bins["edges"], np.diff(bins["edges"])
-    top.bar(
-        edges[:-1],
-        np.nan_to_num(bins["accuracy"]),
-        width,
-        align="edge",
-        edgecolor="white",
-        label="accuracy",
-    )
-    top.plot([0, 1], [0, 1], "--", color="#444444", label="as sure as right")
-    gap = {"color": COLOURS[5], "linewidth": 2.5, "label": "gap to the mean confidence"}
-    top.vlines(bins["confidence"], bins["accuracy"], bins["confidence"], **gap)
-    top.set(
-        ylabel="accuracy", title=f"{title}\nexpected calibration error {error:.2%}", ylim=(0, 1.02)
-    )
-    top.legend(loc="upper left")
-    bottom.bar(edges[:-1], bins["count"], width, align="edge", edgecolor="white", color="#888888")
+    top.plot([0, 1], [0, 1], "--", color="#444444", label="perfectly calibrated")
+    looks = ((COLOURS[5], "o"), (COLOURS[0], "s"))  # two series at most
+    for (name, bins), (colour, marker) in zip(series.items(), looks, strict=False):
+        filled = bins["count"] > 0
+        n, x, y = bins["count"][filled], bins["confidence"][filled], bins["accuracy"][filled]
+        ends = np.array([wilson_interval(round(a * k), int(k)) for a, k in zip(y, n, strict=True)])
+        reach = np.abs(ends.T - y)
+        look = {"color": colour, "marker": marker, "capsize": 3, "linewidth": 1.2}
+        top.errorbar(x, y, reach, label=name, **look)
+        bottom.stairs(bins["count"], bins["edges"], color=colour, linewidth=1.6)
+    top.set(ylabel="accuracy, 95 % interval", title=title, ylim=(0, 1.02))
+    top.legend(loc="lower right")
     bottom.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
-    for ax in (top.xaxis, top.yaxis):
-        ax.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axis in (top.xaxis, top.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
 
 

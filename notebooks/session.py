@@ -17,7 +17,9 @@ if _MISSING:
 import pandas as pd
 import torch
 import torchinfo
+from cifar_lib import evaluate, explain
 from cifar_lib.data import (
+    CLASSES,
     REAL,
     STAND_IN,
     ImageSet,
@@ -36,8 +38,9 @@ from cifar_lib.stand_in import generate_stand_in
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from torch import Tensor
 
-from figures import save_figure
+from figures import inspection, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -45,6 +48,7 @@ SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
 # The records of the package's weights: of each run that began with the weights of the one before.
 SHIPPED_RUNS = (ROOT / "results" / "report-seed42",)
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
+LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
 PUBLISHED_SYSTEM = {
@@ -70,7 +74,7 @@ class Session:
     profile: str
     train: ImageSet
     test: ImageSet
-    scored: ImageSet  # the part of `test` that this profile evaluates
+    scored: ImageSet  # the part of `test` that this profile evaluates; its ids count in `test`
     config: TrainConfig
 
     @classmethod
@@ -85,6 +89,7 @@ class Session:
         places = {"home": ROOT / "data", "archives": _named_folder()}
         if profile == "full":
             train, test = load_cifar10(**places)
+            test = replace(test, ids=tuple(range(len(test))))
             name = "quick" if choose_device().type == "cpu" else "report"
             return cls(profile, train, test, test, recipe(name))
         try:
@@ -96,6 +101,7 @@ class Session:
                 f"{error}\nGoing on with generated stand-in data; every figure and table says so."
             )
             train, test = generate_stand_in()
+        test = replace(test, ids=tuple(range(len(test))))
         _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
         return cls(profile, train, test, test[part], recipe("quick"))
 
@@ -264,6 +270,57 @@ class Session:
         look = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
         styles = [{"selector": "caption", "props": look}]
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
+
+
+class Inspector:
+    """One test image at a time: what the network answers, where it looks, what it resembles.
+
+    `temperature` divides the logits before probabilities are made of them. Neighbours are looked
+    for among `compared` training images, as many of each class, whose features are computed once.
+    """
+
+    def __init__(
+        self, session: Session, model: ResNet, info: dict, temperature: float, compared: int
+    ):
+        self.test, self.model, self.temperature = session.test, model, temperature
+        self.mean_std, self.precision = (info["mean"], info["std"]), session.precision
+        _, part = stratified_split(session.train.labels, compared, seed=0)
+        self.known = session.train[part]
+        self.known_features = self.features(self.known.images)
+
+    def features(self, images: Tensor) -> Tensor:
+        return evaluate.features(self.model, images, *self.mean_std, self.precision)
+
+    def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest training images of each image: cosine, position in `known`, (N, 5) each."""
+        return evaluate.nearest(self.features(images), self.known_features, 5)
+
+    def figure(self, index: int) -> Figure:
+        """Test image `index`: calibrated probabilities, Grad-CAM for the answer and for the true
+        class (the runner-up where the answer is right), and the nearest training images."""
+        if index not in range(len(self.test)):
+            raise InputError(
+                f"test image: expected 0 to {len(self.test) - 1}, got {index!r}: choose another"
+            )
+        image, label = self.test.images[index : index + 1], int(self.test.labels[index])
+        logits = evaluate.predict(self.model, image, *self.mean_std, self.precision)
+        probabilities, classes = (logits / self.temperature).softmax(1)[0].sort(descending=True)
+        answer, runner_up = classes[:2].tolist()
+        asked = [answer, runner_up if answer == label else label]
+        heat = explain.grad_cam(
+            self.model, image.repeat(2, 1, 1, 1), torch.tensor(asked), *self.mean_std
+        )
+        cosine, position = self.nearest(image)
+        near = self.known[position[0]]
+        captions = zip(near.labels.tolist(), cosine[0], strict=True)
+        return inspection(
+            image[0].permute(1, 2, 0).numpy(),
+            {CLASSES[c]: float(p) for c, p in zip(classes[:5], probabilities, strict=False)},
+            {f"speaks for {CLASSES[c]}": each.numpy() for c, each in zip(asked, heat, strict=True)},
+            near.images.permute(0, 2, 3, 1).numpy(),
+            [f"{CLASSES[c]}, {similarity:.2f}" for c, similarity in captions],
+            f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
+        )
 
 
 def _named_folder() -> Path | None:

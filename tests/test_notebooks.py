@@ -10,13 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from session import Session, published_confusion, published_history
+from session import LABEL_CHECKS, Inspector, Session, published_confusion, published_history
 
 import figures
-from cifar_lib.data import REAL, STAND_IN
+from cifar_lib import evaluate
+from cifar_lib.data import CLASSES, REAL, STAND_IN
 from cifar_lib.errors import InputError
+from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
 from cifar_lib.stand_in import generate_stand_in
 
@@ -240,6 +243,32 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     outside_runs = {path for path in written if not path.startswith("runs/")}
     assert outside_runs == ({"figures/curves.png"} if profile == "full" else set())
+
+
+def test_any_test_image_can_be_inspected(stand_in):
+    train, test = stand_in
+    config = recipe("report", blocks="1,1", channels="16,32")
+    session = Session("quick", train, test, test[:5], config)
+    model = ResNet(config.blocks, config.channels).eval()
+    info = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    inspector = Inspector(session, model, info, temperature=2.0, compared=20)
+    assert len(inspector.known) == 20
+    logits = evaluate.predict(model, test.images[9:10], precision=session.precision, **info)
+    shares, classes = (logits / 2).softmax(1)[0].topk(5)
+    figure = inspector.figure(9)
+    bars = figure.axes[3]
+    assert [text.get_text() for text in bars.texts] == [f"{share:.0%}" for share in shares]
+    assert [text.get_text() for text in bars.get_yticklabels()] == [CLASSES[c] for c in classes]
+    assert f"labelled {CLASSES[test.labels[9]]}" in figure.get_suptitle()
+    with pytest.raises(InputError, match="expected 0 to"):
+        inspector.figure(len(test))
+
+
+def test_people_found_54_labels_wrong():
+    checks = pd.read_csv(LABEL_CHECKS, index_col="index")
+    votes = checks.filter(like="votes_")
+    assert len(checks) == checks.index.nunique() == 275 and (votes.sum(axis=1) == 5).all()
+    assert (checks.votes_label < 3).sum() == 54  # arXiv:2103.14749, Table 1
 
 
 def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):
