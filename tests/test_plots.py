@@ -19,6 +19,8 @@ BINS = {
     "confidence": np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
     "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
 }
+BLOCKS = {"stays": ((16, 8, 8), (16, 8, 8)), "changes": ((16, 8, 8), (32, 4, 4))}
+TRIALS = pd.DataFrame({"number": [0, 3], "accuracy": [0.3, 0.5], "rate": [0.1, 0.001]})
 MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
 FIGURES = {
     "image_grid": lambda: figures.image_grid(
@@ -30,8 +32,14 @@ FIGURES = {
     ),
     "channel_dots": lambda: figures.channel_dots({"a": (0.1, 0.2, 0.3)}, "T", "x"),
     "curves": lambda: figures.curves(
-        {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
+        {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
     ),
+    "epoch_curves": lambda: figures.epoch_curves(
+        {"a": [0.1, 0.91], "b": [0.2, 0.95]}, "y", "T", (0.9, 0.96), ("c", 1, 0.93)
+    ),
+    "block_diagram": lambda: figures.block_diagram(BLOCKS, "T"),
+    "network_diagram": lambda: figures.network_diagram({"image": (3, 32, 32), "mean": (264,)}, "T"),
+    "search_trials": lambda: figures.search_trials(TRIALS, {"rate": "learning rate"}, 0, "T"),
     "frequencies": lambda: figures.frequencies({"a": 0.5, "b": 0.5}, 0.5, 0.01, "T"),
     "confusion": lambda: figures.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
     "class_scores": lambda: figures.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
@@ -84,7 +92,26 @@ def test_save_figure_writes_what_it_returns(tmp_path):
     assert (tmp_path / "new" / "f.png").read_bytes() == png
 
 
-def test_one_wild_value_doesnt_flatten_the_published_curve():
-    series = {"test (published)": ([0, 1], [2.0, 0.5]), "this run": ([0, 1], [600.0, 2.0])}
-    low, high = figures.curves(series, "epoch", "loss", "Loss").axes[0].get_ylim()
-    assert 0 < low < 0.5 and 2 < high < 3
+def test_an_inset_repeats_lines_and_point_between_its_limits():
+    (ax,) = FIGURES["epoch_curves"]().axes
+    (inset,) = ax.child_axes
+    assert inset.get_ylim() == (0.9, 0.96)
+    for panel in (ax, inset):
+        drawn = [line.get_ydata().tolist() for line in panel.lines]
+        assert drawn == [[0.1, 0.91], [0.2, 0.95], [0.93]]
+
+
+def test_only_a_block_that_changes_the_shape_projects_its_input():
+    stays, changes = (
+        [text.get_text() for text in ax.texts] for ax in FIGURES["block_diagram"]().axes
+    )
+    projection = "1×1 convolution,\nstride 2"
+    assert projection in changes and projection not in stays
+    assert "the input itself" in stays and "32 × 4 × 4" in changes
+
+
+def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
+    (ax,) = FIGURES["search_trials"]().axes
+    points = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in ax.lines}
+    assert points == {"proposed by the search": (0.001, 0.5), "Table 1's values": (0.1, 0.3)}
+    assert ax.get_xscale() == "log"
