@@ -13,9 +13,11 @@ from pathlib import Path
 
 import nbformat
 import pandas as pd
+from jupyter_client.manager import KernelManager
 from nbclient.exceptions import CellExecutionError
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
+from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -44,10 +46,9 @@ def main() -> int:
     for path in paths:
         print(f"running {path.name}", flush=True)
         notebook = nbformat.read(path, as_version=4)
+        executor = ExecutePreprocessor(timeout=None, config=_encrypted())
         try:
-            ExecutePreprocessor(timeout=None).preprocess(
-                notebook, {"metadata": {"path": str(HERE)}}
-            )
+            executor.preprocess(notebook, {"metadata": {"path": str(HERE)}})
         except CellExecutionError as error:
             print(f"error: {path.name} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
@@ -61,6 +62,12 @@ def main() -> int:
         print(f"\npages: {PAGES.relative_to(HERE.parent)}/index.html\n")
         _print_comparison()
     return 0
+
+
+def _encrypted() -> Config:
+    """Talk to kernels encrypted, where that is known: else the newer ones begin with a warning."""
+    known = "transport_encryption" in KernelManager.class_trait_names()
+    return Config(KernelManager={"transport_encryption": "auto"} if known else {})
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:

@@ -15,7 +15,7 @@ from cifar_lib.evaluate import wilson_interval
 from cifar_lib.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
@@ -178,30 +178,157 @@ def curves(
     title: str,
     percent: bool = False,
 ) -> Figure:
-    """A line for each (x, y); a name that ends in "(published)" is dashed and grey, and limits the
-    frame's height.
-
-    Before batch norm has its statistics, a validation loss can be hundreds.
-    """
+    """A line for each (x, y)."""
     figure, axes = _figure(size=(7.5, 4))
     ax = axes[0, 0]
-    greys, markers = iter(("#444444", "#888888", "#bbbbbb")), itertools.cycle("osD^vPX*")
+    markers = itertools.cycle("osD^vPX*")
     for name, (x, y) in series.items():
-        published = name.endswith("(published)")
         dots = {"marker": next(markers)} if len(x) < 12 else {}
-        look = {"color": next(greys), "linestyle": "--"} if published else dots
-        ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **look)
+        ax.plot(x, y, label=name, markersize=4, linewidth=1.6, **dots)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    top = 1.3 * max(
-        (max(y) for name, (_, y) in series.items() if name.endswith("(published)")), default=np.inf
-    )
-    if ax.get_ylim()[1] > top:
-        low = min(min(y) for _, y in series.values())
-        ax.set_ylim(low - 0.05 * (top - low), top)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(series) > 1:
         ax.legend()
+    return figure
+
+
+@_in_style
+def epoch_curves(
+    series: Mapping[str, Sequence[float]],
+    ylabel: str,
+    title: str,
+    zoom: tuple[float, float] | None = None,
+    point: tuple[str, int, float] | None = None,
+) -> Figure:
+    """A line over the epochs for each name, told apart by colour and dashes.
+
+    `zoom`: the values are fractions, and an inset shows those between these two larger. `point`: a
+    single value (its name, epoch, value).
+    """
+    figure, axes = _figure(size=(7.5, 5 if zoom else 4))
+    ax, longest = axes[0, 0], max(len(values) for values in series.values())
+    ax.set(xlabel="epoch, counted from 0", ylabel=ylabel, title=title)
+    panels = [ax]
+    if zoom:
+        inset = ax.inset_axes((0.34, 0.11, 0.64, 0.54), ylim=zoom, xlim=(longest / 4, longest))
+        panels.append(inset)
+    for panel in panels:
+        dashes = itertools.cycle(("-", "--", "-.", ":"))
+        for name, values in series.items():
+            panel.plot(range(len(values)), values, next(dashes), label=name, linewidth=1.6)
+        if point:
+            panel.plot(*point[1:], "D", color=COLOURS[5], label=point[0])
+        if zoom:
+            panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    if zoom:
+        ax.indicate_inset_zoom(inset, edgecolor="black")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    return figure
+
+
+# The colour of a diagram's box, by what its text names: light, as the text is black.
+BOXES = {"conv": "#CCE3F3", "stage": "#CCE3F3", "norm": "#FBE6C0", "": "#EFEFEF"}
+
+
+@_in_style
+def block_diagram(blocks: Mapping[str, tuple[Sequence[int], Sequence[int]]], title: str) -> Figure:
+    """BasicBlocks side by side, each from the top down: {name: (shape in, shape out)}, with shapes
+    (channels, H, W)."""
+    figure, axes = _figure(1, len(blocks), (3.9 * len(blocks), 5.3))
+    figure.suptitle(title)
+    for ax, (name, (before, after)) in zip(axes[0], blocks.items(), strict=True):
+        _canvas(ax, 3.9, 4.75)
+        ax.set_title(name, loc="center", fontsize=10)
+        stride = before[1] // after[1]
+        step = f", stride {stride}" if stride > 1 else ""
+        rows = [f"3×3 convolution{step}", "batch norm", "ReLU", "3×3 convolution", "batch norm"]
+        rows += ["+", "ReLU"]
+        _arrow(ax, (1.2, 4.7), (1.2, 4.23))
+        for i, text in enumerate(rows):
+            _box(ax, (1.2, 4.05 - 0.6 * i), text, 0.36 if text == "+" else 2.05)
+            _arrow(ax, (1.2, 3.87 - 0.6 * i), (1.2, 3.63 - 0.6 * i))
+        for y, shape in ((4.55, before), (3.75, after), (1.95, after), (0.15, after)):
+            ax.text(1.3, y, _shape(shape), va="center", fontsize=9)
+        _arrow(ax, (1.2, 4.4), (3.15, 4.4), (3.15, 1.05), (1.38, 1.05))
+        if stride > 1:
+            _box(ax, (3.15, 3.45), f"1×1 convolution,\nstride {stride}", 1.35, 0.5)
+            _box(ax, (3.15, 2.75), "batch norm", 1.35)
+        added = _shape(after) if stride > 1 else "the input itself"
+        ax.text(3.1, 0.87, added, ha="right", va="center", fontsize=9)
+    return figure
+
+
+@_in_style
+def network_diagram(parts: Mapping[str, Sequence[int]], title: str) -> Figure:
+    """A network's parts from left to right: {text of its box: shape that leaves it}."""
+    lines = [max(map(len, text.splitlines())) for text in parts]
+    widths = [0.07 * characters + 0.2 for characters in lines]
+    arrow = 0.45
+    size = (sum(widths) + arrow * len(parts) + 0.5, 1.5)
+    figure, axes = _figure(size=size)
+    figure.suptitle(title)
+    ax, x = axes[0, 0], 0.02
+    _canvas(ax, size[0], 1.0)
+    for (text, shape), width in zip(parts.items(), widths, strict=True):
+        _box(ax, (x + width / 2, 0.5), text, width, 0.9)
+        x += width
+        _arrow(ax, (x, 0.5), (x + arrow, 0.5))
+        middle = x + 0.46 * arrow
+        ax.text(middle, 0.55, shape[0], ha="center", va="bottom", fontsize=9)
+        ax.text(middle, 0.43, "×".join(map(str, shape[1:])), ha="center", va="top", fontsize=8.5)
+        x += arrow
+    ax.text(x + 0.04, 0.5, "logits", va="center", fontsize=9.5)
+    return figure
+
+
+def _canvas(ax: Axes, width: float, height: float) -> None:
+    """Axes to draw a diagram on, in inches or so."""
+    ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
+    ax.set_axis_off()
+
+
+def _box(
+    ax: Axes, middle: tuple[float, float], text: str, width: float, height: float = 0.36
+) -> None:
+    corner = (middle[0] - width / 2, middle[1] - height / 2)
+    colour = next(colour for word, colour in BOXES.items() if word in text)
+    look = {"boxstyle": "round,pad=0,rounding_size=0.06", "facecolor": colour, "zorder": 3}
+    ax.add_patch(FancyBboxPatch(corner, width, height, edgecolor="#555555", **look))
+    ax.text(*middle, text, ha="center", va="center", fontsize=9.5, zorder=4)
+
+
+def _arrow(ax: Axes, *points: tuple[float, float]) -> None:
+    """A line through all points, with its head at the last."""
+    ax.plot(*zip(*points, strict=True), color="#333333", linewidth=1.2)
+    head = {"arrowstyle": "-|>", "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", points[-1], points[-2], arrowprops=head)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+@_in_style
+def search_trials(trials: pd.DataFrame, names: Mapping[str, str], own: int, title: str) -> Figure:
+    """The accuracy of a search's trials against each of some parameters, a panel for each: {column:
+    its name}, on a logarithmic axis where the values span more than a factor of ten.
+
+    trials: as `tune.trials_table` gives them; the one with the number `own` is marked.
+    """
+    figure, axes = _figure(1, len(names), (2.7 * len(names), 3.3))
+    figure.suptitle(title)
+    others, marked = trials[trials.number != own], trials[trials.number == own]
+    for ax, (column, name) in zip(axes[0], names.items(), strict=True):
+        ax.plot(others[column], others.accuracy, "o", label="proposed by the search")
+        ax.plot(marked[column], marked.accuracy, "D", color=COLOURS[5], label="Table 1's values")
+        if trials[column].max() > 10 * trials[column].min():
+            ax.set_xscale("log")
+        ax.set(xlabel=name)
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.tick_params(labelleft=ax is axes[0, 0])
+    axes[0, 0].set_ylabel("validation accuracy")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

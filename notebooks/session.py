@@ -3,8 +3,10 @@ tables are shown."""
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -38,6 +40,9 @@ from cifar_lib.stand_in import generate_stand_in
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
 from torch import Tensor
 
 from figures import inspection, save_figure
@@ -51,13 +56,16 @@ SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the 
 LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
-PUBLISHED_SYSTEM = {
-    "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
-    "gpu": "NVIDIA A100-SXM4-40GB",
-    "memory_gb": "82.9648",
-    "python": "3.9.18",
-    "cuda": "12.4",
-    "torch": "2.6.0+cu124",
+SYSTEM = {  # what environment.json calls it: its name, and what the report says
+    "cpu": ("CPU", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+    "cpu_cores": ("CPU cores", None),
+    "gpu": ("GPU", "NVIDIA A100-SXM4-40GB"),
+    "memory_gb": ("memory (GB)", "82.9648"),
+    "python": ("Python", "3.9.18"),
+    "cuda": ("CUDA", "12.4"),
+    "torch": ("torch", "2.6.0+cu124"),
+    "torchvision": ("torchvision", None),
+    "commit": ("commit of this package", None),
 }
 
 
@@ -176,23 +184,17 @@ class Session:
         known = generate_test_file(self.test_file, self.scored)
         return replace(read_test_file(self.test_file), labels=known.labels)
 
-    def curves(self, quantity: str) -> dict[str, tuple[range, pd.Series]]:
-        """`loss` or `accuracy` by epoch of the published run, of the package's weights and of this
-        session's run.
-
-        On training images, and on the watched ones where there were some.
-        """
-        published, ours = published_history(), pd.read_csv(self.run / "history.csv")
-        shipped = pd.concat(
-            (pd.read_csv(run / "history.csv") for run in SHIPPED_RUNS), ignore_index=True
-        )
-        watched = "test" if self.config.watch_test else "validation"
-        lines = {
-            f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")
-        }
-        lines["train, the package's weights"] = shipped[f"train_{quantity}"]
-        lines |= {f"{part}, this run": ours[f"{part}_{quantity}"] for part in ("train", watched)}
-        return {name: (range(len(values)), values) for name, values in lines.items()}
+    def curves(self, quantity: str) -> dict[str, pd.Series]:
+        """`loss` or `accuracy` by epoch of the published run, on training and test images; and of
+        this session's run, where it trains by the same recipe."""
+        runs = {"published": published_history()}
+        if self.config.recipe == "report":
+            runs["this run"] = pd.read_csv(self.run / "history.csv")
+        lines = {}
+        for name, history in runs.items():
+            lines[f"training images ({name})"] = history[f"train_{quantity}"]
+            lines[f"test images ({name})"] = history[f"test_{quantity}"]
+        return lines
 
     def comparison(self) -> pd.DataFrame:
         """The report's Table 2 beside the package's weights and this session's finished run, and
@@ -225,7 +227,7 @@ class Session:
             "epochs": other and "what two processor cores could train",
             "training images": other and f"this run: recipe {self.config.recipe}",
             "last train accuracy": other,
-            "test accuracy": other or "another seed and machine",
+            "test accuracy": other or "other random numbers, another machine",
             "its 95 % interval": "fewer test images, a wider interval"
             if len(self.scored) < 10_000
             else "",
@@ -247,8 +249,8 @@ class Session:
         trained on."""
         ours = json.loads((self.run / "environment.json").read_text())
         rows = {
-            name: [PUBLISHED_SYSTEM.get(name, "–"), str(value or "–")]
-            for name, value in ours.items()
+            name: [published or "–", str(ours.get(key) or "–")]
+            for key, (name, published) in SYSTEM.items()
         }
         return pd.DataFrame(rows, index=["published", "this run"]).T
 
@@ -367,6 +369,24 @@ def _trained(*runs: Path) -> tuple[str, ...]:
         f"{test['n']:,}",
         metrics["data"],
     )
+
+
+def shipped_result() -> tuple[int, float]:
+    """The last epoch of the package's weights, counted from 0, and their accuracy on all test
+    images."""
+    metrics = [json.loads((run / "metrics.json").read_text()) for run in SHIPPED_RUNS]
+    return sum(each["epochs"] for each in metrics) - 1, metrics[-1]["test"]["accuracy"]
+
+
+def show_source(*parts: object) -> None:
+    """Display functions and classes as the package has them: as highlighted Python, or as plain
+    text where no HTML is shown."""
+    text = "\n\n".join(textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts)
+    # Colours for light and dark pages alike; styles stand in the tags, as pages differ in classes.
+    look = {"cssstyles": "padding: 0.4em 0.8em"}
+    look["prestyles"] = "color: #222222; background: none; font-family: monospace"
+    page = highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, **look))
+    display({"text/html": page, "text/plain": text}, raw=True)
 
 
 def _interval(low: float, high: float) -> str:

@@ -13,7 +13,14 @@ import nbformat
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from session import LABEL_CHECKS, Inspector, Session, published_confusion, published_history
+from session import (
+    LABEL_CHECKS,
+    Inspector,
+    Session,
+    published_confusion,
+    published_history,
+    show_source,
+)
 
 import figures
 from cifar_lib import evaluate
@@ -206,6 +213,16 @@ def test_an_unknown_profile_is_refused(monkeypatch):
         Session.open()
 
 
+def test_source_is_shown_as_python_and_as_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("session.display", lambda data, raw: shown.append(data))
+    show_source(published_history, Session.curves)
+    (data,) = shown
+    text = data["text/plain"]
+    assert text.startswith("def published_history(") and "\n\ndef curves(self" in text
+    assert re.search(r"<span style=.*>def</span>", data["text/html"])
+
+
 def test_published_numbers_are_the_reports():
     history, matrix = published_history(), published_confusion().to_numpy()
     assert len(history) == 60 and history.test_accuracy.iloc[-1] == pytest.approx(0.9556)
@@ -227,9 +244,9 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(
-        figures.curves(session.curves("accuracy"), "epoch", "accuracy", "T"),
+        figures.epoch_curves(session.curves("accuracy"), "accuracy", "T"),
         "curves",
-        "five curves",
+        "four curves",
     )
     table = session.comparison()
     assert table.loc["test accuracy", "this run"] == f"{metrics['test']['accuracy']:.2%}"
@@ -237,7 +254,7 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
         table.loc["test accuracy", "published"] == "95.56%"
         and table.loc["epochs", "this run"] == "1"
     )
-    assert session.specifications().loc["gpu", "published"] == "NVIDIA A100-SXM4-40GB"
+    assert session.specifications().loc["GPU", "published"] == "NVIDIA A100-SXM4-40GB"
     model, info = session.trained_model()
     assert info["seed"] == 42 and not model.training
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

@@ -81,13 +81,37 @@ def test_lines_and_dots_go_through_the_numbers():
     assert (band.y0, band.y1) == pytest.approx((0.48, 0.52))
 
 
-def test_one_wild_value_doesnt_flatten_the_published_curve():
-    series = {"test (published)": ([0, 1], [2.0, 0.5]), "this run": ([0, 1], [600.0, 2.0])}
-    figure = figures.curves(series, "epoch", "loss", "Loss", percent=True)
-    assert lines(figure) == series
-    assert [line.get_linestyle() for line in figure.axes[0].lines] == ["--", "-"]
-    low, high = figure.axes[0].get_ylim()
-    assert 0 < low < 0.5 and 2 < high < 3
+def test_an_inset_repeats_lines_and_point_between_its_limits():
+    series, point = {"a": [0.1, 0.91], "b": [0.2, 0.95]}, ("c", 1, 0.93)
+    (ax,) = figures.epoch_curves(series, "y", "T", (0.9, 0.96), point).axes
+    (inset,) = ax.child_axes
+    assert inset.get_ylim() == (0.9, 0.96)
+    for panel in (ax, inset):
+        drawn = [line.get_ydata().tolist() for line in panel.lines]
+        assert drawn == [[0.1, 0.91], [0.2, 0.95], [0.93]]
+
+
+def test_only_a_block_that_changes_the_shape_projects_its_input():
+    blocks = {"stays": ((16, 8, 8), (16, 8, 8)), "changes": ((16, 8, 8), (32, 4, 4))}
+    axes = figures.block_diagram(blocks, "T").axes
+    stays, changes = ([text.get_text() for text in ax.texts] for ax in axes)
+    projection = "1×1 convolution,\nstride 2"
+    assert projection in changes and projection not in stays
+    assert "the input itself" in stays and "32 × 4 × 4" in changes
+
+
+def test_a_network_names_its_parts_and_the_shapes_between_them():
+    figure = figures.network_diagram({"image": (3, 32, 32), "mean": (264,)}, "T")
+    texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert texts == ["image", "3", "32×32", "mean", "264", "logits"]
+
+
+def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
+    trials = pd.DataFrame({"number": [0, 3], "accuracy": [0.3, 0.5], "rate": [0.1, 0.001]})
+    figure = figures.search_trials(trials, {"rate": "learning rate"}, 0, "T")
+    drawn = {"proposed by the search": ([0.001], [0.5]), "Table 1's values": ([0.1], [0.3])}
+    assert lines(figure) == drawn
+    assert figure.axes[0].get_xscale() == "log"
 
 
 @pytest.mark.parametrize("kind", ["counts", "rows", "difference"])
