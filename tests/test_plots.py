@@ -43,6 +43,7 @@ FIGURES = {
     "severity_maps": lambda: figures.severity_maps(
         {"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}
     ),
+    "shift_pictures": lambda: figures.shift_pictures(np.stack([PICTURES[:3]] * 2), MAP, "T"),
 }
 
 
