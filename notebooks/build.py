@@ -1,4 +1,4 @@
-"""Run the five notebooks top to bottom: as HTML pages (`make run`), or in place (`make notebooks`).
+"""Run the notebooks top to bottom: as HTML pages (`make run`), or in place (`make notebooks`).
 
     python notebooks/build.py [--in-place] [NAME...]
 
@@ -36,7 +36,7 @@ def main() -> int:
     in_place = options.in_place
     paths = [
         path
-        for path in sorted(HERE.glob("0*.ipynb"))
+        for path in sorted(HERE.glob("*.ipynb"))
         if path.name.startswith(tuple(options.names or [""]))
     ]
     os.environ["JUPYTER_PATH"] = str(
@@ -88,7 +88,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
             page = page.replace(
                 "No description has been provided for this image", html.escape(alt), 1
             )
-    for target in HERE.glob("0*.ipynb"):  # the pages point at each other as the notebooks do
+    for target in HERE.glob("*.ipynb"):  # the pages point at each other as the notebooks do
         page = page.replace(f'href="{target.name}"', f'href="{target.stem}.html"')
     page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
     (PAGES / f"{name}.html").write_text(page)
@@ -98,7 +98,7 @@ def _write_index() -> None:
     """Links to every page there is, also those of earlier calls."""
     items = "\n".join(
         f'<li><a href="{path.stem}.html">{html.escape(_title(path))}</a></li>'
-        for path in sorted(HERE.glob("0*.ipynb"))
+        for path in sorted(HERE.glob("*.ipynb"))
         if (PAGES / f"{path.stem}.html").exists()
     )
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'

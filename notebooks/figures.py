@@ -453,8 +453,9 @@ def two_histograms(
     figure, axes = _figure(size=(8, 3.8))
     ax = axes[0, 0]
     everything = np.concatenate(list(values.values()))
-    edges = np.linspace(everything.min(), everything.max(), 61)
-    edges -= edges[np.abs(edges).argmin()]  # the threshold is an edge, no bin lies on both sides
+    low, high, width = everything.min(), everything.max(), np.ptp(everything) / 60
+    # multiples of the width: the threshold is an edge, no bin lies on both sides
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
     for (name, numbers), colour in zip(values.items(), (COLOURS[0], COLOURS[5]), strict=True):
         look = {"histtype": "stepfilled", "alpha": 0.5, "edgecolor": colour}
         ax.hist(numbers, edges, color=colour, label=f"{name} ({len(numbers):,})", **look)
@@ -574,7 +575,7 @@ def intervals(values: Mapping[str, tuple[float, float, float]], title: str, xlab
             textcoords="offset points",
             xytext=(0, 7),
             ha="center",
-            fontsize=8,
+            fontsize=9,
         )
     ax.set_yticks(range(len(values)), values.keys())
     ax.invert_yaxis()
@@ -594,14 +595,16 @@ def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 def severity_maps(
     tables: Mapping[str, pd.DataFrame], title: str, sure: Mapping[str, pd.DataFrame] | None = None
 ) -> Figure:
-    """Families by severities, a panel for each table of fractions; printed in percent.
+    """Families by severities, a panel for each table of fractions, two in a row; in percent.
 
     With `sure` (bool, same shape) the tables are differences: signed, one colour scale around 0,
     bold where sure.
     """
-    first = next(iter(tables.values()))
-    size = (1.6 + 3.1 * len(tables), 1.4 + 0.38 * len(first))
-    figure, axes = _figure(1, len(tables), (max(size[0], 6), size[1]))
+    families = len(next(iter(tables.values())))
+    columns = min(len(tables), 2)
+    rows = -(-len(tables) // columns)
+    size = (1.4 + 3.2 * columns, 0.5 + rows * (0.7 + 0.34 * families))
+    figure, axes = _figure(rows, columns, size)
     figure.suptitle(title)
     limit = max(table.abs().to_numpy().max() for table in tables.values())
     look = (
@@ -609,7 +612,7 @@ def severity_maps(
         if sure
         else {"cmap": "Blues", "vmin": 0, "vmax": 1}
     )
-    for i, (ax, (name, table)) in enumerate(zip(axes[0], tables.items(), strict=True)):
+    for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
         texts = (100 * table).map(lambda value: f"{value:+.1f}" if sure else f"{value:.1f}")
         sns.heatmap(
             table,
@@ -618,13 +621,37 @@ def severity_maps(
             fmt="",
             cbar=False,
             linewidths=0.5,
-            annot_kws={"size": 8},
+            annot_kws={"size": 9},
             **look,
         )
         if sure:
             for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
                 text.set_weight("bold" if bold else "normal")
         ax.set(title=name, xlabel="severity", ylabel="")
-        ax.tick_params(length=0, labelleft=i == 0, labelrotation=0)
+        ax.tick_params(length=0, labelleft=ax in axes[:, 0], labelrotation=0)
         ax.grid(False)
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
+    return figure
+
+
+@_in_style
+def shift_pictures(pictures: np.ndarray, accuracy: pd.DataFrame, title: str) -> Figure:
+    """One picture unshifted and at every severity, a row for each family: uint8 (families, 1 +
+    severities, H, W, 3).
+
+    `accuracy`: families by severities, fractions, printed above the pictures in percent.
+    """
+    rows, columns = pictures.shape[:2]
+    figure, axes = _figure(rows, columns, (1 + 1.05 * columns, 0.7 + 1.2 * rows))
+    figure.suptitle(title)
+    for line, family, images, shares in zip(
+        axes, accuracy.index, pictures, accuracy.to_numpy(), strict=True
+    ):
+        _show(line[0], images[0], "unshifted", size=9)
+        line[0].set_ylabel(family, rotation=0, ha="right", va="center")
+        for ax, image, severity, share in zip(
+            line[1:], images[1:], accuracy.columns, shares, strict=True
+        ):
+            _show(ax, image, f"{severity}: {share:.1%}", size=9)
     return figure

@@ -38,6 +38,7 @@ NAMES = [
     "04_error_analysis",
     "05_kaggle_submission",
 ]
+SOLUTIONS = "solutions"
 ADDRESS = re.search(
     r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text()
 )[1]
@@ -69,13 +70,25 @@ def test_skeleton(name):
     assert any("session.show(" in source for source in code)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SOLUTIONS])
 def test_set_up_is_the_same_and_names_the_one_address(name):
     badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
     assert badge in cells(name, "markdown")[0].source
     set_up = [cells(each, "code")[0].source for each in (name, NAMES[0])]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
+
+
+def test_every_exercise_has_its_solution():
+    asked = []
+    for number, name in enumerate(NAMES, 1):
+        text = cells(name, "markdown")[-1].source
+        assert "[notebooks/solutions.ipynb](solutions.ipynb)" in text
+        exercises = re.findall(r"^(\d+)\. ", text.split("## Exercises")[1], re.M)
+        asked += [f"{number}.{exercise}" for exercise in exercises]
+    whole = "\n".join(cell.source for cell in cells(SOLUTIONS, "markdown"))
+    assert re.findall(r"^### (\d\.\d) ", whole, re.M) == asked
+    assert max(len(cell.source.splitlines()) for cell in cells(SOLUTIONS, "code")[1:]) <= 20
 
 
 def test_a_clone_that_failed_is_one_line_with_the_address(tmp_path, monkeypatch):
@@ -102,7 +115,7 @@ def test_a_missing_package_is_one_line_with_the_remedy():
     assert last == "ImportError: missing: captum: pip install -r requirements.txt, restart"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SOLUTIONS])
 def test_committed_outputs_are_clean(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     outputs = [output for cell in cells(name, "code") for output in cell.outputs]

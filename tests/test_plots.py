@@ -55,8 +55,8 @@ def test_bars_are_as_long_as_the_counts():
     figure = figures.class_counts(counts, "T")
     assert bars(figure) == list(counts.values())
     assert labels(figure.axes[0].xaxis) == list(CLASSES)
-    figure = figures.confused_pairs([("cat", "dog", 5), ("ship", "frog", 4)], "T")
-    assert bars(figure) == [[5, 4]]
+    figure = figures.confused_pairs([("cat", "dog", 5), ("ship", "frog", 4)], [3, 6], "T", "images")
+    assert bars(figure) == [[5, 4]] and lines(figure)["published run"] == ([3, 6], [0, 1])
     assert labels(figure.axes[0].yaxis) == ["cat taken for dog", "ship taken for frog"]
     colours = [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches]
     assert colours == [figures.COLOURS[5], figures.COLOURS[0]]
@@ -72,9 +72,6 @@ def test_lines_and_dots_go_through_the_numbers():
     for panel in (0, 1):
         dots = zip(("red", "green", "blue"), sets["a"][panel], sets["b"][panel], strict=True)
         assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
-    scores = [i / 10 for i in range(10)]
-    drawn = lines(figures.class_scores({"ours": scores}, "T", "F1"))
-    assert drawn == {"ours": (scores, list(range(10)))}
     figure = figures.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
     assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])
     band = figure.axes[0].patches[0].get_bbox()
@@ -114,36 +111,64 @@ def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
     assert figure.axes[0].get_xscale() == "log"
 
 
-@pytest.mark.parametrize("kind", ["counts", "rows", "difference"])
-def test_confusion_prints_every_cell_and_colours_the_mistakes_only(kind):
-    ax = figures.confusion({"a": MATRIX}, kind, "T").axes[0]
+@pytest.mark.parametrize("signed, text", [(False, "90"), (True, "+90")])
+def test_confusion_prints_every_cell(signed, text):
+    ax = figures.confusion({"a": MATRIX}, "T", "images", signed).axes[0]
     cells = {text.get_position(): text.get_text() for text in ax.texts if text.get_text()}
-    for true, guess in np.ndindex(10, 10):
-        n, total = MATRIX[true, guess], MATRIX[true].sum()
-        text = {"counts": f"{n}", "rows": f"{100 * n / total:.1f}", "difference": f"{n:+}"}[kind]
-        assert cells[guess + 0.5, true + 0.5] == (text if n else "0")
+    assert len(cells) == 100 and all(cells[i + 0.5, i + 0.5] == text for i in range(10))
+    for true, guess in np.argwhere(MATRIX * (1 - np.eye(10, dtype=int))):
+        assert int(cells[guess + 0.5, true + 0.5]) == MATRIX[true, guess]
     assert labels(ax.yaxis) == list(CLASSES)
     assert ax.get_ylabel() == "true" and ax.get_xlabel() == "predicted"
-    colours = np.ma.filled(ax.collections[0].get_array(), np.nan).reshape(10, 10)
-    assert np.isnan(colours.diagonal()).all()
-    assert np.nanmax(colours) == ax.collections[0].get_clim()[1]
 
 
-def test_reliability_diagram_shows_accuracy_gap_and_count_of_each_bin():
+def test_confusion_colours_the_mistakes_only_and_in_one_scale():
+    figure = figures.confusion({"a": MATRIX, "twice": 2 * MATRIX}, "T", "images")
+    first, second = (ax.collections[0] for ax in figure.axes[:2])
+    colours = np.ma.filled(first.get_array(), np.nan).reshape(10, 10)
+    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6
+    assert first.get_clim() == second.get_clim() == (0, 12)
+
+
+def test_a_bin_of_few_images_has_a_long_interval():
     bins = {
         "edges": np.linspace(0, 1, 4),
-        "count": np.array([0, 3, 5]),
+        "count": np.array([0, 2, 200]),
         "confidence": np.array([np.nan, 0.5, 0.9]),
-        "accuracy": np.array([np.nan, 0.4, 1.0]),
+        "accuracy": np.array([np.nan, 0.5, 0.5]),
     }
-    figure = figures.reliability_diagram(bins, 0.1, "T")
-    assert bars(figure) == [[0, 0.4, 1.0]] and bars(figure, panel=1) == [[0, 3, 5]]
-    gaps = figure.axes[0].collections[0].get_segments()
-    assert [gap.tolist() for gap in gaps[1:]] == [
-        [[0.5, 0.4], [0.5, 0.5]],
-        [[0.9, 1.0], [0.9, 0.9]],
-    ]
-    assert "10.00%" in figure.axes[0].get_title(loc="left")
+    figure = figures.reliability_diagram({"a": bins}, "T")
+    _, _, (drawn,) = figure.axes[0].containers[0]
+    lengths = [high - low for (_, low), (_, high) in drawn.get_segments()]
+    assert lengths == pytest.approx([0.811, 0.137], abs=0.001)  # Wilson's, of 1 in 2 and 100 in 200
+
+
+def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
+    captions = [f"{i}\n99%" for i in range(7)]
+    figure = figures.contact_sheet({"a": (PICTURES, captions, np.arange(7) > 4)}, "T", columns=3)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == captions
+    assert len(ax.images) == 7 and len(ax.patches) == 2
+    low, high = sorted(ax.get_ylim())
+    assert all(low <= edge <= high for image in ax.images for edge in image.get_extent()[2:])
+
+
+def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
+    sets = {"a": np.arange(-3, 9), "b": np.arange(-5, 4)}
+    ax = figures.two_histograms(sets, "T", "x", ("left", "right")).axes[0]
+    for patch, (name, values) in zip(ax.patches, sets.items(), strict=True):
+        assert patch.get_label() == f"{name} ({len(values)})"
+        x, y = patch.get_xy().T
+        area = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
+        assert area == pytest.approx(len(values) * 13 / 60)  # 60 bins from -5 to 8
+
+
+def test_shifts_stand_a_row_each_at_every_severity():
+    pictures = np.stack([PICTURES[:3], PICTURES[3:6]])
+    accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"])
+    axes = figures.shift_pictures(pictures, accuracy, "T").axes
+    shown = [ax.images[0].get_array() for ax in axes if ax.images]
+    assert np.array_equal(shown, PICTURES[:6])
 
 
 def test_intervals_reach_from_low_to_high():
@@ -170,7 +195,7 @@ def test_severity_maps_print_percent_signed_and_bold_where_sure():
 
 
 def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_path):
-    figure = figures.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1")
+    figure = figures.intervals({"a": (0.5, 0.4, 0.7)}, "T", "accuracy")
     path = tmp_path / "new" / "f.png"
     png = figures.save_figure(figure, path, note="stand-in data")
     assert path.read_bytes() == png
