@@ -199,12 +199,10 @@ def epoch_curves(
     ylabel: str,
     title: str,
     zoom: tuple[float, float] | None = None,
-    point: tuple[str, int, float] | None = None,
 ) -> Figure:
     """A line over the epochs for each name, told apart by colour and dashes.
 
-    `zoom`: the values are fractions, and an inset shows those between these two larger. `point`: a
-    single value (its name, epoch, value).
+    `zoom`: the values are fractions, and an inset shows those between these two larger.
     """
     figure, axes = _figure(size=(7.5, 5 if zoom else 4))
     ax, longest = axes[0, 0], max(len(values) for values in series.values())
@@ -217,8 +215,6 @@ def epoch_curves(
         dashes = itertools.cycle(("-", "--", "-.", ":"))
         for name, values in series.items():
             panel.plot(range(len(values)), values, next(dashes), label=name, linewidth=1.6)
-        if point:
-            panel.plot(*point[1:], "D", color=COLOURS[5], label=point[0])
         if zoom:
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if zoom:

@@ -50,8 +50,7 @@ from figures import inspection, save_figure
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
 SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
-# The records of the package's weights: of each run that began with the weights of the one before.
-SHIPPED_RUNS = (ROOT / "results" / "report-seed42",)
+SHIPPED_RUN = ROOT / "results" / "report-seed42"  # the records of the package's weights
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
 LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
@@ -184,18 +183,6 @@ class Session:
         known = generate_test_file(self.test_file, self.scored)
         return replace(read_test_file(self.test_file), labels=known.labels)
 
-    def curves(self, quantity: str) -> dict[str, pd.Series]:
-        """`loss` or `accuracy` by epoch of the published run, on training and test images; and of
-        this session's run, where it trains by the same recipe."""
-        runs = {"published": published_history()}
-        if self.config.recipe == "report":
-            runs["this run"] = pd.read_csv(self.run / "history.csv")
-        lines = {}
-        for name, history in runs.items():
-            lines[f"training images ({name})"] = history[f"train_{quantity}"]
-            lines[f"test images ({name})"] = history[f"test_{quantity}"]
-        return lines
-
     def comparison(self) -> pd.DataFrame:
         """The report's Table 2 beside the package's weights and this session's finished run, and
         why they differ.
@@ -218,25 +205,25 @@ class Session:
                 REAL,
             ),
         )
-        as_published = self.config == recipe("report") and not self.stand_in
-        other = "" if as_published else "fewer epochs, another recipe"
+        ours = self.config == recipe("report") and not self.stand_in
+        shorter = "" if ours else "; this run: fewer epochs of fewer images"
+        chance = f"the weights: other random numbers, another GPU{shorter}"
+        few = len(self.scored) < 10_000
         reasons = {
             "parameters": "",
             "multiply-adds (M)": "",
             "size (MB)": "",
-            "epochs": other and "what two processor cores could train",
-            "training images": other and f"this run: recipe {self.config.recipe}",
-            "last train accuracy": other,
-            "test accuracy": other or "other random numbers, another machine",
-            "its 95 % interval": "fewer test images, a wider interval"
-            if len(self.scored) < 10_000
-            else "",
+            "epochs": "" if ours else "this run: what two processor cores can train in minutes",
+            "training images": "" if ours else "the same",
+            "last train accuracy": chance,
+            "test accuracy": chance,
+            "its 95 % interval": "this run: fewer test images, a wider interval" if few else "",
             "test images": "",
             "test data": self.note or "",
         }
         columns = {
             "published": published,
-            "the package's weights": (*sizes, *_trained(*SHIPPED_RUNS)),
+            "the package's weights": (*sizes, *_trained(SHIPPED_RUN)),
             "this run": (*sizes, *_trained(self.run)),
             "why they differ": tuple(reasons.values()),
         }
@@ -245,14 +232,14 @@ class Session:
         return table
 
     def specifications(self) -> pd.DataFrame:
-        """The report's system specifications, and those of the machine that this session's run was
-        trained on."""
-        ours = json.loads((self.run / "environment.json").read_text())
-        rows = {
-            name: [published or "–", str(ours.get(key) or "–")]
-            for key, (name, published) in SYSTEM.items()
-        }
-        return pd.DataFrame(rows, index=["published", "this run"]).T
+        """The report's system specifications, and those of the machines that the package's weights
+        and this session's run were trained on."""
+        runs = {"the package's weights": SHIPPED_RUN, "this run": self.run}
+        columns = {"published": [published or "–" for _, published in SYSTEM.values()]}
+        for name, run in runs.items():
+            found = json.loads((run / "environment.json").read_text())
+            columns[name] = [str(found.get(key) or "–") for key in SYSTEM]
+        return pd.DataFrame(columns, index=[name for name, _ in SYSTEM.values()])
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Save the figure as `name`.png and show it; `alt` says what it shows.
@@ -346,22 +333,13 @@ def runs_folder() -> Path:
     return _named_folder() or ROOT / "runs"
 
 
-def _trained(*runs: Path) -> tuple[str, ...]:
+def _trained(run: Path) -> tuple[str, ...]:
     """Epochs, training images, last training accuracy, test accuracy, its interval, test images and
-    data of a run.
-
-    Of several, each of which went on from the one before, the last one's; but the epochs are
-    everyone's.
-    """
-    metrics, last = (
-        json.loads((runs[-1] / "metrics.json").read_text()),
-        pd.read_csv(runs[-1] / "history.csv").iloc[-1],
-    )
+    data of a run."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
-    epochs = " + ".join(
-        str(json.loads((run / "metrics.json").read_text())["epochs"]) for run in runs
-    )
-    counts = (epochs, f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
+    counts = (str(metrics["epochs"]), f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
     return (
         *counts,
         f"{test['accuracy']:.2%}",
@@ -371,11 +349,15 @@ def _trained(*runs: Path) -> tuple[str, ...]:
     )
 
 
-def shipped_result() -> tuple[int, float]:
-    """The last epoch of the package's weights, counted from 0, and their accuracy on all test
-    images."""
-    metrics = [json.loads((run / "metrics.json").read_text()) for run in SHIPPED_RUNS]
-    return sum(each["epochs"] for each in metrics) - 1, metrics[-1]["test"]["accuracy"]
+def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
+    """`loss` or `accuracy` by epoch, on training and test images, of the published run and of the
+    package's weights."""
+    runs = {"published": published_history(), "ours": pd.read_csv(SHIPPED_RUN / "history.csv")}
+    return {
+        f"{images} images ({name})": history[f"{column}_{quantity}"]
+        for name, history in runs.items()
+        for column, images in (("train", "training"), ("test", "test"))
+    }
 
 
 def show_source(*parts: object) -> None:

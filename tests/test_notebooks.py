@@ -20,6 +20,7 @@ from session import (
     published_confusion,
     published_history,
     show_source,
+    sixty_epochs,
 )
 
 import figures
@@ -229,10 +230,10 @@ def test_an_unknown_profile_is_refused(monkeypatch):
 def test_source_is_shown_as_python_and_as_text(monkeypatch):
     shown = []
     monkeypatch.setattr("session.display", lambda data, raw: shown.append(data))
-    show_source(published_history, Session.curves)
+    show_source(published_history, Session.fit)
     (data,) = shown
     text = data["text/plain"]
-    assert text.startswith("def published_history(") and "\n\ndef curves(self" in text
+    assert text.startswith("def published_history(") and "\n\ndef fit(self" in text
     assert re.search(r"<span style=.*>def</span>", data["text/html"])
 
 
@@ -257,7 +258,7 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(
-        figures.epoch_curves(session.curves("accuracy"), "accuracy", "T"),
+        figures.epoch_curves(sixty_epochs("accuracy"), "accuracy", "T"),
         "curves",
         "four curves",
     )

@@ -100,9 +100,11 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
     info = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "temperature": 1.0}
     monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))
     monkeypatch.setattr(script, "load_model", lambda _: (model, info))
-    monkeypatch.setattr(script, "SHIPPED_RUNS", (tmp_path,))
+    monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
     monkeypatch.setattr(script, "SHIFT", tmp_path)
-    scores, _ = script.score(model, info, test)
+    config = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}  # that of training
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scores, _ = script.score(model, info, test, config)
     mirrored = predict(model, test.images, info["mean"], info["std"], tta="flip")
     assert scores["tta_flip"]["accuracy"] == accuracy(mirrored, test.labels)
     (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}))
