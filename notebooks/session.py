@@ -206,15 +206,15 @@ class Session:
             ),
         )
         ours = self.config == recipe("report") and not self.stand_in
-        shorter = "" if ours else "; this run: fewer epochs of fewer images"
-        chance = f"the weights: other random numbers, another GPU{shorter}"
+        shorter = "" if ours else "this run: what two processor cores train in minutes"
+        chance = "the weights: other random numbers, another GPU" + ("; this run: short" * (not ours))
         few = len(self.scored) < 10_000
         reasons = {
             "parameters": "",
             "multiply-adds (M)": "",
             "size (MB)": "",
-            "epochs": "" if ours else "this run: what two processor cores can train in minutes",
-            "training images": "" if ours else "the same",
+            "epochs": shorter,
+            "training images": shorter,
             "last train accuracy": chance,
             "test accuracy": chance,
             "its 95 % interval": "this run: fewer test images, a wider interval" if few else "",
