@@ -17,7 +17,7 @@ sys.path.insert(
     0, str(Path(__file__).parent.parent)
 )  # so that the scripts run without an installation
 
-from cifar_lib.data import ImageSet, load_cifar10
+from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import DTYPES, choose_device, describe
@@ -51,10 +51,7 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
 def training_images(n: int) -> ImageSet:
     """The first n, of CIFAR-10 where it is, else generated: speed doesn't depend on what they
     show."""
-    try:
-        return load_cifar10(download=False)[0][slice(n)]
-    except InputError:
-        return generate_stand_in(n, 1)[0]
+    return load_cifar10()[0][slice(n)] if find_cifar10() else generate_stand_in(n, 1)[0]
 
 
 def hardware(device: torch.device) -> dict:

@@ -3,7 +3,7 @@
 config.json             what is trained, on which data; another one is refused
 environment.json        the hardware and versions of the last start
 history.csv             a row an epoch, accuracies as fractions; the same bytes after any kill
-timing.csv              a row an epoch: seconds and images/s, which no two runs share
+timing.csv              a row for each epoch that was trained: seconds, images/s
 checkpoint.pt           everything needed to go on, with its sha256
 checkpoint.previous.pt  the one before
 model.safetensors       the final weights
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cifar_lib.errors import InputError
 from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
 
-FORMAT = 2  # of a checkpoint, whose parts follow
-PARTS = dict(model=dict, optimizer=dict, scaler=dict, epoch=int, steps=int, history=list)
+FORMAT = 2  # of a checkpoint
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -87,35 +87,33 @@ class RunDirectory:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def write_rows(self, name: str, rows: list[dict]) -> None:
-        """Write rows of equal keys as CSV; None becomes an empty field."""
+    def write_rows(self, name: str, rows: list[dict], below: bool = False) -> None:
+        """Write rows of equal keys as CSV, None as an empty field; `below`: under those there."""
+        path = self.path / name
+        before = path.read_bytes() if below and path.is_file() else b""
         text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
+        writer = csv.DictWriter(text, rows[-1], "", "ignore", lineterminator="\n")
+        if not before:
+            writer.writeheader()
         writer.writerows(rows)
-        write_atomically(self.path / name, text.getvalue().encode())
+        write_atomically(path, before + text.getvalue().encode())
 
     def save(self, state: dict) -> None:
-        """Write `state` (nested dicts, lists, tensors, numbers, strings) as checkpoint.pt.
-
-        Its parts are those of `PARTS`, and others. Equal states are equal bytes.
-        """
+        """Write `state`, a `snapshot`, as checkpoint.pt. Equal states are equal bytes."""
         buffer = io.BytesIO()
-        torch.save(_canonical({"format": FORMAT, **state}), buffer)
+        torch.save({"format": FORMAT, **state}, buffer)
         content = buffer.getvalue()
         content += hashlib.sha256(content).digest()
         # Two renames: a kill between them leaves the newest as the previous one, and load() takes
         # it from there. So no moment is without a whole checkpoint, and none is copied.
-        write_atomically(
-            self.path / "checkpoint.pt", content, keep=self.path / "checkpoint.previous.pt"
-        )
+        previous = self.path / "checkpoint.previous.pt"
+        write_atomically(self.path / "checkpoint.pt", content, keep=previous)
 
     def load(self) -> dict | None:
         """The newest whole checkpoint, on the CPU; None where there is none yet.
 
         A damaged one is passed over for the one before, with a warning, and set aside as
-        checkpoint.damaged.pt, so that the next save can't make it the one before. Raises
-        InputError where no other is left.
+        checkpoint.damaged.pt. Raises InputError where no other is left.
         """
         damage: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
@@ -126,7 +124,7 @@ class RunDirectory:
             except (OSError, ValueError) as error:
                 damage.append(f"{name}: {error}")
                 continue
-            if damage:
+            if damage:  # else the next save would make it the one before
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
             return state
@@ -149,17 +147,19 @@ def _read_checkpoint(path: Path) -> dict:
         raise ValueError(f"unreadable ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"no checkpoint of format {FORMAT}, which this version reads")
-    for name, kind in PARTS.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"no {kind.__name__} as its {name}")
     return state
 
 
-def _canonical(value: Any) -> Any:
-    """Equal content, equal bytes: pickle writes a string again or refers back to it depending on
-    its identity."""
+def snapshot(value: Any) -> Any:
+    """A copy of nested dicts, lists, tensors, numbers and strings, on the CPU.
+
+    Equal ones are equal bytes: pickle writes a string again or refers back to it depending on its
+    identity.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {_canonical(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
+        return {snapshot(key): snapshot(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [snapshot(item) for item in value]
     return sys.intern(value) if isinstance(value, str) else value

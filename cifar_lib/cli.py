@@ -16,7 +16,7 @@ from PIL import Image
 
 from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, behind
 from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
@@ -25,6 +25,10 @@ from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 from cifar_lib.shift import ADAPTATIONS, adapt
+
+# Options of several commands.
+DEVICE = {"default": "auto", "metavar": "D", "help": "auto, cpu, cuda, cuda:N or mps"}
+DATA = {"metavar": "ROOT", "help": "the folder that holds cifar-10-batches-py"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,19 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, _terminate)
     try:
         options.command(options)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[0]
-        remedy = "use --device cpu, or train with a smaller --set batch_size"
-        print(f"error: {reason}: {remedy}", file=sys.stderr)
-        return 2
+        print(end="", flush=True)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
         return 128 + signal.SIGPIPE
+    except (InputError, OSError) as error:
+        return _mistake(str(error))
+    except torch.OutOfMemoryError as error:
+        remedy = "use --device cpu, or train with a smaller --set batch_size"
+        return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
     except BaseException as error:
-        interrupt = _interrupt_behind(error)
+        # One that arrives while C code runs can end as a SystemError.
+        interrupt = behind(error, KeyboardInterrupt)
         if interrupt is None:
             raise
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
@@ -57,12 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interrupt that `error` is or comes from: one that arrives while C code runs can end as a
-    SystemError."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error
+def _mistake(message: str) -> int:
+    """One line, even where a file's name has several; returns the exit code."""
+    print("error: " + "\\n".join(message.splitlines()), file=sys.stderr)
+    return 2
 
 
 class _Terminated(KeyboardInterrupt):
@@ -76,7 +76,7 @@ def _terminate(*_: object) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line and exit code 2, without the usage."""
-        self.exit(2, f"error: {message}: see {self.prog} --help\n")
+        raise SystemExit(_mistake(f"{message}: see {self.prog} --help"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,85 +84,67 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = _command(commands, _info, "the network's size and a recipe's learning rates")
-    info.add_argument("--recipe", default="report", metavar="R")
-    info.add_argument("--json", action="store_true")
+    def command(function: Callable, text: str, go_on: str) -> Callable:
+        name = function.__name__.removeprefix("_")
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(command=function, go_on=f"the same command {go_on}")
+        return added.add_argument
 
-    train = _command(commands, _train, "train a recipe into a run directory, or go on with it")
-    train.set_defaults(go_on="the same command goes on from the last finished epoch")
-    train.add_argument("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
-    train.add_argument("--epochs", metavar="N")
-    train.add_argument("--train-size", metavar="N", help="a stratified part of the images")
-    train.add_argument("--seed", metavar="N")
-    train.add_argument("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
-    _recipe_options(train, default=None)
+    add = command(_info, "the network's size and a recipe's learning rates", "starts again")
+    add("--recipe", default="report", metavar="R")
+    add("--json", action="store_true")
 
-    tune = _command(commands, _tune, "search for Table 1's values, by any number of workers")
-    tune.set_defaults(go_on="the trial waits to be run again; the same command goes on")
-    tune.add_argument("--study", required=True, metavar="FILE_OR_URL", help="journal, or database")
-    tune.add_argument("--trials", required=True, type=_positive, metavar="N", help="of the study")
-    tune.add_argument("--seed", type=_positive, default=1, metavar="N", help="of the sampler")
-    _recipe_options(tune, default="report")
+    text = "train a recipe into a run directory, or go on with it"
+    add = command(_train, text, "goes on from the last finished epoch")
+    add("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
+    add("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
+    _add_recipe(add, "epochs", "train_size", "seed", required=True)
 
-    evaluate = _command(commands, _evaluate, "score weights on CIFAR-10's test images")
-    _weights_options(evaluate, tta="none")
-    evaluate.add_argument("--json", action="store_true")
-    _data_option(evaluate)
+    text = "search for Table 1's values, by any number of workers"
+    add = command(_tune, text, "goes on; the trial waits to be run again")
+    add("--study", required=True, metavar="FILE_OR_URL", help="SQLite's file, or a database")
+    add("--trials", required=True, type=_positive, metavar="N", help="of the study")
+    add("--seed", type=_positive, metavar="N", help="of the sampler; another one each worker")
+    _add_recipe(add, default="report")
 
-    predict = _command(commands, _predict, "the three likeliest classes of pictures of your own")
-    predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--grad-cam", metavar="FOLDER", help="also write where the network looks")
-    _weights_options(predict, tta="none")
+    add = command(_evaluate, "score weights on CIFAR-10's test images", "starts again")
+    add("--json", action="store_true")
+    _add_weights(add, tta="none")
+    add("--data", **DATA)
 
-    submit = _command(commands, _submit, "label a competition's .pkl")
-    submit.add_argument("--test", required=True, metavar="FILE.pkl")
-    submit.add_argument("--out", required=True, metavar="FILE.csv")
+    add = command(_predict, "the three likeliest classes of your own pictures", "starts again")
+    add("images", nargs="+", metavar="IMAGE")
+    add("--grad-cam", metavar="FOLDER", help="also write where the network looks")
+    _add_weights(add, tta="none")
+
+    add = command(_submit, "label a competition's .pkl", "starts again")
+    add("--test", required=True, metavar="FILE.pkl")
+    add("--out", required=True, metavar="FILE.csv", help="- is standard output")
     chosen = "normalize+batchnorm"  # this and the views by results/shift/verdict.json
     use = "what of the file's own statistics is used; default: %(default)s"
-    submit.add_argument("--adapt", choices=ADAPTATIONS, default=chosen, help=use)
-    submit.add_argument("--label-column", default="Labels", help="the report's file has Category")
-    _weights_options(submit, tta="flip")
+    add("--adapt", choices=ADAPTATIONS, default=chosen, help=use)
+    add("--label-column", default="Labels", help="the report's file has Category")
+    _add_weights(add, tta="flip")
     return parser
 
 
-def _command(commands, function: Callable, text: str) -> argparse.ArgumentParser:
-    name = function.__name__.removeprefix("_")
-    parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(command=function, go_on="the same command starts again")
-    return parser
+def _add_recipe(add: Callable, *fields: str, **given: object) -> None:
+    """A recipe and its fields: --train-size 100 is short for --set train_size=100."""
+    add("--recipe", metavar="R", help=f"one of {', '.join(RECIPES)}", **given)
+    change = {"dest": "set", "action": "append", "metavar": "VALUE"}
+    for field in (*fields, "precision"):
+        add(f"--{field.replace('_', '-')}", type=f"{field}={{}}".format, default=[], **change)
+    add("--set", **change | {"metavar": "FIELD=VALUE", "help": "any field of TrainConfig"})
+    add("--device", **DEVICE)
+    add("--data", **DATA)
 
 
-def _recipe_options(parser: argparse.ArgumentParser, default: str | None) -> None:
-    names = f"one of {', '.join(RECIPES)}"
-    parser.add_argument("--recipe", required=not default, default=default, metavar="R", help=names)
-    field = "any field of TrainConfig"
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=field)
-    _device_options(parser)
-    _data_option(parser)
-
-
-def _weights_options(parser: argparse.ArgumentParser, tta: str) -> None:
-    parser.add_argument(
-        "--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package"
-    )
-    parser.add_argument(
-        "--tta",
-        nargs="?",
-        const="flip-shift",
-        default=tta,
-        choices=TTA,
-        help="test-time views; default: %(default)s",
-    )
-    _device_options(parser)
-
-
-def _device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:N or mps")
-    parser.add_argument("--precision", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
-
-
-def _data_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="ROOT", help="the folder that holds cifar-10-batches-py")
+def _add_weights(add: Callable, tta: str) -> None:
+    add("--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package")
+    views = {"nargs": "?", "const": "flip-shift", "default": tta, "choices": TTA}
+    add("--tta", **views, help="test-time views; default: %(default)s")
+    add("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
+    add("--device", **DEVICE)
 
 
 def _positive(text: str) -> int:
@@ -191,23 +173,18 @@ def _info(options: argparse.Namespace) -> None:
     print(f"learning rates of {options.recipe}, epoch by epoch: {text}")
 
 
-def _config(
-    options: argparse.Namespace, defaults: dict[str, object], flags: Sequence[str]
-) -> TrainConfig:
-    """The recipe with `defaults`, then with what --set says, then the options of these names."""
-    changes = dict(defaults)
+def _config(options: argparse.Namespace, **changes: object) -> TrainConfig:
+    """The recipe with `changes`, then with what --set and the other options say."""
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"--set: expected FIELD=VALUE, got {text!r}")
         changes[field] = value
-    given = {flag: getattr(options, flag) for flag in flags}
-    changes |= {flag: value for flag, value in given.items() if value is not None}
     return recipe(options.recipe, **changes)
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = _config(options, {}, ("epochs", "train_size", "seed", "precision"))
+    config = _config(options)
     device = ranks.join(options.device)
     try:
         choose_device(device)  # before the data are read
@@ -228,13 +205,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _tune(options: argparse.Namespace) -> None:
     from cifar_lib import tune  # here, as importing Optuna takes a second
-    from cifar_lib.study import best, work
 
-    config = _config(options, tune.SHORT, ("precision",))
+    config = _config(options, **tune.SHORT)
     score = tune.objective(load_cifar10(options.data)[0], config, options.device)
     study = tune.open_search(options.study, config, options.seed)
-    work(study, options.study, options.trials, score)
-    print(f"best on the validation split: {best(study)}")
+    tune.work(study, options.study, options.trials, score)
+    for best in study.best_trials[:1]:  # none, if all were pruned
+        print(f"best on the validation split: {best.value:.2%} with {best.params}")
 
 
 def _print_score(score: dict, where: str) -> None:
@@ -246,7 +223,7 @@ def _print_score(score: dict, where: str) -> None:
 def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
     """The weights on the device asked for, their `info`, and the precision."""
     device = choose_device(options.device)
-    precision = choose_precision(options.precision or "auto", device)
+    precision = choose_precision(options.precision, device)
     prepare(device, precision)
     model, info = load_model(options.weights)
     return model.to(device, memory_format=torch.channels_last), info, precision
@@ -297,4 +274,5 @@ def _submit(options: argparse.Namespace) -> None:
     inputs = (options.test, options.weights)
     write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
     how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
-    print(f"{len(labels)} labels in {options.out} ({how})")
+    aside = sys.stderr if options.out == "-" else sys.stdout
+    print(f"{len(labels)} labels in {options.out} ({how})", file=aside)

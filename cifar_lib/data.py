@@ -3,7 +3,11 @@
 The pixels themselves are never changed here; `normalize` makes what the network gets.
 """
 
+import hashlib
+import io
+import math
 import os
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +17,11 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
 
+from cifar_lib import pickles
 from cifar_lib.download import download_cifar10
 from cifar_lib.errors import InputError
+from cifar_lib.files import read_regular
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CAT, DOG = CLASSES.index("cat"), CLASSES.index("dog")
@@ -32,8 +37,6 @@ PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD = (0.5303, 0.4737, 0.4658), (0.2822, 0.2
 KAGGLE_MEAN, KAGGLE_STD = (0.4765, 0.4808, 0.4958), (0.2303, 0.2267, 0.2268)
 
 FOLDER = CIFAR10.base_folder
-META = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
-FILES = (*CIFAR10.train_list, *CIFAR10.test_list, META)  # (name, md5)
 KAGGLE_INPUT = Path("/kaggle/input")
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS, say, would run a program
@@ -74,108 +77,87 @@ class ImageSet:
 
 def load_cifar10(
     root: str | os.PathLike | None = None,
-    download: bool = True,
-    give_up_after: float | None = None,
+    give_up_after: float = math.inf,
     home: Path = Path("data"),
     archives: Path | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """The 50,000 training and 10,000 test images, each file checked by torchvision's md5.
+    """The 50,000 training and 10,000 test images, the md5 of each file checked.
 
-    Looked for in `root`, else in `CIFAR10_ROOT`, else in `home`, else in Kaggle's input folder,
-    else downloaded into `home` (see `download_cifar10`, also for the last two parameters) from
-    `CIFAR10_MIRROR` and other sources. Raises InputError where a place that was named holds no
-    whole CIFAR-10, or none is found.
+    Looked for as `find_cifar10` does, else downloaded into `home` (see `download_cifar10`) from
+    `CIFAR10_MIRROR` and other sources. Raises InputError where there is no whole CIFAR-10.
     """
     folder = find_cifar10(root, home)
-    if folder is None and not download:
-        raise InputError(
-            f"no CIFAR-10 in CIFAR10_ROOT, {home} or Kaggle's input folder: set CIFAR10_ROOT to "
-            f"the folder that holds {FOLDER}/, or allow the download"
-        )
     if folder is None:
         mirror = os.environ.get("CIFAR10_MIRROR") or None
         folder = download_cifar10(home, mirror, give_up_after, archives)
-    _check_files(folder)
-    return _read(folder, train=True), _read(folder, train=False)
+    return _read(folder, CIFAR10.train_list), _read(folder, CIFAR10.test_list)
 
 
 def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
-    """The folder with the batch files, or None. A place that is named (`root`, `CIFAR10_ROOT`) must
-    hold it: InputError."""
-    named = {"the given path": root, "CIFAR10_ROOT": os.environ.get("CIFAR10_ROOT")}
-    for name, place in named.items():
-        if place:
-            folder = _batches_in(Path(place))
-            if folder is None:
-                raise InputError(
-                    f"{name}: expected {FOLDER}/ in {place}, found none: name the folder that "
-                    f"holds {FOLDER}/"
-                )
+    """The folder with the batch files in `root`, else in `CIFAR10_ROOT`, else in `home`, else in
+    Kaggle's input folder; or None. InputError where one of the first two is named and has none."""
+    named = root or os.environ.get("CIFAR10_ROOT")
+    if not named:
+        found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
+        return next(filter(os.path.isdir, found), None)
+    for folder in (Path(named, FOLDER), Path(named)):
+        if folder.name == FOLDER and os.path.isdir(folder):
             return folder
-    return _batches_in(home) or next(iter(sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))), None)
+    raise InputError(
+        f"{'the given path' if root else 'CIFAR10_ROOT'}: expected {FOLDER}/ in {named}, found "
+        f"none: name the folder that holds {FOLDER}/"
+    )
 
 
-def _batches_in(place: Path) -> Path | None:
-    candidates = (place / FOLDER, place) if place.name == FOLDER else (place / FOLDER,)
-    return next((folder for folder in candidates if os.path.isdir(folder)), None)
-
-
-def _check_files(folder: Path) -> None:
-    remedy = "delete the folder to download it again, or copy the file again"
-    for name, md5 in FILES:
-        path = folder / name
-        if not os.path.isfile(path):
-            raise InputError(f"{folder}: {name} is missing: {remedy}")
+def _read(folder: Path, files: list[list[str]]) -> ImageSet:
+    """The images of batches, each a file's name and its md5."""
+    images, labels = [], []
+    for name, md5 in files:
         try:
-            whole = check_integrity(path, md5)
-        except OSError as error:
-            raise InputError(f"{path} can't be read ({error.strerror}): {remedy}") from error
-        if not whole:
-            raise InputError(f"{path}: expected md5 {md5}, the file differs: {remedy}")
-
-
-def _read(folder: Path, train: bool) -> ImageSet:
-    dataset = CIFAR10(folder.parent, train=train, download=False)
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(images, torch.tensor(dataset.targets))
+            content = read_regular(folder / name, pickles.MAX_BYTES)
+            if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+                raise ValueError(f"expected md5 {md5}, the file differs")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{folder / name} can't be read ({reason}): delete the folder to download it "
+                "again, or copy the file again"
+            ) from error
+        batch = pickles.read(content)
+        images.append(batch["data"].reshape(-1, 3, 32, 32))
+        labels += batch["labels"]
+    return ImageSet(torch.from_numpy(np.concatenate(images)), torch.tensor(labels))
 
 
 def check_labels(images: ImageSet) -> None:
     """Raises InputError unless each image has a label from 0 to 9."""
-    labels = images.labels
-    if labels is None or labels.shape != (len(images),):
-        found = "none" if labels is None else f"labels of shape {tuple(labels.shape)}"
+    labels = torch.empty(0) if images.labels is None else images.labels
+    known = (labels >= 0) & (labels < len(CLASSES))
+    if labels.shape != (len(images),) or not known.all():
         raise InputError(
-            f"{images.source}: expected a label for each of {len(images)} images, got {found}"
-        )
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(CLASSES):
-        raise InputError(
-            f"{images.source}: expected labels from 0 to {len(CLASSES) - 1}, got {labels.min()} to "
-            f"{labels.max()}: these are not CIFAR-10's"
+            f"{images.source}: expected a label from 0 to {len(CLASSES) - 1} for each of "
+            f"{len(images)} images, got {known.sum()}: give CIFAR-10's"
         )
 
 
 def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
     """Positions int64 of the training and the validation part, each in rising order, classes in
-    equal shares. Raises InputError where a class would be missing from one of them."""
+    equal shares. InputError where a class would be missing from one of them."""
     try:
-        train, validation = train_test_split(
-            np.arange(len(labels)),
-            test_size=n_validation,
-            stratify=labels.cpu().numpy(),
-            random_state=seed,
+        parts = train_test_split(
+            np.arange(len(labels)), test_size=n_validation, stratify=labels.cpu(), random_state=seed
         )
     except ValueError as error:
         raise InputError(
             f"can't split {len(labels)} images into {len(labels) - n_validation} and "
             f"{n_validation} ({error}): choose another number"
         ) from error
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(validation))
+    train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
+    return train, validation
 
 
 def channel_histogram(images: Tensor) -> Tensor:
-    """How often each of the 256 values occurs in each channel: uint8 (N, 3, H, W) -> int64
-    (3, 256) on the CPU."""
+    """How often each value occurs in each channel: uint8 (N, 3, H, W) -> int64 (3, 256), CPU."""
     counts = torch.zeros(3, 256, dtype=torch.int64, device=images.device)
     for chunk in images.split(2000):
         for channel in range(3):
@@ -184,11 +166,9 @@ def channel_histogram(images: Tensor) -> Tensor:
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel over all pixels of all images, in [0, 1], float64
-    (3,) each.
+    """Mean and standard deviation of each channel over all n pixels, in [0, 1], float64 (3,) each.
 
-    From whole-number sums, so exact but for the last rounding: mean = S1 / n, variance = S2 / n -
-    mean^2, with S1 = sum of x, S2 = sum of x^2 over the n pixels of a channel.
+    mean = S1 / n, variance = S2 / n - mean^2, of the whole numbers S1 = sum of x, S2 = sum of x^2.
     """
     counts = channel_histogram(images).numpy()
     values = np.arange(256)
@@ -197,11 +177,10 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_of_image_stds(images: Tensor) -> np.ndarray:
-    """The mean over images of each image's own standard deviation per channel, in [0, 1], float64
-    (3,).
+    """The mean of the images' own standard deviations per channel, in [0, 1], float64 (3,).
 
-    Below the one over all pixels, as it leaves out how far the images' means lie apart. With
-    Bessel's correction, torch's default: that gives the widespread .2023 .1994 .2010 to the digit.
+    It leaves out how far the images' means lie apart. With Bessel's correction, torch's default,
+    as that gives the widespread .2023 .1994 .2010 to the digit.
     """
     stds = [chunk.flatten(2).double().std(dim=2) for chunk in images.split(2000)]
     return (torch.cat(stds).mean(0) / 255).cpu().numpy()
@@ -229,33 +208,32 @@ def apply_scale(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def read_picture(path: str | os.PathLike) -> Tensor:
     """A picture file as a CIFAR-10 image, uint8 (3, 32, 32): its central square, scaled down with
-    anti-aliasing; of an animation the first frame.
-
-    Transparent parts become white. Raises InputError for a file that is no picture.
-    """
-    path = Path(path)
-    remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
-    if not os.path.isfile(path):
-        raise InputError(f"picture: expected a file, found no file at {path}: {remedy}")
+    anti-aliasing, on white; of an animation the first frame. InputError for what is no picture."""
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels, over {MAX_PIXELS:,}")
-            upright = ImageOps.exif_transpose(file)  # phones turn pictures by a note
-            picture = _eight_bits(upright).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"picture: {path} can't be read ({reason}): {remedy}") from error
+        content = io.BytesIO(read_regular(Path(path), 4 * MAX_PIXELS))
+        with warnings.catch_warnings():  # the error says it all
+            warnings.simplefilter("ignore")
+            picture = _decoded(Image.open(content, formats=PICTURE_FORMATS))
+    except Exception as error:  # whatever Pillow stumbles over in a broken file
+        reason = str(getattr(error, "strerror", None) or error).partition(" <_io")[0]
+        raise InputError(
+            f"picture: {path} can't be read ({reason}): give a file of one of "
+            f"{', '.join(PICTURE_FORMATS)}"
+        ) from error
     white = Image.new("RGBA", picture.size, "white")
     opaque = Image.alpha_composite(white, picture).convert("RGB")
     square = ImageOps.fit(opaque, (32, 32), Image.Resampling.BOX)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Greys of 16 bits (Pillow's I;16 or I) as 8: its own conversion cuts them off at 255."""
-    if picture.mode == "F":
+def _decoded(file: Image.Image) -> Image.Image:
+    """In RGBA, turned upright as phones note it."""
+    if file.width * file.height > MAX_PIXELS:
+        raise ValueError(f"{file.width} x {file.height} pixels, over {MAX_PIXELS:,}")
+    if file.mode == "F":
         raise ValueError("its greys are floating-point numbers")
-    if not picture.mode.startswith("I"):
-        return picture
-    return Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+    upright = ImageOps.exif_transpose(file)
+    if upright.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
+        grey = (np.asarray(upright) / 257).round().clip(0, 255)
+        upright = Image.fromarray(grey.astype(np.uint8))
+    return upright.convert("RGBA")

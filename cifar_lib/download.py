@@ -2,14 +2,14 @@
 
 import contextlib
 import fcntl
+import math
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from torchvision.datasets import CIFAR10
@@ -32,47 +32,36 @@ WINDOW = 10.0
 REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to another server's folder"
 
 
-class _Unusable(Exception):
-    """This source won't do, and why."""
-
-
-class _TooSlow(Exception):
-    """It works, but another source may be faster."""
-
-    def __init__(self, rate: float):
-        super().__init__(f"{rate / 1000:.0f} kB/s")
-        self.rate = rate  # bytes a second
-
-
 def download_cifar10(
     root: Path,
     mirror: str | None = None,
-    give_up_after: float | None = None,
+    give_up_after: float = math.inf,
     archives: Path | None = None,
-    log: Callable[[str], None] = print,
 ) -> Path:
     """Put the batch files into `root`, all of them or none; returns their folder.
 
-    Sources: `mirror` (the address of a folder that holds the archive) first, then SOURCES. What has
-    come of the archive stays, and the next call goes on with it. `archives`: a folder that keeps
-    the whole archive, too. Raises InputError where no source has it, `give_up_after` seconds are
-    over, or `root` can't be written.
+    Sources: `mirror` (the address of a folder with the archive), then SOURCES. What has come stays
+    for the next call. `archives`: a folder that keeps the archive. Raises InputError where no
+    source has it, `give_up_after` seconds are over, or `root` can't be written.
     """
-    target = root / CIFAR10.base_folder
-    place = archives or root
-    archive, part = place / CIFAR10.filename, place / f".{CIFAR10.filename}.part"
-    urls = SOURCES if mirror is None else (_archive_at(mirror), *SOURCES)
-    deadline = float("inf") if give_up_after is None else time.monotonic() + give_up_after
+    if mirror is not None and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
+        raise InputError(
+            "CIFAR10_MIRROR: expected http:// or https:// and a server's folder, without a "
+            f"password, got an address of another kind: {REMEDY}"
+        )
+    urls = SOURCES if mirror is None else (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
+    deadline = time.monotonic() + give_up_after
+    target, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
     try:
         root.mkdir(parents=True, exist_ok=True)
-        place.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(place, log):
-            if target.is_dir():  # another one has just put it there
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with open(archive, "a+b") as file:
+            with contextlib.suppress(OSError):  # a mounted Drive, say, has no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if target.is_dir():  # another process has just put it there
                 return target
             if not check_integrity(archive, CIFAR10.tgz_md5):
-                with open(part, "a+b") as file:
-                    _fetch(urls, file, deadline, log)
-                os.replace(part, archive)
+                _fetch(urls, file, deadline)
             with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
                 extract_archive(archive, scratch)
                 os.replace(Path(scratch) / CIFAR10.base_folder, target)
@@ -84,100 +73,49 @@ def download_cifar10(
     return target
 
 
-def _archive_at(mirror: str) -> str:
-    address = urlsplit(mirror)
-    if address.scheme not in ("http", "https") or not address.hostname or address.username:
-        raise InputError(
-            "CIFAR10_MIRROR: expected http:// or https:// and a server's folder, without a "
-            f"password, got one of {address.scheme or 'no'} scheme: {REMEDY}"
-        )
-    return f"{mirror.rstrip('/')}/{CIFAR10.filename}"
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(place: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Waits for others that download to `place`; a file system without locks has to do without."""
-    folder = os.open(place, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log("another process is downloading CIFAR-10: waiting for it")
-        fcntl.flock(folder, fcntl.LOCK_EX)
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(folder)
-
-
-def _fetch(
-    urls: tuple[str, ...], file: BinaryIO, deadline: float, log: Callable[[str], None]
-) -> None:
-    """Fill `file`: each source in turn, then those again that were only slow, the fastest first."""
-    queue, patient = list(urls), False
-    rates: dict[str, float] = {}
+def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
+    """Complete `file` from one of the sources; the last one may be slow."""
     reasons: list[str] = []
-    while queue and time.monotonic() < deadline:
-        url = queue.pop(0)
-        server = urlsplit(url).hostname
-        log(f"downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {server}")
+    for url in urls:
         try:
-            return _fetch_from(url, file, deadline, patient)
-        except _TooSlow as error:
-            rates[url] = error.rate
-            reason = error
-        except (_Unusable, OSError, HTTPException, ValueError) as error:
-            reason = error
-        reasons.append(f"{server}: {' '.join(str(reason).split())}")
-        log(reasons[-1])
-        if not queue and not patient:
-            queue, patient = sorted(rates, key=rates.get, reverse=True), True
-    if time.monotonic() >= deadline:
-        reasons.append("the time is over")
+            # From the start again where what was there is of another archive.
+            for _ in range(2 if file.seek(0, os.SEEK_END) else 1):
+                _append(url, file, deadline, patient=url == urls[-1])
+                if check_integrity(file.name, CIFAR10.tgz_md5):
+                    return
+                file.truncate(0)
+            raise ValueError("it sent another file: the md5 differs")
+        except (OSError, HTTPException, ValueError) as error:
+            reasons.append(f"{url.split('/')[2]}: {' '.join(str(error).split())}")
+        if time.monotonic() > deadline:
+            break
     raise InputError(f"CIFAR-10 could not be downloaded ({'; '.join(reasons)}): {REMEDY}")
 
 
-def _fetch_from(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Fill `file` from one source, from the start if what it goes on with was of another archive.
-
-    Raises _TooSlow, _Unusable, or an OSError, HTTPException or ValueError of urllib's.
-    """
-    while True:
-        resumed = file.seek(0, os.SEEK_END) > 0
-        if file.tell() < ARCHIVE_BYTES:
-            _append(url, file, deadline, patient)
-        file.flush()
-        if check_integrity(file.name, CIFAR10.tgz_md5):
-            return
-        file.truncate(0)
-        if not resumed:
-            raise _Unusable("it sent another file: the md5 differs")
-
-
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Append what `file` lacks, as fast as it comes."""
-    have = file.tell()
-    headers = {"User-Agent": "cifar_lib"} | ({"Range": f"bytes={have}-"} if have else {})
-    answer = urlopen(Request(url, headers=headers), timeout=WINDOW)
-    with answer, tqdm(total=ARCHIVE_BYTES, unit="B", unit_scale=True, leave=False) as bar:
+    """Append what `file` lacks; raises an OSError, HTTPException or ValueError."""
+    have = file.seek(0, os.SEEK_END)
+    headers = {"User-Agent": "cifar_lib"}
+    if 0 < have < ARCHIVE_BYTES:
+        headers["Range"] = f"bytes={have}-"
+    request = Request(url, headers=headers)
+    options = {"desc": request.host, "unit": "B", "unit_scale": True, "leave": False}
+    with urlopen(request, timeout=WINDOW) as answer, tqdm(total=ARCHIVE_BYTES, **options) as bar:
         if answer.status != 206:  # Partial Content; else it begins from the start
             have = file.truncate(0)
         bar.update(have)
-        began, came = time.monotonic(), 0
-        while chunk := answer.read1(1 << 20):  # whatever is there, at most a MiB
-            file.write(chunk)
+        began, before = time.monotonic(), have
+        while chunk := answer.read1(min(1 << 20, ARCHIVE_BYTES - have)):  # whatever is there
+            have += file.write(chunk)
             bar.update(len(chunk))
-            have, came = have + len(chunk), came + len(chunk)
             now = time.monotonic()
             if now > deadline:
-                raise _Unusable("no time is left")
+                raise TimeoutError("the time is over")
             if now - began > WINDOW:
-                rate = came / (now - began)
+                rate = (have - before) / (now - began)
                 if rate < SLOW and not patient:
-                    raise _TooSlow(rate)
-                began, came = now, 0
-            if have > ARCHIVE_BYTES:
-                raise _Unusable("it sends more than the archive")
-        if have < ARCHIVE_BYTES:
-            raise _Unusable(f"it ended after {have:,} of {ARCHIVE_BYTES:,} bytes")
+                    raise TimeoutError(f"only {rate / 1000:.0f} kB/s")
+                began, before = now, have
+    file.flush()
+    if have < ARCHIVE_BYTES:
+        raise ConnectionError(f"it ended after {have:,} of {ARCHIVE_BYTES:,} bytes")

@@ -1,11 +1,11 @@
-"""From images to logits, once, and from logits to every number: accuracy, confusion, calibration,
-mistakes."""
+"""From images to logits, once, and from logits to every number."""
 
-import itertools
+import copy
 import math
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from cifar_lib.data import CLASSES, normalize
 from cifar_lib.hardware import computing
 from cifar_lib.model import ResNet
+
+Channels = tuple[float, ...]  # a number for each of red, green, blue
 
 # Weights of each image's test-time views: itself and its mirror image, then both moved by a pixel
 # towards two corners.
@@ -30,89 +32,28 @@ TTA = {
 def predict(
     model: nn.Module,
     images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Channels,
+    std: Channels,
     precision: str = "fp32",
     tta: str = "none",
-    batch_size: int | None = None,
 ) -> Tensor:
-    """Logits float32 (N, classes) on the CPU for uint8 images (N, 3, 32, 32), normalised by `mean`
-    and `std`.
+    """Logits float32 (N, 10) on the CPU for uint8 images (N, 3, 32, 32) normalised by `mean` and
+    `std`; the model computes in evaluation mode, where its weights lie.
 
-    The model computes where its weights lie, in evaluation mode. `tta`: the weighted mean of the
-    logits over test-time views of each image, a key of TTA (Jordan 2024, arXiv:2404.00498).
-    `batch_size`: 100 on a CPU, 1000 elsewhere.
+    `tta`: the weighted mean over test-time views, a key of TTA (Jordan 2024, arXiv:2404.00498).
     """
     if tta not in TTA:
         raise ValueError(f"tta: expected one of {', '.join(TTA)}; got {tta!r}")
-    views = predict_views(model, images, mean, std, precision, len(TTA[tta]), batch_size)
-    return average_views(views, tta)
-
-
-@torch.no_grad()
-def predict_views(
-    model: nn.Module,
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    precision: str = "fp32",
-    count: int = 6,
-    batch_size: int | None = None,
-) -> Tensor:
-    """As `predict`, the logits of the first `count` views one by one: float32 (count, N, 10)."""
     was_training = model.training
     model.eval()
-    logits = [torch.empty(count, 0, len(CLASSES))]
-    for inputs in batches(model, images, mean, std, batch_size):
+    logits = []
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    for inputs in batches(model, images, mean, std, size=100 if on_cpu else 1000):
         with computing(inputs.device, precision):
-            views = itertools.islice(_views(inputs), count)
-            logits.append(torch.stack([model(view).float() for view in views]).cpu())
+            views = zip(TTA[tta], _views(inputs), strict=False)
+            logits.append(sum(weight * model(view).float() for weight, view in views).cpu())
     model.train(was_training)
-    return torch.cat(logits, dim=1)
-
-
-def average_views(logits: Tensor, tta: str) -> Tensor:
-    """Logits (N, classes) of a way of TTA from those of the views (views, N, classes)."""
-    return sum(weight * view for weight, view in zip(TTA[tta], logits, strict=False))
-
-
-def batches(
-    model: nn.Module,
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    batch_size: int | None = None,
-) -> Iterator[Tensor]:
-    """Normalised batches float32 (b, 3, 32, 32) of uint8 images, where the model's weights lie.
-
-    All of nearly the same size, instead of a small last one.
-    """
-    device = next(model.parameters()).device
-    batch_size = batch_size or (100 if device.type == "cpu" else 1000)
-    for piece in images.tensor_split(max(math.ceil(len(images) / batch_size), 1)):
-        yield normalize(piece.to(device), mean, std)
-
-
-def features(
-    model: ResNet,
-    images: Tensor,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    precision: str = "fp32",
-) -> Tensor:
-    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels
-    averaged over positions."""
-    rows: list[Tensor] = []
-
-    def keep(_: nn.Module, __: tuple, output: Tensor) -> None:
-        rows.append(output.flatten(1).float().cpu())
-
-    hook = model.pool.register_forward_hook(keep)
-    try:
-        predict(model, images, mean, std, precision)
-    finally:
-        hook.remove()
-    return torch.cat(rows)
+    return torch.cat(logits)
 
 
 def _views(inputs: Tensor) -> Iterator[Tensor]:
@@ -125,6 +66,26 @@ def _views(inputs: Tensor) -> Iterator[Tensor]:
         yield view.flip(3)
 
 
+def batches(
+    model: nn.Module, images: Tensor, mean: Channels, std: Channels, size: int
+) -> Iterator[Tensor]:
+    """Normalised batches float32 (b, 3, 32, 32) of uint8 images, where the model's weights lie; of
+    at most `size`, all nearly alike instead of a small last one."""
+    device = next(model.parameters()).device
+    for piece in images.tensor_split(max(math.ceil(len(images) / size), 1)):
+        yield normalize(piece.to(device), mean, std)
+
+
+def features(
+    model: ResNet, images: Tensor, mean: Channels, std: Channels, precision: str = "fp32"
+) -> Tensor:
+    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels
+    averaged over positions."""
+    headless = copy.deepcopy(model)
+    headless.linear = nn.Identity()
+    return predict(headless, images, mean, std, precision)
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The fraction of images whose largest logit is the label's."""
     return (logits.argmax(1) == labels.cpu()).float().mean(dtype=torch.float64).item()
@@ -132,11 +93,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for the accuracy over all images like these n, of which `correct`
-    are right.
-
-    It covers that true accuracy with this confidence. The accuracy measured on n other images
-    deviates too, and falls into a 95 % interval in 83 % of cases only.
-    """
+    are right. That on n other images deviates too: 83 % of them fall into a 95 % interval."""
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -158,16 +115,13 @@ def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a
     confusion matrix."""
     hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    rows = zip(CLASSES, hits, true, predicted, strict=True)
-    return {
-        name: {
-            "precision": float(hit / max(p, 1)),
-            "recall": float(hit / max(t, 1)),
-            "f1": float(2 * hit / max(t + p, 1)),
-            "images": int(t),
-        }
-        for name, hit, t, p in rows
+    table = {
+        "precision": hits / np.maximum(predicted, 1),
+        "recall": hits / np.maximum(true, 1),
+        "f1": 2 * hits / np.maximum(true + predicted, 1),
+        "images": true,
     }
+    return pd.DataFrame(table, index=CLASSES).to_dict("index")
 
 
 def most_confused_pairs(matrix: np.ndarray, k: int = 10) -> list[tuple[str, str, int]]:
@@ -195,12 +149,8 @@ def most_confident_mistakes(
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
-    """Equal bins of confidence in (0, 1]: `edges` (bins + 1,), and `count`, `confidence`,
-    `accuracy` (bins,) in each.
-
-    Means of empty bins are nan. torchmetrics puts confidence 1.0 into a bin of its own
-    (torchmetrics#3510); here it belongs to the last one.
-    """
+    """Equal bins of confidence, open below: `edges` (bins + 1,), and `count`, `confidence`,
+    `accuracy` (bins,) in each, nan where it is empty."""
     confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))
     edges = np.linspace(0, 1, bins + 1)
     which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
@@ -219,12 +169,12 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     over images."""
     r = reliability(logits, labels, bins)
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
-    return float((gaps * r["count"]).sum() / r["count"].sum())
+    return float(np.average(gaps, weights=r["count"]))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T that the logits, divided by it, have the smallest cross-entropy with (Guo et al. 2017):
-    above 1 for a network that is too sure of itself. Between e^-3 and e^3."""
+    """The T from e^-3 to e^3 that the logits, divided by it, have the smallest cross-entropy with
+    (Guo et al. 2017): above 1 for a network that is too sure of itself."""
     labels = labels.cpu()
     found = minimize_scalar(
         lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3)
@@ -234,10 +184,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Accuracy over the k most confident images, for k = 1 to N, and the share k / N: two float64
-    (N,).
-
-    What a network that may abstain gets right of what it answers.
-    """
+    (N,). What a network that may abstain gets right of what it answers."""
     confidence, guess = logits.softmax(1).max(1)
     order = confidence.argsort(descending=True, stable=True)
     right = (guess == labels.cpu())[order].double().numpy()

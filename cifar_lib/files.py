@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,53 +17,40 @@ SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
 
 
 def write_atomically(
-    path: Path,
-    content: bytes,
-    inputs: Iterable[str | os.PathLike] = (),
-    keep: Path | None = None,
+    path: Path, content: bytes, inputs: Iterable[str | os.PathLike] = (), keep: Path | None = None
 ) -> None:
     """Put `content` at `path`, on disk and whole, in place of the file there, which becomes `keep`.
 
     Only a regular file is replaced, and none of `inputs`, which the same command has read.
     Raises InputError where it can't write; nothing is lost then.
     """
-    # Nobody can guess this name, and "x" opens no link or file that is there. A file made by
-    # `tempfile` would have the same, but not the permissions that the umask asks for.
+    # Nobody can guess the name, "x" follows no link, and the umask says who may read it.
     scratch = path.parent / SCRATCH.replace("*", secrets.token_hex(8))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = _mode_of_replaceable(path, inputs)
-        if keep is not None:
-            _mode_of_replaceable(keep)
-        try:
-            with open(scratch, "xb") as file:
-                if mode is not None:
-                    with contextlib.suppress(OSError):  # a mounted Drive, say, has no permissions
-                        os.fchmod(file.fileno(), mode)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if mode is not None and keep is not None:
-                os.replace(path, keep)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the new names too, where folders can be flushed
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        for replaced in (path, keep or path):
+            _check_replaceable(replaced, inputs)
+        with open(scratch, "xb") as file:
+            with contextlib.suppress(OSError):  # the file is new, or the disk has no permissions
+                shutil.copymode(path, scratch)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(scratch, path)
     except OSError as error:
         raise InputError(
             f"can't write {path} ({error.strerror}): choose another place or free the disk"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
 
 
-def _mode_of_replaceable(path: Path, inputs: Iterable[str | os.PathLike] = ()) -> int | None:
-    """The permissions of the file at `path`, None where there is none; InputError if it stays."""
+def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
     if not os.path.lexists(path):
-        return None
+        return
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
         reason = "it is a link, a folder or a device, no regular file"
@@ -71,7 +59,7 @@ def _mode_of_replaceable(path: Path, inputs: Iterable[str | os.PathLike] = ()) -
     elif any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
         reason = "it is an input of this command"
     else:
-        return stat.S_IMODE(mode)
+        return
     raise InputError(f"can't write {path}: {reason}: name another file")
 
 

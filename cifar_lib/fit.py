@@ -1,7 +1,6 @@
 """A run: from a recipe and CIFAR-10 to a run directory with weights, history and metrics."""
 
 import contextlib
-import csv
 import hashlib
 import math
 import time
@@ -11,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -20,13 +20,14 @@ from cifar_lib.data import ImageSet, check_labels, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe, prepare
-from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
+from cifar_lib.model import PRETRAINED, SHIPPED, load_model, save_model
 from cifar_lib.recipes import TrainConfig, learning_rate, recipe
 from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.train import State, Step, epoch_plan, smooth_cross_entropy, train_one_epoch
 
 MANY_STEPS = 2000  # from here on minutes of compiling pay for themselves on a GPU
 REBASED_ON = 5000  # training images, at most, whose statistics the weights are written with
+ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what the last digits depend on
 
 
 def fit(
@@ -38,62 +39,52 @@ def fit(
     log: Callable[[str], None] = print,
     start: str | Path | None = None,
 ) -> dict:
-    """Train into a run directory, going on from its checkpoint if it has one, and evaluate; returns
-    its metrics.json.
+    """Train into a run directory, or go on with it, and evaluate; returns its metrics.json.
 
     `start`: a file of weights to begin with, or `pretrained`; None: random ones. A finished run is
     not trained again. Where `ranks.join` met other processes, all of them train this run and the
-    first one writes. Raises InputError where the directory holds another configuration or data, or
-    labels are missing.
+    first one writes. Raises InputError for another run's directory, or labels that are missing.
     """
     check_labels(train)
     check_labels(test)
     target = choose_device(device)
     part, validation = split(train.to(target), config)
     config = resolve(config, target, len(part))
-    weights, digest = _starting_weights(start, config)
+    weights, digest = (None, None) if start is None else _starting_weights(start, config)
     state = State.new(config, target, weights)  # what can't be built must not claim the directory
+    about = {"data": train.source, "images": len(train), "start": digest}
     first = ranks.rank() == 0
     log = log if first else lambda _: None
-    with contextlib.ExitStack() as stack:
-        run, saved, finished = None, None, None
+    with RunDirectory(run_path) if first else contextlib.nullcontext() as run:
+        found = [None, None]
         if first:
-            run = stack.enter_context(RunDirectory(run_path))
-            _claim(run, config, {"data": train.source, "images": len(train), "start": digest})
-            finished = run.read_json("metrics.json")
-            if finished is None:
-                run.write_json("environment.json", describe(target))
-                saved = run.load()
-        saved, finished = ranks.from_first((saved, finished))
-        if finished is not None:
-            if "test" not in finished:
-                raise InputError(f"{run_path}/metrics.json has no test: restore or delete it")
-            return finished
-        note = prepare(target, config.precision)
-        if note:
-            log(note)
+            _claim(run, config, about)
+            metrics = _finished(run)
+            found = [metrics, None if metrics else run.load()]
+        if config.ranks > 1:
+            dist.broadcast_object_list(found)
+        metrics, saved = found
+        if metrics is not None:
+            return metrics
+        prepare(target, config.precision)
         if saved is not None:
-            try:
-                state.load(saved)
-            except (KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise InputError(
-                    f"run directory: the checkpoint in {run_path} is not of this run "
-                    f"({type(error).__name__}): restore it, or choose another directory"
-                ) from error
+            state.load(saved)
             log(f"going on from epoch {state.epoch} of {config.epochs} in {run_path}")
+        if first:
+            _note_environment(run, target, log)
         step = Step(state, config, log)
-        _train_epochs(step, run, part, validation, test.to(target), log)
-        return _finish(run, config, state, part, test, train.source) if first else {}
+        watched = {"validation": validation, "test": test.to(target) if config.watch_test else None}
+        _train_epochs(step, run, part, watched)
+        return _finish(run, step, part, test, train.source) if first else {}
 
 
 def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """The part of the training images that is trained on, and the validation part, if any."""
-    if config.train_size is not None and config.train_size != len(train):
-        if config.train_size > len(train):
-            raise InputError(
-                f"train_size: expected at most {len(train)} images, got {config.train_size}"
-            )
-        _, chosen = stratified_split(train.labels, config.train_size, config.seed)
+    size = config.train_size or len(train)
+    if size > len(train):
+        raise InputError(f"train_size: expected at most {len(train)} images, got {size}")
+    if size < len(train):
+        _, chosen = stratified_split(train.labels, size, config.seed)
         train = train[chosen]
     if not config.validation_size:
         return train, None
@@ -102,32 +93,33 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
 
 
 def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConfig:
-    """`config` with everything decided that it leaves open, for `images` images an epoch."""
-    if config.ranks not in (1, ranks.count()):
-        raise InputError(f"ranks: set by torchrun ({ranks.count()}), got {config.ranks}: leave it")
-    precision = choose_precision(config.precision, device)
-    config = replace(config, precision=precision, ranks=ranks.count())
-    if config.compile is None:
+    """`config` with everything decided that it leaves open, for `images` images an epoch.
+
+    Raises InputError for what can't be trained.
+    """
+    count = ranks.count()
+    if config.ranks not in (1, count):
+        raise InputError(f"ranks: set by torchrun ({count}), got {config.ranks}: leave it")
+    compiled = config.compile
+    if compiled is None:
         steps = config.epochs * math.ceil(images / config.batch_size)
-        worth = device.type == "cuda" and steps >= MANY_STEPS
-        config = replace(config, compile=worth and config.ranks == 1)
-    if config.compile and config.ranks > 1:
+        compiled = device.type == "cuda" and steps >= MANY_STEPS and count == 1
+    if compiled and count > 1:
         raise InputError("compile: expected false on several ranks, got true")
-    smallest = images % config.batch_size or min(config.batch_size, images)
-    if smallest < config.ranks:
+    last = images % config.batch_size or min(config.batch_size, images)
+    smallest = 16 if config.half_size_epochs else 32  # pixels, halved by each stage but the first
+    side = math.ceil(smallest / 2 ** (len(config.blocks) - 1))
+    if last // count * side**2 < 2:  # batch normalisation needs two values
         raise InputError(
-            f"batch_size: batches of {config.batch_size} out of {images} images end with "
-            f"{smallest}, too few for {config.ranks} ranks: use another batch size or fewer ranks"
+            f"batch_size: batches of {config.batch_size} out of {images} images end with {last}, "
+            f"too few for {count} ranks and {len(config.blocks)} stages: use another batch size"
         )
-    return config
+    precision = choose_precision(config.precision, device)
+    return replace(config, precision=precision, compile=compiled, ranks=count)
 
 
-def _starting_weights(
-    file: str | Path | None, config: TrainConfig
-) -> tuple[dict[str, Tensor] | None, str | None]:
+def _starting_weights(file: str | Path, config: TrainConfig) -> tuple[dict[str, Tensor], str]:
     """What a file of weights holds, and its sha256."""
-    if file is None:
-        return None, None
     model, _ = load_model(file)
     theirs, ours = (model.blocks, model.channels), (config.blocks, config.channels)
     if theirs != ours:
@@ -140,24 +132,20 @@ def _starting_weights(
 
 
 def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> None:
-    """Write what this run is, or check that it is this one. A field newer than the run counts as
-    its default.
-
-    `data`: what it learns from: the images' source and number, and the sha256 of the weights it
-    starts with, if any.
-    """
+    """Write what this run is, or check that it is this one; a field newer than the run counts as
+    its default. `data`: what it learns from."""
     ours = {**asdict(config), **data}
     stored = run.read_json("config.json")
     if stored is None:
         run.write_json("config.json", ours)
         return
     before = {name: stored.pop(name, None) for name in data}
-    theirs = {**asdict(recipe("report", **stored)), **before}
-    differing = [
-        f"{name} ({theirs[name]!r}, now {ours[name]!r})"
-        for name in ours
-        if theirs[name] != ours[name]
-    ]
+    try:
+        theirs = {**asdict(recipe("report", **stored)), **before}
+    except InputError as error:
+        reason = f"{run.path} is of another version ({error})"
+        raise InputError(f"run directory: {reason}: choose another directory") from error
+    differing = [f"{k} ({theirs[k]!r}, now {v!r})" for k, v in ours.items() if theirs[k] != v]
     if differing:
         raise InputError(
             f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}: "
@@ -165,26 +153,39 @@ def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> N
         )
 
 
-def _train_epochs(
-    step: Step,
-    run: RunDirectory | None,
-    train: ImageSet,
-    validation: ImageSet | None,
-    test: ImageSet,
-    log: Callable[[str], None],
-) -> None:
+def _finished(run: RunDirectory) -> dict | None:
+    """The metrics of a run that is trained already."""
+    metrics = run.read_json("metrics.json")
+    if metrics is None:
+        return None
+    score = metrics.get("test")
+    if not isinstance(score, dict) or not {"accuracy", "interval", "n"} <= score.keys():
+        raise InputError(f"{run.path}/metrics.json has no test score: restore or delete it")
+    return metrics
+
+
+def _note_environment(run: RunDirectory, device: torch.device, log: Callable) -> None:
+    """Write environment.json, and say what differs from the last start."""
+    now, before = describe(device), run.read_json("environment.json") or {}
+    known = [name for name in ROUNDING if name in before]
+    changes = [f"{k} {now[k]} (before: {before[k]})" for k in known if before[k] != now[k]]
+    if changes:
+        log(f"the last digits may differ from those of one sitting: {', '.join(changes)}")
+    run.write_json("environment.json", now)
+
+
+def _train_epochs(step: Step, run: RunDirectory | None, train: ImageSet, watched: dict) -> None:
     """The epochs that are left, each ending with a line, a row and a checkpoint.
 
     Drawing the next epoch's random numbers and writing the last one's checkpoint go on beside the
     training. `run`: None where another rank writes.
     """
-    state, config = step.state, step.config
-    n, total = len(train), config.epochs * len(train)
-    timing = [] if run is None else _read_timing(run, state.epoch)
-    written: Future | None = None
+    state, config, n = step.state, step.config, len(train)
+    written: Future = Future()
+    written.set_result(None)
     with (
         ThreadPoolExecutor(max_workers=1) as beside,
-        tqdm(total=total, initial=state.epoch * n, unit="img", leave=False) as bar,
+        tqdm(total=config.epochs * n, initial=state.epoch * n, unit="img", leave=False) as bar,
     ):
         planned = beside.submit(epoch_plan, config, n, state.epoch)
         while state.epoch < config.epochs:
@@ -193,64 +194,41 @@ def _train_epochs(
             planned = beside.submit(epoch_plan, config, n, state.epoch + 1)
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
             loss, right = train_one_epoch(step, train, config, plan, bar)
-            trained = time.perf_counter() - began
-            row = {
-                "epoch": state.epoch,
-                "learning_rate": learning_rate(config, state.epoch),
-                "train_loss": loss,
-                "train_accuracy": right,
-            }
+            rate = n / (time.perf_counter() - began)
+            row = {"epoch": state.epoch, "learning_rate": learning_rate(config, state.epoch)}
+            row |= {"train_loss": loss, "train_accuracy": right}
             state.epoch += 1
             if run is None:
                 continue
-            row |= _watched("validation", validation, state, config)
-            row |= _watched("test", test if config.watch_test else None, state, config)
+            for name, images in watched.items():
+                row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(step, images)
             state.history.append(row)
-            seconds = time.perf_counter() - began
-            rate = n / trained
-            timing.append({"epoch": row["epoch"], "seconds": seconds, "images_per_second": rate})
-            if written is not None:
-                written.result()  # raises what went wrong with it
-            written = beside.submit(_write_epoch, run, state.content(), list(timing))
-            log(_line(row, rate, config.epochs))
-        if written is not None:
-            written.result()
-    if state.history and run is not None:
-        # A kill after the last checkpoint may have left it a row short.
-        run.write_rows("history.csv", state.history)
+            timing = {"epoch": row["epoch"], "seconds": time.perf_counter() - began}
+            timing["images_per_second"] = rate
+            written.result()  # raises what went wrong with the last one
+            written = beside.submit(_write_epoch, run, state.content(), timing)
+            step.log(_line(row, rate, config.epochs))
+        written.result()
 
 
-def _write_epoch(run: RunDirectory, content: dict, timing: list[dict]) -> None:
+def _write_epoch(run: RunDirectory, content: dict, timing: dict) -> None:
     run.save(content)
     run.write_rows("history.csv", content["history"])
-    run.write_rows("timing.csv", timing)
+    run.write_rows("timing.csv", [timing], below=True)
 
 
-def _read_timing(run: RunDirectory, epochs: int) -> list[dict]:
-    """The rows of the epochs that the checkpoint holds."""
-    path = run.path / "timing.csv"
-    if not path.exists():
-        return []
-    try:
-        with open(path, newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(f"{path} is damaged: restore it, or delete it to go on without") from error
-
-
-def _watched(
-    name: str, images: ImageSet | None, state: State, config: TrainConfig
-) -> dict[str, float | None]:
-    """The columns of a set that is evaluated each epoch; empty where it isn't."""
+def _watch(step: Step, images: ImageSet | None) -> tuple[float | None, float | None]:
+    """Loss and accuracy on a set that is evaluated each epoch; None where it isn't."""
     if images is None:
-        return {f"{name}_loss": None, f"{name}_accuracy": None}
-    logits, labels = _logits(state.final_model, images, config), images.labels.cpu()
-    loss = smooth_cross_entropy(logits, labels, config.label_smoothing).item()
-    return {f"{name}_loss": loss, f"{name}_accuracy": accuracy(logits, labels)}
+        return None, None
+    logits, labels = _logits(step, images), images.labels.cpu()
+    loss = smooth_cross_entropy(logits, labels, step.config.label_smoothing)
+    return loss.item(), accuracy(logits, labels)
 
 
-def _logits(model: ResNet, images: ImageSet, config: TrainConfig) -> Tensor:
-    return predict(model, images.images, config.test_mean, config.test_std, config.precision)
+def _logits(step: Step, images: ImageSet) -> Tensor:
+    how = (step.config.test_mean, step.config.test_std, step.config.precision)
+    return predict(step.state.final_model, images.images, *how)
 
 
 def _line(row: dict, images_per_second: float, epochs: int) -> str:
@@ -262,27 +240,15 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
     return "  ".join([*parts, f"{images_per_second:.0f} img/s"])
 
 
-def _finish(
-    run: RunDirectory,
-    config: TrainConfig,
-    state: State,
-    train: ImageSet,
-    test: ImageSet,
-    source: str,
-) -> dict:
+def _finish(run: RunDirectory, step: Step, train: ImageSet, test: ImageSet, source: str) -> dict:
     """Evaluate and keep the final weights; returns metrics.json."""
-    info = {
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "data": source,
-        "epochs": config.epochs,
-        "mean": config.test_mean,
-        "std": config.test_std,
-    }
-    logits = _logits(state.final_model, test, config)
-    metrics = {**info, "train_images": len(train), "test": summarize(logits, test.labels)}
-    images, normalisation = train.images[:REBASED_ON], (config.test_mean, config.test_std)
-    model = rebase_batch_norm(state.final_model, images, *normalisation, config.precision)
+    state, config = step.state, step.config
+    run.write_rows("history.csv", state.history)  # a kill may have left it a row short
+    info = {"recipe": config.recipe, "seed": config.seed, "data": source, "epochs": config.epochs}
+    info |= {"mean": config.test_mean, "std": config.test_std}
+    score = summarize(_logits(step, test), test.labels)
+    how = (config.test_mean, config.test_std, config.precision)
+    model = rebase_batch_norm(state.final_model, train.images[:REBASED_ON], *how)
     save_model(run.path / "model.safetensors", model, info)
-    run.write_json("metrics.json", metrics)
+    run.write_json("metrics.json", {**info, "train_images": len(train), "test": score})
     return run.read_json("metrics.json")

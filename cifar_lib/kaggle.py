@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from cifar_lib import pickles
 from cifar_lib.data import CLASSES, KAGGLE_MEAN, KAGGLE_STD, ImageSet
 from cifar_lib.errors import InputError
-from cifar_lib.files import write_atomically
+from cifar_lib.files import read_regular, write_atomically
 from cifar_lib.shift import match_statistics
 
 MAX_NAME = 200  # characters of an id
@@ -25,24 +26,20 @@ MAX_NAME = 200  # characters of an id
 def read_test_file(path: str | os.PathLike) -> ImageSet:
     """The unlabelled images and ids of a pickled dict; no code in it runs.
 
-    `data`: uint8 (N, 32, 32, 3), or flat (N, 3072) with the channels one after the other, told
-    apart by the shape; `ids`: N different whole numbers or names. The two keys may be str or bytes.
-    Raises InputError for anything else.
+    `data`: uint8 (N, 32, 32, 3), or (N, 3072) with the channels one after the other; `ids`: N
+    different whole numbers or names. Raises InputError for anything else.
     """
-    path = Path(path)
-    remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
-    if not os.path.isfile(path):
-        raise InputError(f"test file: expected a file, found none at {path}: {remedy}")
     try:
-        with open(path, "rb") as file:
-            content = pickles.read(file.read(pickles.MAX_BYTES + 1))
+        content = pickles.read(read_regular(Path(path), pickles.MAX_BYTES))
         images = _images(_entry(content, "data"))
         ids = _ids(_entry(content, "ids"), len(images))
-    except InputError as error:
-        raise InputError(f"test file: {path}: {error}: {remedy}") from error
-    except OSError as error:
-        raise InputError(f"test file: {path} can't be read ({error.strerror}): {remedy}") from error
-    return ImageSet(images, ids=ids, source=path.name)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"test file: {path}: {reason}: give the competition's .pkl, a dict with data "
+            "(N, 32, 32, 3) and ids"
+        ) from error
+    return ImageSet(images, ids=ids, source=Path(path).name)
 
 
 def _entry(content: dict, key: str) -> Any:
@@ -53,9 +50,9 @@ def _entry(content: dict, key: str) -> Any:
     raise InputError(f"expected the key {key!r}, found {found}")
 
 
-def _images(data: object) -> torch.Tensor:
+def _images(data: Any) -> torch.Tensor:
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
-        kind = f"an array of {data.dtype}" if isinstance(data, np.ndarray) else type(data).__name__
+        kind = getattr(data, "dtype", type(data).__name__)
         raise InputError(f"data: expected an array of uint8, got {kind}")
     if data.size == 0 or data.shape[1:] not in ((32, 32, 3), (3072,)):
         raise InputError(f"data: expected (N, 32, 32, 3) or (N, 3072), got {data.shape}")
@@ -63,21 +60,21 @@ def _images(data: object) -> torch.Tensor:
     return torch.from_numpy(np.array(chw, order="C"))
 
 
-def _ids(values: object, count: int) -> tuple[int | str, ...]:
+def _ids(values: Any, count: int) -> tuple[int | str, ...]:
     """Counted first: a small array can be a gigabyte of Python's objects."""
     flat = isinstance(values, np.ndarray) and values.ndim == 1
     if not flat and not isinstance(values, (list, tuple)):
         raise InputError(f"ids: expected a list or a flat array, got {type(values).__name__}")
     if len(values) != count:
-        raise InputError(f"{count} images, but {len(values)} ids")
+        raise InputError(f"ids: expected one for each of {count} images, got {len(values)}")
     ids = tuple(_id(value) for value in (values.tolist() if flat else values))
-    name, times = Counter(ids).most_common(1)[0]
-    if times > 1:
-        raise InputError(f"ids: {name!r:.20} stands for several images")
+    repeated = [name for name, times in Counter(map(str, ids)).items() if times > 1]
+    if repeated:
+        raise InputError(f"ids: {repeated[0]!r:.20} stands for several images")
     return ids
 
 
-def _id(value: object) -> int | str:
+def _id(value: Any) -> int | str:
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if type(value) is int and abs(value) < 10**20:
         return value
@@ -96,45 +93,34 @@ def write_submission(
     label_column: str = "Labels",
     inputs: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Write `ID,<label_column>` and a row an image in the order given.
+    """Write `ID,<label_column>` and a row an image in the order given; `-` is standard output.
 
     `labels`: class numbers 0 to 9; `inputs`: files that must not be written over. Raises
     InputError, and leaves an older file as it was, where the rows are no valid submission.
     """
     if not label_column or not label_column.isprintable():
-        raise InputError(
-            f"submission: expected a column's name, got {label_column!r:.20}: use Labels"
-        )
-    if len(ids) != len(labels):
-        raise InputError(
-            f"submission: expected a label an id, got {len(labels)} for {len(ids)} ids"
-        )
+        raise InputError(f"submission: expected a column's name, got {label_column!r:.20}")
     wrong = [label for label in labels if label not in range(len(CLASSES))]
     if wrong:
         raise InputError(f"submission: expected labels 0 to 9, got {wrong[0]!r:.20}")
-    names = Counter(map(str, ids))
-    wrong = [name for name in names if names[name] > 1 or not name.isprintable()]
-    if wrong:
-        raise InputError(f"submission: expected different, printable ids, got {wrong[0]!r:.20}")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["ID", label_column])
-    writer.writerows(zip(ids, map(int, labels), strict=True))
-    write_atomically(Path(path), text.getvalue().encode(), inputs)
+    writer.writerows(zip(_ids(ids, len(labels)), map(int, labels), strict=True))
+    if str(path) == "-":
+        sys.stdout.buffer.write(text.getvalue().encode())
+        sys.stdout.buffer.flush()
+    else:
+        write_atomically(Path(path), text.getvalue().encode(), inputs)
 
 
 def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:
     """A file in the competition's format, where there is no real one; returns its images labelled.
 
-    The images of `test` in another order, with the channel statistics that the published run found
-    in the competition's images. The file holds `data` (N, 32, 32, 3) and `ids` 0 to N - 1.
+    The images of `test` in another order, with the channel statistics of the competition's images.
     """
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
-    shuffled = test[order]
+    shuffled = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))]
     images = match_statistics(shuffled.images, KAGGLE_MEAN, KAGGLE_STD)
-    content = {
-        b"data": images.permute(0, 2, 3, 1).contiguous().numpy(),
-        b"ids": list(range(len(images))),
-    }
-    write_atomically(Path(path), pickle.dumps(content, protocol=4))
-    return replace(shuffled, images=images, ids=tuple(range(len(images))))
+    data, ids = images.permute(0, 2, 3, 1).contiguous().numpy(), range(len(images))
+    write_atomically(Path(path), pickle.dumps({b"data": data, b"ids": list(ids)}, protocol=4))
+    return replace(shuffled, images=images, ids=tuple(ids))

@@ -1,5 +1,4 @@
-"""The report's network, a CIFAR ResNet (He et al. 2015, arXiv:1512.03385) of any number of stages,
-and the file that its weights are kept in."""
+"""The report's network, a CIFAR ResNet (He et al. 2015, arXiv:1512.03385), and its file."""
 
 import hashlib
 import json
@@ -8,14 +7,15 @@ import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cifar_lib.data import CLASSES
 from cifar_lib.errors import InputError
 from cifar_lib.files import parse_object, read_regular, write_atomically
 
@@ -23,8 +23,7 @@ PARAMETER_BUDGET = 5_000_000
 DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels, or classes
 LARGEST_FILE = 100_000_000  # bytes
 PRETRAINED = "pretrained"  # stands for the weights that come with the package
-SHIPPED = Path(__file__).parent / "weights" / "best.safetensors"
-SANE = {"mean": (-1e3, 1e3), "std": (1e-3, 1e3), "temperature": (math.exp(-3), math.exp(3))}
+SHIPPED = Path(__file__).parent / "weights" / "report.safetensors"
 
 
 class BasicBlock(nn.Module):
@@ -52,9 +51,8 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """3x3 stem, one stage per entry of `blocks` (each after the first halves the image), average
-    pooling, linear.
+    pooling, linear: normalised float images (N, 3, H, W) -> logits (N, num_classes).
 
-    `forward` takes normalised float images (N, 3, H, W) and returns logits (N, num_classes).
     Raises InputError for a malformed shape or for more than `budget` parameters (None: no limit).
     """
 
@@ -114,6 +112,14 @@ def _check_shape(blocks: Sequence[int], channels: Sequence[int], num_classes: in
         )
 
 
+class Info(BaseModel, strict=True):
+    """Without the normalisation that a network was trained with, its guesses would be wrong."""
+
+    mean: list[Annotated[float, Field(ge=-1e3, le=1e3)]] = Field(min_length=3, max_length=3)
+    std: list[Annotated[float, Field(ge=1e-3, le=1e3)]] = Field(min_length=3, max_length=3)
+    temperature: float = Field(1.0, ge=math.exp(-3), le=math.exp(3))
+
+
 def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> None:
     """Write weights as safetensors with what is needed to use them: the shape of the network, and
     `info` (JSON). `half`: convolutions in half precision, which makes half the file."""
@@ -129,10 +135,9 @@ def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> Non
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     """The network of a file written by `save_model`, in float32 and evaluation mode on the CPU, and
-    its `info`.
+    its `info`. `pretrained` names the package's own, whose sha256 is checked.
 
-    `pretrained` names the weights that come with the package, whose sha256 is checked. Raises
-    InputError where the file is missing or damaged, or its network gives no usable logits.
+    Raises InputError where the file is missing or damaged, or its network gives no usable logits.
     """
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
     shipped = str(path) == PRETRAINED
@@ -143,54 +148,28 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     try:
         content = read_regular(Path(path), LARGEST_FILE)
         if shipped:
-            _check_sum(content)
+            listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
+            if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
+                raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
         return _parse(content)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        if isinstance(error, KeyError):
-            reason = f"no {error} in its metadata"
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+        # torch and pydantic take several lines, pydantic the last one for a link
+        reason = " ".join(reason.partition("\n    For further")[0].split())[:200]
         raise InputError(
             f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
         ) from error
 
 
-def _check_sum(content: bytes) -> None:
-    listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
-    if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
-        raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
-
-
 def _parse(content: bytes) -> tuple[ResNet, dict]:
-    """What `load_model` returns; raises SafetensorError, KeyError, TypeError or ValueError."""
     tensors = safetensors.torch.load(content)
-    header_size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + header_size])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = parse_object(header["__metadata__"]["cifar_lib"].encode())
-    shape, info = metadata["model"], metadata["info"]
-    if shape["num_classes"] != len(CLASSES):
-        raise ValueError(f"it has {str(shape['num_classes'])[:20]} classes, not {len(CLASSES)}")
-    _check_info(info)
-    model = ResNet(shape["blocks"], shape["channels"], shape["num_classes"]).eval()
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:  # a heading, then a line a difference
-        difference = str(error).splitlines()[1].strip()[:150]
-        raise ValueError(f"another architecture: {difference}") from error
+    Info.model_validate(metadata["info"])
+    model = ResNet(metadata["model"]["blocks"], metadata["model"]["channels"]).eval()
+    model.load_state_dict(tensors)
     with torch.inference_mode():
-        logits = model(torch.zeros(1, 3, 32, 32))
+        logits = model(torch.linspace(-3, 3, 32).expand(1, 3, 32, 32))  # as normalised images are
     if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), logits)):
         raise ValueError("its weights, or the logits they give, are not finite")
-    return model, info
-
-
-def _check_info(info: dict) -> None:
-    """Without the normalisation that the network was trained with, its guesses would be wrong."""
-    found = {"mean": info["mean"], "std": info["std"]}
-    found["temperature"] = [info.get("temperature", 1.0)]
-    for name, values in found.items():
-        low, high = SANE[name]
-        for value in values:
-            if type(value) not in (int, float) or not low <= value <= high:
-                raise ValueError(f"its {name} is {str(value)[:20]}, not {low:.3g} to {high:.3g}")
-    if len(found["mean"]) != 3 or len(found["std"]) != 3:
-        raise ValueError("its mean and std are not of three channels")
+    return model, metadata["info"]

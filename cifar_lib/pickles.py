@@ -1,16 +1,16 @@
 """A stranger's pickle read as data: Python's own unpickler, with few instructions and fewer names.
 
 A pickle runs what it names, and lists of forbidden names are bypassed again and again. Here a file
-finds only the names of numpy's arrays, and behind each of them an inert class or function of this
-module. The unpickler is the one written in Python: its instructions can be counted, a dict's keys
-are seen before they are hashed, and no room is taken for a number that the file names. (Python
-itself, from 3.10.7 on, refuses numbers of over 4,300 digits, which take hours to read.)
+finds only the names of numpy's arrays, and behind each of them an inert function of this module.
+The unpickler is the one written in Python: its instructions can be counted, a dict's keys are seen
+before they are hashed, and no room is taken for a number that the file names.
 """
 
 import io
 import pickle
 import re
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -19,27 +19,23 @@ from cifar_lib.errors import InputError
 
 MAX_BYTES = 1 << 26  # 20,000 images
 MAX_INSTRUCTIONS = 1_000_000  # fifty for each image
-MAX_HANDED = 2 * MAX_BYTES  # once to encode it as bytes (protocols 0 to 2), once to the array
-MAX_ARGUMENTS = 9  # numpy's longest: the state of a type
-MAX_KEY = 200  # characters
+SHORT = 200  # characters of a dict's keys, and of a text that is used again
 INSTRUCTIONS = """
-PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE
-INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
-STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
-BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8
-EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS
-EMPTY_DICT DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET
-GLOBAL STACK_GLOBAL REDUCE BUILD
+PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
+FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
 """
 
 
 def read(content: bytes) -> dict[str | bytes | int, Any]:
     """The dict of a pickle of any protocol, 0 to 5, written by Python 2 or 3 and numpy 1 or 2.
 
-    Its values: arrays of numbers, truth values or strings (read-only), and plain data. Scalars of
-    numpy come as Python's, bytearrays as bytes, Python 2's strings as str (latin1); an array inside
-    a list or a deeper dict stays an inert `_Array`. Raises InputError, in one line, where the file
-    is broken, too long, or wants anything else.
+    Its values: plain data, and arrays of numbers, truth values or strings (read-only; those inside
+    of lists and deeper dicts stay inert). Scalars of numpy come as Python's, bytearrays as bytes,
+    Python 2's strings as latin1. Raises InputError where the file is broken, too long, or wants
+    anything else.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"it has over {MAX_BYTES:,} bytes")
@@ -56,26 +52,15 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
     return {k: v.values if isinstance(v, _Array) else v for k, v in value.items()}
 
 
-def _strict(load_bytes: Callable) -> Callable:
-    """Bytes as UTF-8; the unpickler's own method takes lone surrogates too, 21 million in 4 s."""
-
-    def load_text(self: "_Reader") -> None:
-        load_bytes(self)
-        self.append(self.stack.pop().decode("utf-8"))
-
-    return load_text
-
-
 class _Reader(pickle._Unpickler):
-    """One read; each `load_...` is an instruction of the unpickler, changed."""
+    """Each `load_...` is an instruction of the unpickler, changed."""
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content), encoding="latin1")
         methods = pickle._Unpickler.dispatch
         codes = [getattr(pickle, name)[0] for name in INSTRUCTIONS.split()]
         self.dispatch = _Counted({c: getattr(_Reader, methods[c].__name__) for c in codes})
-        self.memo = _Dict()
-        self.handed = 0  # characters and bytes given to functions so far
+        self.memo = _Memo()
 
     def find_class(self, module: str, name: str) -> Any:
         place = module.replace("numpy._core", "numpy.core"), name
@@ -85,23 +70,13 @@ class _Reader(pickle._Unpickler):
         return _NAMES[place]
 
     def load_reduce(self) -> None:
-        self._check_arguments()
+        if not isinstance(self.stack[-1], tuple):
+            raise InputError("it calls a function otherwise than numpy does; nothing was run")
         super().load_reduce()
 
     def load_build(self) -> None:
-        self._check_arguments()
-        if not isinstance(self.stack[-2], (_Array, _DType)):
-            raise InputError("it wants to change what is no array; nothing was run")
-        super().load_build()
-
-    def _check_arguments(self) -> None:
-        """Few; and however often a file hands over the same text, not too much of it in all."""
-        arguments = self.stack[-1]
-        if not isinstance(arguments, tuple) or len(arguments) > MAX_ARGUMENTS:
-            raise InputError("it calls a function otherwise than numpy does; nothing was run")
-        self.handed += sum(len(part) for part in arguments if isinstance(part, (str, bytes)))
-        if self.handed > MAX_HANDED:
-            raise InputError(f"it works on over {MAX_HANDED:,} bytes")
+        state = self.stack.pop()
+        self.stack[-1].build(state)  # only what is to become an array has that
 
     def load_empty_dictionary(self) -> None:
         self.append(_Dict())
@@ -111,9 +86,14 @@ class _Reader(pickle._Unpickler):
             raise InputError("it fills a dict otherwise than pickle does")
         self.append(_Dict())
 
-    load_binunicode = _strict(pickle._Unpickler.load_binbytes)
-    load_binunicode8 = _strict(pickle._Unpickler.load_binbytes8)
-    load_short_binunicode = _strict(pickle._Unpickler.load_short_binbytes)
+    def load_text(self, digits: int) -> None:
+        """UTF-8; the unpickler's own methods take lone surrogates too, 21 million in 7 s."""
+        size = int.from_bytes(self.read(digits), "little")
+        self.append(self.read(size).decode("utf-8"))
+
+    load_short_binunicode = partialmethod(load_text, 1)
+    load_binunicode = partialmethod(load_text, 4)
+    load_binunicode8 = partialmethod(load_text, 8)
     load_bytearray8 = pickle._Unpickler.load_binbytes8  # its own takes as much room as it is told
 
 
@@ -134,9 +114,20 @@ class _Dict(dict):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         small = isinstance(key, int) and 0 <= key < MAX_INSTRUCTIONS
-        if not small and not (isinstance(key, (str, bytes)) and len(key) <= MAX_KEY):
+        if not small and not (isinstance(key, (str, bytes)) and len(key) <= SHORT):
             raise InputError(f"expected short names as a dict's keys, got {type(key).__name__}")
         super().__setitem__(key, value)
+
+
+class _Memo(_Dict):
+    """What is used again is small, so that the work is no more than the file is long."""
+
+    def __getitem__(self, index: int) -> Any:
+        value = super().__getitem__(index)
+        long = isinstance(value, (str, bytes)) and len(value) > SHORT
+        if long or isinstance(value, (list, tuple, dict)):
+            raise InputError(f"it uses one {type(value).__name__} several times")
+        return value
 
 
 class _DType:
@@ -147,17 +138,17 @@ class _DType:
             raise InputError(f"it holds an array of {code[:20]!r}, neither numbers nor names")
         self.dtype = np.dtype(code)
 
-    def __setstate__(self, state: tuple) -> None:
+    def build(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """An array, empty where BUILD has yet to fill it."""
+    """An array, without values where BUILD has yet to fill it."""
 
     def __init__(self, values: np.ndarray | None = None):
         self.values = values
 
-    def __setstate__(self, state: tuple) -> None:
+    def build(self, state: tuple) -> None:
         _, shape, kind, fortran, content = state
         self.values = _values(content, kind, shape, "F" if fortran else "C")
 
@@ -174,7 +165,7 @@ def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
         raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
     if kind.dtype.kind == "U":  # numpy takes any number for a character, and breaks on it later
         content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
-    return array.transpose(*axes) if order == "K" else array
+    return array.transpose(axes) if order == "K" else array
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -2,22 +2,19 @@
 
 import os
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cifar_lib.errors import InputError
 
-T = TypeVar("T")
 PATIENCE = timedelta(hours=3)  # how long the others may have to wait for the first one's download
 
 
 def join(device: str) -> str:
     """Meet the processes that torchrun started, if it did; returns this rank's device.
 
-    Raises InputError where torchrun's environment variables are incomplete or the others can't be
-    met.
+    Raises InputError where its environment variables are incomplete or the others can't be met.
     """
     if "WORLD_SIZE" not in os.environ:
         return device
@@ -46,11 +43,3 @@ def rank() -> int:
 
 def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def from_first(value: T) -> T:
-    """Rank 0's `value`, on every rank."""
-    box = [value]
-    if count() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]

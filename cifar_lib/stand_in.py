@@ -33,17 +33,15 @@ def _draw(n: int, views: torch.Tensor, generator: torch.Generator) -> ImageSet:
     other = torch.where(pet, CAT + DOG - labels, other)
     blend = torch.rand(n, generator=generator) * torch.where(pet, 0.65, 0.45)
     gain = 0.7 + 0.6 * torch.rand(n, generator=generator)
+    blend, gain = blend.view(-1, 1, 1, 1), gain.view(-1, 1, 1, 1)
     mirrored = (torch.rand(n, generator=generator) < 0.5).long()
-    variants = torch.randint(VARIANTS, (2, n), generator=generator)
+    pattern = torch.stack([labels, other]) * VARIANTS
+    pattern += torch.randint(VARIANTS, (2, n), generator=generator)
     shift = torch.randint(2 * SHIFT + 1, (n,), generator=generator)
     images = torch.empty(n, 3, 32, 32, dtype=torch.uint8)
     for part in torch.arange(n).split(2048):
-        weight, factor = blend[part].view(-1, 1, 1, 1), gain[part].view(-1, 1, 1, 1)
-        own, mixed_in = (
-            views[mirrored[part], shift[part], classes[part] * VARIANTS + variant[part]]
-            for classes, variant in zip((labels, other), variants, strict=True)
-        )
-        blended = own.lerp(mixed_in, weight).sub_(0.5).mul_(factor).add_(0.5)
+        own, mixed_in = views[mirrored[part], shift[part], pattern[:, part]]
+        blended = own.lerp(mixed_in, blend[part]).sub_(0.5).mul_(gain[part]).add_(0.5)
         images[part] = blended.clamp_(0, 1).mul_(223).to(torch.uint8)
     noise = torch.randint(0, 33, images.shape, generator=generator, dtype=torch.uint8)
     return ImageSet(images + noise, labels, source=STAND_IN)

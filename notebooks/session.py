@@ -3,12 +3,15 @@ tables are shown."""
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
+import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_NEEDED = ("captum", "cleanlab", "optuna", "safetensors", "sklearn", "torchinfo", "tqdm")
+_NEEDED = ("captum", "cleanlab", "optuna", "pydantic", "safetensors", "sklearn")
+_NEEDED += ("torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
     raise ImportError(f"missing: {', '.join(_MISSING)}: pip install -r requirements.txt, restart")
@@ -16,7 +19,9 @@ if _MISSING:
 import pandas as pd
 import torch
 import torchinfo
+from cifar_lib import evaluate, explain
 from cifar_lib.data import (
+    CLASSES,
     REAL,
     STAND_IN,
     ImageSet,
@@ -35,24 +40,31 @@ from cifar_lib.stand_in import generate_stand_in
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from torch import Tensor
 
-from figures import save_figure
+from figures import inspection, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
-SEARCH = ROOT / "results" / "tuning" / "study.log"  # a search's journal
-# The records of the package's weights: of each run that began with the weights of the one before.
-SHIPPED_RUNS = (ROOT / "results" / "best-seed42",)
+SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
+SHIPPED_RUN = ROOT / "results" / "report-seed42"  # the records of the package's weights
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
+LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
-PUBLISHED_SYSTEM = {
-    "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
-    "gpu": "NVIDIA A100-SXM4-40GB",
-    "memory_gb": "82.9648",
-    "python": "3.9.18",
-    "cuda": "12.4",
-    "torch": "2.6.0+cu124",
+SYSTEM = {  # what environment.json calls it: its name, and what the report says
+    "cpu": ("CPU", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
+    "cpu_cores": ("CPU cores", None),
+    "gpu": ("GPU", "NVIDIA A100-SXM4-40GB"),
+    "memory_gb": ("memory (GB)", "82.9648"),
+    "python": ("Python", "3.9.18"),
+    "cuda": ("CUDA", "12.4"),
+    "torch": ("torch", "2.6.0+cu124"),
+    "torchvision": ("torchvision", None),
+    "commit": ("commit of this package", None),
 }
 
 
@@ -69,7 +81,7 @@ class Session:
     profile: str
     train: ImageSet
     test: ImageSet
-    scored: ImageSet  # the part of `test` that this profile evaluates
+    scored: ImageSet  # the part of `test` that this profile evaluates; its ids count in `test`
     config: TrainConfig
 
     @classmethod
@@ -84,6 +96,7 @@ class Session:
         places = {"home": ROOT / "data", "archives": _named_folder()}
         if profile == "full":
             train, test = load_cifar10(**places)
+            test = replace(test, ids=tuple(range(len(test))))
             name = "quick" if choose_device().type == "cpu" else "report"
             return cls(profile, train, test, test, recipe(name))
         try:
@@ -95,6 +108,7 @@ class Session:
                 f"{error}\nGoing on with generated stand-in data; every figure and table says so."
             )
             train, test = generate_stand_in()
+        test = replace(test, ids=tuple(range(len(test))))
         _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
         return cls(profile, train, test, test[part], recipe("quick"))
 
@@ -169,24 +183,6 @@ class Session:
         known = generate_test_file(self.test_file, self.scored)
         return replace(read_test_file(self.test_file), labels=known.labels)
 
-    def curves(self, quantity: str) -> dict[str, tuple[range, pd.Series]]:
-        """`loss` or `accuracy` by epoch of the published run, of the package's weights and of this
-        session's run.
-
-        On training images, and on the watched ones where there were some.
-        """
-        published, ours = published_history(), pd.read_csv(self.run / "history.csv")
-        shipped = pd.concat(
-            (pd.read_csv(run / "history.csv") for run in SHIPPED_RUNS), ignore_index=True
-        )
-        watched = "test" if self.config.watch_test else "validation"
-        lines = {
-            f"{part} (published)": published[f"{part}_{quantity}"] for part in ("train", "test")
-        }
-        lines["train, the package's weights"] = shipped[f"train_{quantity}"]
-        lines |= {f"{part}, this run": ours[f"{part}_{quantity}"] for part in ("train", watched)}
-        return {name: (range(len(values)), values) for name, values in lines.items()}
-
     def comparison(self) -> pd.DataFrame:
         """The report's Table 2 beside the package's weights and this session's finished run, and
         why they differ.
@@ -209,25 +205,25 @@ class Session:
                 REAL,
             ),
         )
-        as_published = self.config == recipe("report") and not self.stand_in
-        other = "" if as_published else "fewer epochs, another recipe"
+        ours = self.config == recipe("report") and not self.stand_in
+        shorter = "" if ours else "; this run: fewer epochs of fewer images"
+        chance = f"the weights: other random numbers, another GPU{shorter}"
+        few = len(self.scored) < 10_000
         reasons = {
             "parameters": "",
             "multiply-adds (M)": "",
             "size (MB)": "",
-            "epochs": other and "what two processor cores could train",
-            "training images": other and f"this run: recipe {self.config.recipe}",
-            "last train accuracy": other,
-            "test accuracy": other or "another seed and machine",
-            "its 95 % interval": "fewer test images, a wider interval"
-            if len(self.scored) < 10_000
-            else "",
+            "epochs": "" if ours else "this run: what two processor cores can train in minutes",
+            "training images": "" if ours else "the same",
+            "last train accuracy": chance,
+            "test accuracy": chance,
+            "its 95 % interval": "this run: fewer test images, a wider interval" if few else "",
             "test images": "",
             "test data": self.note or "",
         }
         columns = {
             "published": published,
-            "the package's weights": (*sizes, *_trained(*SHIPPED_RUNS)),
+            "the package's weights": (*sizes, *_trained(SHIPPED_RUN)),
             "this run": (*sizes, *_trained(self.run)),
             "why they differ": tuple(reasons.values()),
         }
@@ -236,14 +232,14 @@ class Session:
         return table
 
     def specifications(self) -> pd.DataFrame:
-        """The report's system specifications, and those of the machine that this session's run was
-        trained on."""
-        ours = json.loads((self.run / "environment.json").read_text())
-        rows = {
-            name: [PUBLISHED_SYSTEM.get(name, "–"), str(value or "–")]
-            for name, value in ours.items()
-        }
-        return pd.DataFrame(rows, index=["published", "this run"]).T
+        """The report's system specifications, and those of the machines that the package's weights
+        and this session's run were trained on."""
+        runs = {"the package's weights": SHIPPED_RUN, "this run": self.run}
+        columns = {"published": [published or "–" for _, published in SYSTEM.values()]}
+        for name, run in runs.items():
+            found = json.loads((run / "environment.json").read_text())
+            columns[name] = [str(found.get(key) or "–") for key in SYSTEM]
+        return pd.DataFrame(columns, index=[name for name, _ in SYSTEM.values()])
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Save the figure as `name`.png and show it; `alt` says what it shows.
@@ -263,6 +259,57 @@ class Session:
         look = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
         styles = [{"selector": "caption", "props": look}]
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
+
+
+class Inspector:
+    """One test image at a time: what the network answers, where it looks, what it resembles.
+
+    `temperature` divides the logits before probabilities are made of them. Neighbours are looked
+    for among `compared` training images, as many of each class, whose features are computed once.
+    """
+
+    def __init__(
+        self, session: Session, model: ResNet, info: dict, temperature: float, compared: int
+    ):
+        self.test, self.model, self.temperature = session.test, model, temperature
+        self.mean_std, self.precision = (info["mean"], info["std"]), session.precision
+        _, part = stratified_split(session.train.labels, compared, seed=0)
+        self.known = session.train[part]
+        self.known_features = self.features(self.known.images)
+
+    def features(self, images: Tensor) -> Tensor:
+        return evaluate.features(self.model, images, *self.mean_std, self.precision)
+
+    def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest training images of each image: cosine, position in `known`, (N, 5) each."""
+        return evaluate.nearest(self.features(images), self.known_features, 5)
+
+    def figure(self, index: int) -> Figure:
+        """Test image `index`: calibrated probabilities, Grad-CAM for the answer and for the true
+        class (the runner-up where the answer is right), and the nearest training images."""
+        if index not in range(len(self.test)):
+            raise InputError(
+                f"test image: expected 0 to {len(self.test) - 1}, got {index!r}: choose another"
+            )
+        image, label = self.test.images[index : index + 1], int(self.test.labels[index])
+        logits = evaluate.predict(self.model, image, *self.mean_std, self.precision)
+        probabilities, classes = (logits / self.temperature).softmax(1)[0].sort(descending=True)
+        answer, runner_up = classes[:2].tolist()
+        asked = [answer, runner_up if answer == label else label]
+        heat = explain.grad_cam(
+            self.model, image.repeat(2, 1, 1, 1), torch.tensor(asked), *self.mean_std
+        )
+        cosine, position = self.nearest(image)
+        near = self.known[position[0]]
+        captions = zip(near.labels.tolist(), cosine[0], strict=True)
+        return inspection(
+            image[0].permute(1, 2, 0).numpy(),
+            {CLASSES[c]: float(p) for c, p in zip(classes[:5], probabilities, strict=False)},
+            {f"speaks for {CLASSES[c]}": each.numpy() for c, each in zip(asked, heat, strict=True)},
+            near.images.permute(0, 2, 3, 1).numpy(),
+            [f"{CLASSES[c]}, {similarity:.2f}" for c, similarity in captions],
+            f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
+        )
 
 
 def _named_folder() -> Path | None:
@@ -286,22 +333,13 @@ def runs_folder() -> Path:
     return _named_folder() or ROOT / "runs"
 
 
-def _trained(*runs: Path) -> tuple[str, ...]:
+def _trained(run: Path) -> tuple[str, ...]:
     """Epochs, training images, last training accuracy, test accuracy, its interval, test images and
-    data of a run.
-
-    Of several, each of which went on from the one before, the last one's; but the epochs are
-    everyone's.
-    """
-    metrics, last = (
-        json.loads((runs[-1] / "metrics.json").read_text()),
-        pd.read_csv(runs[-1] / "history.csv").iloc[-1],
-    )
+    data of a run."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
-    epochs = " + ".join(
-        str(json.loads((run / "metrics.json").read_text())["epochs"]) for run in runs
-    )
-    counts = (epochs, f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
+    counts = (str(metrics["epochs"]), f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
     return (
         *counts,
         f"{test['accuracy']:.2%}",
@@ -309,6 +347,28 @@ def _trained(*runs: Path) -> tuple[str, ...]:
         f"{test['n']:,}",
         metrics["data"],
     )
+
+
+def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
+    """`loss` or `accuracy` by epoch, on training and test images, of the published run and of the
+    package's weights."""
+    runs = {"published": published_history(), "ours": pd.read_csv(SHIPPED_RUN / "history.csv")}
+    return {
+        f"{images} images ({name})": history[f"{column}_{quantity}"]
+        for name, history in runs.items()
+        for column, images in (("train", "training"), ("test", "test"))
+    }
+
+
+def show_source(*parts: object) -> None:
+    """Display functions and classes as the package has them: as highlighted Python, or as plain
+    text where no HTML is shown."""
+    text = "\n\n".join(textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts)
+    # Colours for light and dark pages alike; styles stand in the tags, as pages differ in classes.
+    look = {"cssstyles": "padding: 0.4em 0.8em"}
+    look["prestyles"] = "color: #222222; background: none; font-family: monospace"
+    page = highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, **look))
+    display({"text/html": page, "text/plain": text}, raw=True)
 
 
 def _interval(low: float, high: float) -> str:

@@ -30,7 +30,7 @@ import figures
 from cifar_lib.files import write_atomically
 from cifar_lib.data import ImageSet, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import TTA, average_views, features, mcnemar, predict_views, wilson_interval
+from cifar_lib.evaluate import features, mcnemar, predict, wilson_interval
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import (
@@ -79,12 +79,13 @@ def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np
     """Whether each way finds each image's label: bool (ways, images)."""
     right = {}
     for method in ADAPTATIONS:
-        kinds = [tta for adaptation, tta in WAYS if adaptation == method]
         network, mean, std = adapt(method, model, images, info["mean"], info["std"])
-        count = max(len(TTA[tta]) for tta in kinds)
-        views = predict_views(network, images, mean, std, count=count)
-        for tta in kinds:
-            right[method, tta] = average_views(views, tta).argmax(1) == test.labels
+        plain, mirrored = (predict(network, part, mean, std) for part in (images, images.flip(3)))
+        logits = {"none": plain, "flip": (plain + mirrored) / 2}
+        if (method, "flip-shift") in WAYS:
+            logits["flip-shift"] = predict(network, images, mean, std, tta="flip-shift")
+        for tta in logits:
+            right[method, tta] = logits[tta].argmax(1) == test.labels
     return torch.stack([right[way] for way in WAYS]).numpy()
 
 

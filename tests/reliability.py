@@ -287,9 +287,9 @@ def stopped_run(path: Path) -> None:
     def action():
         real = RunDirectory.write_rows
 
-        def write_rows(run, name, rows):
-            real(run, name, rows)
-            if name == "timing.csv" and len(rows) == 2:
+        def write_rows(run, name, rows, **how):
+            real(run, name, rows, **how)
+            if name == "history.csv" and len(rows) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         RunDirectory.write_rows = write_rows

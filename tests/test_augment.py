@@ -14,7 +14,6 @@ from torchvision.transforms.autoaugment import _apply_op
 from cifar_lib import augment as ours
 from cifar_lib.augment import OPS, Policy, augment_epoch, draw, operations
 from cifar_lib.data import CIFAR10_MEAN
-from cifar_lib.errors import InputError
 
 N = 60_000
 BINS = {"randaugment": 31, "trivialaugment": 31, "autoaugment": 10}
@@ -79,31 +78,10 @@ def test_no_pixel_differs_from_pil_at_any_magnitude(ops, pictures):
 
 def test_no_pixel_of_a_real_image_differs_from_pil(cifar10):
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
-    real = cifar10[0].images[order[:1000]]
+    real = cifar10[0].images[order[:200]]
     published = set(operations(Policy()))
     assert_no_pixel_differs(real, published)
-    assert_no_pixel_differs(real[:60], set.union(*map(every_pair, SPACES)) - published)
-
-
-@pytest.mark.parametrize("magnitude", [0, 9, 30])
-def test_randaugment_has_each_operation_once_for_each_sign(magnitude):
-    table = operations(Policy(magnitude=magnitude))
-    assert len(table) == len(set(table))
-    assert set(table) == {(name, m) for name in OPS for m in levels("randaugment", name, magnitude)}
-
-
-def test_magnitudes_run_between_the_published_ends():
-    ends = {"ShearX": (0.3, 0.99), "TranslateY": (150 / 331 * 32, 32), "Rotate": (30, 135)}
-    ends |= {"Color": (0.9, 0.99), "Posterize": (4, 2), "Solarize": (0, 0), "Invert": (0, 0)}
-    for name, (usual, wide) in ends.items():
-        start = {"Posterize": 8, "Solarize": 255}.get(name, 0)
-        values, wide_values = ours.magnitudes(name), ours.magnitudes(name, wide=True)
-        assert (values[0], values[-1], wide_values[-1]) == pytest.approx((start, usual, wide)), name
-
-
-def test_an_unknown_operation_is_refused(pictures):
-    with pytest.raises(InputError, match="'Blur'.*ShearX"):
-        ours.apply_op(pictures, "Blur", 1.0)
+    assert_no_pixel_differs(real[:12], set.union(*map(every_pair, SPACES)) - published)
 
 
 def test_randaugment_draws_operations_and_signs_uniformly_and_independently():
@@ -117,11 +95,10 @@ def test_randaugment_draws_operations_and_signs_uniformly_and_independently():
 
 def test_trivialaugment_draws_one_operation_bin_and_sign_uniformly():
     expected: Counter = Counter()
-    for name in OPS:
-        for k in range(31):
-            signs = levels("trivialaugment", name, k)
-            for m in signs:
-                expected[((name, m),)] += 1 / 14 / 31 / len(signs)
+    for name, k in product(OPS, range(31)):
+        signs = levels("trivialaugment", name, k)
+        for m in signs:
+            expected[((name, m),)] += 1 / 14 / 31 / len(signs)
     assert_drawn(Policy(ops="trivialaugment"), expected)
 
 
@@ -135,8 +112,7 @@ def test_autoaugment_draws_its_policies_as_torchvision_does():
             slots.append([((name, m), p / len(signs)) for m in signs] + [(("Identity", 0), 1 - p)])
         for (first, p), (second, q) in product(*slots):
             expected[first, second] += p * q / len(policies)
-    possible = {pair: p for pair, p in expected.items() if p > 1e-9}
-    assert_drawn(Policy(ops="autoaugment"), possible)
+    assert_drawn(Policy(ops="autoaugment"), {pair: p for pair, p in expected.items() if p > 1e-9})
 
 
 def test_crop_offsets_and_cutout_centres_are_uniform_and_independent():
@@ -148,7 +124,7 @@ def test_crop_offsets_and_cutout_centres_are_uniform_and_independent():
         assert chisquare(counts).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 0.3])
 def test_flips_and_erasing_have_their_probability(probability):
     draws = draw(N, Policy(flip=probability, erasing=probability), 0, 0)
     happens = draws.boxes[:, 2] > 0
@@ -183,7 +159,7 @@ def test_cutout_is_a_square_of_mean_colour_clipped_at_the_border(pictures):
 
 @pytest.mark.parametrize("ops", SPACES)
 def test_the_same_draws_give_torchvisions_pixels(ops, pictures):
-    images = pictures.repeat(20, 1, 1, 1)
+    images = pictures.repeat(10, 1, 1, 1)
     policy = Policy(ops=ops, num_ops=3, magnitude=20, erasing=0.7, cutout=6)
     draws, table = draw(len(images), policy, seed=5, epoch=0), operations(policy)
     assert draws.ops.shape[1] == {"randaugment": 3, "autoaugment": 2, "trivialaugment": 1}[ops]
@@ -199,21 +175,16 @@ def test_the_same_draws_give_torchvisions_pixels(ops, pictures):
     assert torch.equal(ours.augment(images, policy, draws), expected)
 
 
-def statistics(images: torch.Tensor, originals: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Numbers of each image that its augmentation moves."""
+def statistics(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Numbers of each image that its augmentation moves: contrast, mean, black, white, distance,
+    edges; (6, n)."""
     values = images.float()
-    return {
-        "mean": values.mean((1, 2, 3)),
-        "contrast": values.std((1, 2, 3)),
-        "black": (images == 0).float().mean((1, 2, 3)),
-        "white": (images == 255).float().mean((1, 2, 3)),
-        "distance": (values - originals).abs().mean((1, 2, 3)),
-        "edges": values.diff(dim=3).abs().mean((1, 2, 3)),
-    }
+    parts = (values, values == 0, values == 255, (values - originals).abs(), values.diff().abs())
+    return torch.stack([values.std((1, 2, 3)), *(part.float().mean((1, 2, 3)) for part in parts)])
 
 
 def test_the_pipeline_cannot_be_told_from_torchvisions_by_statistics(stand_in):
-    originals = stand_in[0].images.repeat(50, 1, 1, 1)
+    originals = stand_in[0].images.repeat(25, 1, 1, 1)
     torch.manual_seed(0)
     steps = [tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), tv.RandAugment(2, 9)]
     published = tv.Compose([*steps, tv.PILToTensor(), tv.RandomErasing(p=0.5)])
@@ -222,30 +193,28 @@ def test_the_pipeline_cannot_be_told_from_torchvisions_by_statistics(stand_in):
 
     def smallest(policy: Policy) -> float:
         got = statistics(augment_epoch(originals, policy, seed=0, epoch=0), originals)
-        return min(ks_2samp(got[name], expected[name]).pvalue for name in expected)
+        return min(ks_2samp(*pair).pvalue for pair in zip(got, expected, strict=True))
 
     assert smallest(Policy()) > 0.01
     wrong = [Policy(magnitude=12), Policy(erasing=0.25), Policy(crop_padding=2), Policy(num_ops=1)]
     assert all(smallest(policy) < 1e-4 for policy in wrong)
 
 
-@pytest.mark.parametrize("ops", ["none", *SPACES])
+@pytest.mark.parametrize("ops", SPACES)
 def test_an_epoch_is_a_pure_function_of_images_policy_seed_and_epoch(ops, pictures):
     policy = Policy(ops=ops, cutout=6)
     before = pictures.clone()
     once = augment_epoch(pictures, policy, seed=1, epoch=2)
     assert once.shape == pictures.shape and once.dtype == torch.uint8
-    for chunk in (1, 5, 12):
-        assert torch.equal(augment_epoch(pictures, policy, seed=1, epoch=2, chunk=chunk), once)
+    assert torch.equal(augment_epoch(pictures, policy, seed=1, epoch=2, chunk=5), once)
     assert not torch.equal(augment_epoch(pictures, policy, seed=1, epoch=3), once)
     assert not torch.equal(augment_epoch(pictures, policy, seed=2, epoch=2), once)
     assert torch.equal(pictures, before)
 
 
-def test_a_policy_of_nothing_changes_nothing_and_no_images_stay_none(pictures):
+def test_a_policy_of_nothing_changes_nothing(pictures):
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
     assert torch.equal(augment_epoch(pictures, nothing, 0, 0), pictures)
-    assert ours.augment(pictures[:0], Policy(), draw(0, Policy(), 0, 0)).shape == (0, 3, 32, 32)
 
 
 def test_a_fixed_epoch_of_the_report_policy_keeps_its_draws_and_bytes():
@@ -257,13 +226,3 @@ def test_a_fixed_epoch_of_the_report_policy_keeps_its_draws_and_bytes():
     assert hashlib.sha256(drawn_bytes).hexdigest() == REPORT_DRAWS
     result = augment_epoch(images, Policy(), seed=42, epoch=7)
     assert hashlib.sha256(result.numpy().tobytes()).hexdigest() == REPORT_BYTES
-
-
-WRONG = {"crop_padding": (-1, 33), "flip": (1.1, float("nan")), "ops": ("mixup",)}
-WRONG |= {"num_ops": (0,), "magnitude": (-1, 31), "erasing": (-0.1,), "cutout": (33,)}
-
-
-@pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in WRONG.items() for v in values])
-def test_a_policy_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(InputError, match=rf"^policy\.{name}: {value!r} is out of range"):
-        Policy(**{name: value})

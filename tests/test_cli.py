@@ -1,8 +1,9 @@
 """The command line: what it prints, and one line and exit code 2 for a user's mistake."""
 
-import io
+import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,16 +16,19 @@ import torch
 from PIL import Image
 from session import SHIFT
 
+import cifar_lib
 from cifar_lib import cli, tune
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
+from cifar_lib.fit import fit
 from cifar_lib.kaggle import generate_test_file
 from cifar_lib.model import ResNet, load_model, save_model
 from cifar_lib.shift import ADAPTATIONS
 from cifar_lib.stand_in import generate_stand_in
 
-TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --precision fp32"
+TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {TINY} --device cpu"
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
 @pytest.fixture
@@ -88,12 +92,6 @@ def test_train_then_evaluate_agree(place, capsys):
     assert score["accuracy"] == trained["accuracy"] == np.trace(score["confusion_matrix"]) / 100
 
 
-def test_precision_can_be_set_as_any_other_field(place):
-    without = TRAIN.replace("--precision fp32", "--set precision=fp32")
-    assert run(without) == 0
-    assert json.loads(Path("run/config.json").read_text())["precision"] == "fp32"
-
-
 def test_predict_names_three_classes_and_writes_where_the_network_looks(place, capsys):
     Image.open("bild ä.png").convert("RGB").save("cat.jpg")
     before = Path("cat.jpg").read_bytes()
@@ -123,6 +121,12 @@ def test_submit_writes_a_row_an_image(place, adapt):
     assert [row.split(",")[0] for row in rows] == [str(i) for i in range(20)]
 
 
+def test_submit_to_standard_output_keeps_its_summary_out_of_it(place, capsys):
+    assert run("submit --weights tiny.safetensors --test test.pkl --out -") == 0
+    out, err = capsys.readouterr()
+    assert "20 labels in -" in err and "labels in" not in out
+
+
 def test_submit_adapts_by_what_the_ablation_chose(place, capsys):
     assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
     chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
@@ -131,12 +135,12 @@ def test_submit_adapts_by_what_the_ablation_chose(place, capsys):
 
 
 def test_a_search_prints_its_best_and_begins_with_the_recipe_itself(place, capsys, monkeypatch):
-    monkeypatch.setitem(tune.SHAPES, "3,4,3 of 66,132,264", ((1,), (16,)))
-    sizes = "--set train_size=200 --set validation_size=50 --set epochs=2"
+    monkeypatch.setattr(tune, "SHAPES", ("1 of 16",))
+    sizes = "--set train_size=200 --set validation_size=50 --set epochs=1"
     network = "--set blocks=1 --set channels=16"
-    assert run(f"tune --study s.log --trials 2 {sizes} {network}") == 0
+    assert run(f"tune --study s.db --trials 2 {sizes} {network}") == 0
     assert "best on the validation split: " in capsys.readouterr().out
-    trials, _ = tune.trials_table("s.log")
+    trials, _ = tune.trials_table("s.db")
     own = trials.loc[0, ["learning_rate", "momentum", "weight_decay", "batch_size"]]
     assert own.tolist() == [0.1, 0.9, 2e-4, 128]
 
@@ -148,14 +152,17 @@ WRONG = [
     (f"{TRAIN} --set nope=1", "unknown field nope: expected one of recipe, blocks"),
     (f"{TRAIN} --set epochs", "--set: expected FIELD=VALUE, got 'epochs'"),
     (f"{TRAIN} --set name=x", "unknown field name"),
-    (f"{TRAIN} --set policy.magnitude=99", "policy.magnitude: 99 is out of range"),
-    (f"{TRAIN} --epochs many", "epochs: expected a value of type int; got 'many'"),
+    (f"{TRAIN} --set policy.magnitude=99", "policy.magnitude: expected less than"),
+    (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
     (f"{TRAIN} --train-size 300", "train_size: expected at most 200 images, got 300"),
-    (f"{TRAIN} --precision fp8", "precision: expected one of auto, fp32, bf16, fp16; got 'fp8'"),
+    (f"{TRAIN} --precision fp8", "precision: expected 'auto', 'fp32', 'bf16' or 'fp16'"),
     (f"{TRAIN} --set ranks=2", "ranks: set by torchrun (1), got 2"),
+    ("tune --study s.db --trials 1 --set ranks=2", "ranks: set by torchrun (1), got 2"),
     (f"{TRAIN} --device toaster", "device: expected auto, cpu, cuda, cuda:N or mps"),
     (f"{TRAIN} --start nowhere", "weights: expected a file, found none at nowhere"),
     (f"{TRAIN} --run blocked/run", "run directory: can't write into"),
+    ("evaluate --weights a\nb\u2028c", "weights: expected a file, found none at a\\nb\\nc"),
+    ("evaluate a\nb", "unrecognized arguments: a\\nb"),
     ("evaluate --weights blocked", "weights: blocked is no file of this package's weights"),
     ("evaluate --tta twice", "argument --tta: invalid choice: 'twice'"),
     ("predict --weights tiny.safetensors blocked", "picture: blocked can't be read"),
@@ -164,8 +171,8 @@ WRONG = [
     (f"{SUBMIT} --test test.pkl --out {300 * 'x'}", "(File name too long)"),
     (f"{SUBMIT} --test test.pkl --out test.pkl", "it is an input of this command"),
     (f"{SUBMIT} --test test.pkl --out tiny.safetensors", "it is an input of this command"),
-    ("tune --study blocked --trials 1", "got blocked (it is no journal)"),
-    ("tune --study s.log --trials 0", "expected a whole number from 1 on, got '0'"),
+    ("tune --study blocked --trials 1", "got blocked (file is not a database)"),
+    ("tune --study s.db --trials 0", "expected a whole number from 1 on, got '0'"),
 ]
 
 
@@ -199,9 +206,14 @@ def failing(place, monkeypatch):
     return end_with
 
 
-def test_a_training_whose_reader_goes_away_is_no_success(monkeypatch, failing):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+def test_errors_of_the_machine_are_one_line_and_those_of_the_program_are_not(capsys, failing):
     assert failing(BrokenPipeError()) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""  # `head` had enough
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
+    assert failing(full) == 2
+    assert "error: CUDA out of memory: use --device cpu, or" in capsys.readouterr().err
+    with pytest.raises(SystemError):
+        failing(SystemError("another one"))
 
 
 def test_an_interrupt_inside_c_code_is_one_too(capsys, failing):
@@ -210,38 +222,63 @@ def test_an_interrupt_inside_c_code_is_one_too(capsys, failing):
     assert failing(error) == 130
     said = "\ninterrupted: the same command goes on from the last finished epoch\n"
     assert capsys.readouterr().err == said
-    with pytest.raises(SystemError):
-        failing(SystemError("another one"))
-
-
-def test_a_full_gpu_is_one_line(capsys, failing):
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
-    assert failing(error) == 2
-    assert "error: CUDA out of memory: use --device cpu, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_training_says_how_to_go_on_and_keeps_its_epochs(tmp_path, sent, code):
-    script = (
-        "import sys; from cifar_lib import cli; from cifar_lib.stand_in import generate_stand_in; "
-        "cli.load_cifar10 = lambda root: generate_stand_in(200, 100); "
-        "sys.exit(cli.main(sys.argv[1:]))"
-    )
-    long_run = TRAIN.replace("--epochs 1", "--epochs 10000")
-    root = Path(__file__).parent.parent
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *long_run.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def test_an_interrupted_training_keeps_its_epochs(place, monkeypatch, sent, code):
+    def interrupted(*arguments, **options):
+        return fit(*arguments, **options, log=lambda line: signal.raise_signal(sent))
+
+    monkeypatch.setattr(cli, "fit", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(TRAIN.replace("--epochs 1", "--epochs 3")) == code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert RunDirectory("run").load()["epoch"] == 1
+    assert not list(Path("run").glob(".*.tmp"))
+
+
+def whole_process(monkeypatch, *words: str) -> int:
+    """The exit code of `python -m cifar_lib`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["cifar_lib", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("cifar_lib", run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_standard_output_on_a_full_disk_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert whole_process(monkeypatch, "info") == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", lambda: print("\udcff.png"))
+    whole_process(monkeypatch)
+    assert capsys.readouterr().out == "\\udcff.png\n"
+
+
+def test_an_interrupt_during_the_import_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    ended = subprocess.run(
+        [sys.executable, "-m", "cifar_lib", "info"],
+        capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"},
-        cwd=tmp_path,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         # what a background job of a shell starts would ignore SIGINT
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert process.stdout.readline().startswith("epoch 1/")
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code and "goes on" in err and "Traceback" not in err, err
-    assert RunDirectory(tmp_path / "run").load()["epoch"] >= 1
-    assert not list((tmp_path / "run").glob(".*.tmp"))
+    said = "\ninterrupted: the same command starts again\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", said)
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such uid")))
+    importlib.reload(cifar_lib)
+    assert os.environ.pop("USER") == str(os.getuid())

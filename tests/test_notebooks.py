@@ -10,13 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from session import Session, published_confusion, published_history
+from session import (
+    LABEL_CHECKS,
+    Inspector,
+    Session,
+    published_confusion,
+    published_history,
+    show_source,
+    sixty_epochs,
+)
 
 import figures
-from cifar_lib.data import REAL, STAND_IN
+from cifar_lib import evaluate
+from cifar_lib.data import CLASSES, REAL, STAND_IN
 from cifar_lib.errors import InputError
+from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
 from cifar_lib.stand_in import generate_stand_in
 
@@ -28,6 +39,7 @@ NAMES = [
     "04_error_analysis",
     "05_kaggle_submission",
 ]
+SOLUTIONS = "solutions"
 ADDRESS = re.search(
     r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text()
 )[1]
@@ -59,13 +71,25 @@ def test_skeleton(name):
     assert any("session.show(" in source for source in code)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SOLUTIONS])
 def test_set_up_is_the_same_and_names_the_one_address(name):
     badge = f"https://colab.research.google.com/github/{ADDRESS}/blob/main/notebooks/{name}.ipynb"
     assert badge in cells(name, "markdown")[0].source
     set_up = [cells(each, "code")[0].source for each in (name, NAMES[0])]
     assert set_up[0] == set_up[1] and f"https://github.com/{ADDRESS}" in set_up[0]
     assert "torch" not in re.search(r"pip install (.*)", set_up[0])[1].replace("torchinfo", "")
+
+
+def test_every_exercise_has_its_solution():
+    asked = []
+    for number, name in enumerate(NAMES, 1):
+        text = cells(name, "markdown")[-1].source
+        assert "[notebooks/solutions.ipynb](solutions.ipynb)" in text
+        exercises = re.findall(r"^(\d+)\. ", text.split("## Exercises")[1], re.M)
+        asked += [f"{number}.{exercise}" for exercise in exercises]
+    whole = "\n".join(cell.source for cell in cells(SOLUTIONS, "markdown"))
+    assert re.findall(r"^### (\d\.\d) ", whole, re.M) == asked
+    assert max(len(cell.source.splitlines()) for cell in cells(SOLUTIONS, "code")[1:]) <= 20
 
 
 def test_a_clone_that_failed_is_one_line_with_the_address(tmp_path, monkeypatch):
@@ -92,7 +116,7 @@ def test_a_missing_package_is_one_line_with_the_remedy():
     assert last == "ImportError: missing: captum: pip install -r requirements.txt, restart"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SOLUTIONS])
 def test_committed_outputs_are_clean(name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     outputs = [output for cell in cells(name, "code") for output in cell.outputs]
@@ -203,6 +227,16 @@ def test_an_unknown_profile_is_refused(monkeypatch):
         Session.open()
 
 
+def test_source_is_shown_as_python_and_as_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("session.display", lambda data, raw: shown.append(data))
+    show_source(published_history, Session.fit)
+    (data,) = shown
+    text = data["text/plain"]
+    assert text.startswith("def published_history(") and "\n\ndef fit(self" in text
+    assert re.search(r"<span style=.*>def</span>", data["text/html"])
+
+
 def test_published_numbers_are_the_reports():
     history, matrix = published_history(), published_confusion().to_numpy()
     assert len(history) == 60 and history.test_accuracy.iloc[-1] == pytest.approx(0.9556)
@@ -224,9 +258,9 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(
-        figures.curves(session.curves("accuracy"), "epoch", "accuracy", "T"),
+        figures.epoch_curves(sixty_epochs("accuracy"), "accuracy", "T"),
         "curves",
-        "five curves",
+        "four curves",
     )
     table = session.comparison()
     assert table.loc["test accuracy", "this run"] == f"{metrics['test']['accuracy']:.2%}"
@@ -234,12 +268,38 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
         table.loc["test accuracy", "published"] == "95.56%"
         and table.loc["epochs", "this run"] == "1"
     )
-    assert session.specifications().loc["gpu", "published"] == "NVIDIA A100-SXM4-40GB"
+    assert session.specifications().loc["GPU", "published"] == "NVIDIA A100-SXM4-40GB"
     model, info = session.trained_model()
     assert info["seed"] == 42 and not model.training
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     outside_runs = {path for path in written if not path.startswith("runs/")}
     assert outside_runs == ({"figures/curves.png"} if profile == "full" else set())
+
+
+def test_any_test_image_can_be_inspected(stand_in):
+    train, test = stand_in
+    config = recipe("report", blocks="1,1", channels="16,32")
+    session = Session("quick", train, test, test[:5], config)
+    model = ResNet(config.blocks, config.channels).eval()
+    info = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    inspector = Inspector(session, model, info, temperature=2.0, compared=20)
+    assert len(inspector.known) == 20
+    logits = evaluate.predict(model, test.images[9:10], precision=session.precision, **info)
+    shares, classes = (logits / 2).softmax(1)[0].topk(5)
+    figure = inspector.figure(9)
+    bars = figure.axes[3]
+    assert [text.get_text() for text in bars.texts] == [f"{share:.0%}" for share in shares]
+    assert [text.get_text() for text in bars.get_yticklabels()] == [CLASSES[c] for c in classes]
+    assert f"labelled {CLASSES[test.labels[9]]}" in figure.get_suptitle()
+    with pytest.raises(InputError, match="expected 0 to"):
+        inspector.figure(len(test))
+
+
+def test_people_found_54_labels_wrong():
+    checks = pd.read_csv(LABEL_CHECKS, index_col="index")
+    votes = checks.filter(like="votes_")
+    assert len(checks) == checks.index.nunique() == 275 and (votes.sum(axis=1) == 5).all()
+    assert (checks.votes_label < 3).sum() == 54  # arXiv:2103.14749, Table 1
 
 
 def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):

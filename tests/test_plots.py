@@ -1,11 +1,12 @@
-"""Figures: every function draws what it was given, and a figure says when it is made from generated
-data."""
+"""Figures show the numbers they were given, and say when these are of generated data."""
 
 import io
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from PIL import Image
 
 import figures
@@ -13,78 +14,190 @@ from cifar_lib.data import CLASSES
 
 MATRIX = np.diag(np.full(10, 90)) + np.arange(100).reshape(10, 10) % 7 * (1 - np.eye(10, dtype=int))
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
-BINS = {
-    "edges": np.linspace(0, 1, 6),
-    "count": np.array([0, 3, 5, 8, 4]),
-    "confidence": np.array([np.nan, 0.3, 0.5, 0.7, 0.9]),
-    "accuracy": np.array([np.nan, 0.4, 0.4, 0.8, 1.0]),
-}
-MAP = pd.DataFrame([[0.1, 0.2], [0.3, -0.4]], index=["noise", "blur"])
-FIGURES = {
-    "image_grid": lambda: figures.image_grid(
-        PICTURES, 3, titles=[f"t{i}" for i in range(7)], title="T"
-    ),
-    "class_counts": lambda: figures.class_counts({"train": range(10), "test": range(10)}, "T"),
-    "channel_histograms": lambda: figures.channel_histograms(
-        {"a": np.ones((3, 256)), "b": np.ones((3, 256))}, "T"
-    ),
-    "channel_dots": lambda: figures.channel_dots({"a": (0.1, 0.2, 0.3)}, "T", "x"),
-    "curves": lambda: figures.curves(
-        {"a (published)": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])}, "x", "y", "T", True
-    ),
-    "frequencies": lambda: figures.frequencies({"a": 0.5, "b": 0.5}, 0.5, 0.01, "T"),
-    "confusion": lambda: figures.confusion({"a": MATRIX, "b": MATRIX}, "rows", "T"),
-    "class_scores": lambda: figures.class_scores({"a": np.linspace(0, 1, 10)}, "T", "F1"),
-    "confused_pairs": lambda: figures.confused_pairs([("cat", "dog", 5), ("dog", "cat", 4)], "T"),
-    "gallery": lambda: figures.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=np.zeros((7, 32, 32))),
-    "empty gallery": lambda: figures.gallery(PICTURES[:0], [], "T"),
-    "reliability_diagram": lambda: figures.reliability_diagram(BINS, 0.1, "T"),
-    "intervals": lambda: figures.intervals({"a": (0.5, 0.4, 0.6)}, "T", "accuracy"),
-    "severity_maps": lambda: figures.severity_maps(
-        {"a": MAP, "b": -MAP}, "T", {"a": MAP > 0, "b": MAP > 1}
-    ),
-}
 
 
-def pixels(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+def lines(figure: Figure, panel: int = 0) -> dict[str, tuple[list, list]]:
+    """x and y of each line, by its name in the legend."""
+    return {
+        line.get_label(): tuple(np.asarray(part).tolist() for part in line.get_data())
+        for line in figure.axes[panel].lines
+    }
 
 
-@pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_has_ink_and_the_note_adds_some(name):
-    plain, noted = (
-        pixels(figures.to_png(FIGURES[name]())),
-        pixels(figures.to_png(FIGURES[name](), note="stand-in data")),
+def labels(axis) -> list[str]:
+    return [text.get_text() for text in axis.get_ticklabels()]
+
+
+def bars(figure: Figure, panel: int = 0) -> list[list[float]]:
+    return [list(container.datavalues) for container in figure.axes[panel].containers]
+
+
+def test_pictures_come_row_by_row_with_their_titles():
+    figure = figures.image_grid(PICTURES, 3, [f"t{i}" for i in range(7)], ["a", "b", "c"], "T")
+    assert len(figure.axes) == 9 and [ax.axison for ax in figure.axes] == 7 * [True] + 2 * [False]
+    for i, ax in enumerate(figure.axes[:7]):
+        assert np.array_equal(ax.images[0].get_array(), PICTURES[i]) and ax.get_title() == f"t{i}"
+    assert [figure.axes[i].get_ylabel() for i in (0, 3, 6)] == ["a", "b", "c"]
+
+
+def test_a_gallery_lays_heat_over_pictures_and_says_when_it_is_empty():
+    heat = np.linspace(0, 1, 7 * 1024).reshape(7, 32, 32)
+    figure = figures.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=heat)
+    for i, ax in enumerate(figure.axes[:7]):
+        picture, overlay = (image.get_array() for image in ax.images)
+        assert np.array_equal(picture, PICTURES[i]) and np.array_equal(overlay, heat[i])
+        assert ax.get_title() == "a\nb"
+    assert figures.gallery(PICTURES[:0], [], "T").texts[-1].get_text() == "no such image"
+
+
+def test_bars_are_as_long_as_the_counts():
+    counts = {"train": list(range(10)), "test": list(range(10, 20))}
+    figure = figures.class_counts(counts, "T")
+    assert bars(figure) == list(counts.values())
+    assert labels(figure.axes[0].xaxis) == list(CLASSES)
+    figure = figures.confused_pairs([("cat", "dog", 5), ("ship", "frog", 4)], [3, 6], "T", "images")
+    assert bars(figure) == [[5, 4]] and lines(figure)["published run"] == ([3, 6], [0, 1])
+    assert labels(figure.axes[0].yaxis) == ["cat taken for dog", "ship taken for frog"]
+    colours = [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches]
+    assert colours == [figures.COLOURS[5], figures.COLOURS[0]]
+
+
+def test_lines_and_dots_go_through_the_numbers():
+    counts = np.arange(768.0).reshape(3, 256)
+    drawn = lines(figures.channel_histograms({"a": counts, "b": counts + 1}, "T"), panel=1)
+    for name, channel in zip(("red", "green", "blue"), counts + 1, strict=True):
+        assert drawn[name] == (list(range(256)), (channel / channel.sum()).tolist())
+    sets = {"a": ((0.1, 0.2, 0.3), (1, 2, 3)), "b": ((0.4, 0.5, 0.6), (4, 5, 6))}
+    figure = figures.channel_dots(sets, "T")
+    for panel in (0, 1):
+        dots = zip(("red", "green", "blue"), sets["a"][panel], sets["b"][panel], strict=True)
+        assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
+    figure = figures.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
+    assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])
+    band = figure.axes[0].patches[0].get_bbox()
+    assert (band.y0, band.y1) == pytest.approx((0.48, 0.52))
+
+
+def test_an_inset_repeats_the_lines_between_its_limits():
+    series = {"a": [0.1, 0.91], "b": [0.2, 0.95]}
+    (ax,) = figures.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
+    (inset,) = ax.child_axes
+    assert inset.get_ylim() == (0.9, 0.96)
+    for panel in (ax, inset):
+        assert [line.get_ydata().tolist() for line in panel.lines] == list(series.values())
+
+
+def test_only_a_block_that_changes_the_shape_projects_its_input():
+    blocks = {"stays": ((16, 8, 8), (16, 8, 8)), "changes": ((16, 8, 8), (32, 4, 4))}
+    axes = figures.block_diagram(blocks, "T").axes
+    stays, changes = ([text.get_text() for text in ax.texts] for ax in axes)
+    projection = "1×1 convolution,\nstride 2"
+    assert projection in changes and projection not in stays
+    assert "the input itself" in stays and "32 × 4 × 4" in changes
+
+
+def test_a_network_names_its_parts_and_the_shapes_between_them():
+    figure = figures.network_diagram({"image": (3, 32, 32), "mean": (264,)}, "T")
+    texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
+    assert texts == ["image", "3", "32×32", "mean", "264", "logits"]
+
+
+def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
+    trials = pd.DataFrame({"number": [0, 3], "accuracy": [0.3, 0.5], "rate": [0.1, 0.001]})
+    figure = figures.search_trials(trials, {"rate": "learning rate"}, 0, "T")
+    drawn = {"proposed by the search": ([0.001], [0.5]), "Table 1's values": ([0.1], [0.3])}
+    assert lines(figure) == drawn
+    assert figure.axes[0].get_xscale() == "log"
+
+
+@pytest.mark.parametrize("signed, text", [(False, "90"), (True, "+90")])
+def test_confusion_prints_every_cell(signed, text):
+    ax = figures.confusion({"a": MATRIX}, "T", "images", signed).axes[0]
+    cells = {text.get_position(): text.get_text() for text in ax.texts if text.get_text()}
+    assert len(cells) == 100 and all(cells[i + 0.5, i + 0.5] == text for i in range(10))
+    for true, guess in np.argwhere(MATRIX * (1 - np.eye(10, dtype=int))):
+        assert int(cells[guess + 0.5, true + 0.5]) == MATRIX[true, guess]
+    assert labels(ax.yaxis) == list(CLASSES)
+    assert ax.get_ylabel() == "true" and ax.get_xlabel() == "predicted"
+
+
+def test_confusion_colours_the_mistakes_only_and_in_one_scale():
+    figure = figures.confusion({"a": MATRIX, "twice": 2 * MATRIX}, "T", "images")
+    first, second = (ax.collections[0] for ax in figure.axes[:2])
+    colours = np.ma.filled(first.get_array(), np.nan).reshape(10, 10)
+    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6
+    assert first.get_clim() == second.get_clim() == (0, 12)
+
+
+def test_a_bin_of_few_images_has_a_long_interval():
+    bins = {
+        "edges": np.linspace(0, 1, 4),
+        "count": np.array([0, 2, 200]),
+        "confidence": np.array([np.nan, 0.5, 0.9]),
+        "accuracy": np.array([np.nan, 0.5, 0.5]),
+    }
+    figure = figures.reliability_diagram({"a": bins}, "T")
+    _, _, (drawn,) = figure.axes[0].containers[0]
+    lengths = [high - low for (_, low), (_, high) in drawn.get_segments()]
+    assert lengths == pytest.approx([0.811, 0.137], abs=0.001)  # Wilson's, of 1 in 2 and 100 in 200
+
+
+def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
+    captions = [f"{i}\n99%" for i in range(7)]
+    figure = figures.contact_sheet({"a": (PICTURES, captions, np.arange(7) > 4)}, "T", columns=3)
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == captions
+    assert len(ax.images) == 7 and len(ax.patches) == 2
+    low, high = sorted(ax.get_ylim())
+    assert all(low <= edge <= high for image in ax.images for edge in image.get_extent()[2:])
+
+
+def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
+    sets = {"a": np.arange(-3, 9), "b": np.arange(-5, 4)}
+    ax = figures.two_histograms(sets, "T", "x", ("left", "right")).axes[0]
+    for patch, (name, values) in zip(ax.patches, sets.items(), strict=True):
+        assert patch.get_label() == f"{name} ({len(values)})"
+        x, y = patch.get_xy().T
+        area = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
+        assert area == pytest.approx(len(values) * 13 / 60)  # 60 bins from -5 to 8
+
+
+def test_shifts_stand_a_row_each_at_every_severity():
+    pictures = np.stack([PICTURES[:3], PICTURES[3:6]])
+    accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"])
+    axes = figures.shift_pictures(pictures, accuracy, "T").axes
+    shown = [ax.images[0].get_array() for ax in axes if ax.images]
+    assert np.array_equal(shown, PICTURES[:6])
+
+
+def test_intervals_reach_from_low_to_high():
+    figure = figures.intervals({"a": (0.5, 0.4, 0.7), "b": (0.2, 0.1, 0.3)}, "T", "accuracy")
+    reach = [bar.lines[2][0].get_segments()[0].tolist() for bar in figure.axes[0].containers]
+    assert np.allclose(reach, [[[0.4, 0], [0.7, 0]], [[0.1, 1], [0.3, 1]]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["50.00%", "20.00%"]
+
+
+def test_severity_maps_print_percent_signed_and_bold_where_sure():
+    rows = [("noise", 1, 0.1), ("noise", 2, 0.2), ("blur", 1, 0.3), ("blur", 2, -0.4)]
+    frame = pd.DataFrame(rows, columns=["family", "severity", "gain"])
+    table = figures.by_severity(frame, "gain")
+    plain = figures.severity_maps({"a": table}, "T").axes[0]
+    assert [text.get_text() for text in plain.texts] == ["10.0", "20.0", "30.0", "-40.0"]
+    signed = figures.severity_maps({"a": -table}, "T", {"a": table > 0}).axes[0]
+    assert [text.get_text() for text in signed.texts] == ["-10.0", "-20.0", "-30.0", "+40.0"]
+    assert [text.get_weight() for text in signed.texts] == 3 * ["bold"] + ["normal"]
+    assert signed.collections[0].get_array().ravel().tolist() == [-0.1, -0.2, -0.3, 0.4]
+    assert labels(signed.yaxis) == ["noise", "blur"] and signed.collections[0].get_clim() == (
+        -0.4,
+        0.4,
     )
-    assert (plain != 255).any(axis=2).mean() > 0.002
-    note = np.abs(noted.astype(int) - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
-    assert note[-40:].sum() > 100, "the note is not at the foot of the figure"
 
 
-@pytest.mark.parametrize(
-    "kind, text",
-    [("counts", "90"), ("rows", f"{9000 / MATRIX[3].sum():.1f}"), ("difference", "+90")],
-)
-def test_confusion_prints_every_cell(kind, text):
-    figure = figures.confusion({"a": MATRIX}, kind, "T")
-    texts = [t.get_text() for t in figure.axes[0].texts if t.get_text()]
-    assert len(texts) >= 100 and text in texts
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == list(CLASSES)
-    assert figure.axes[0].get_ylabel() == "true" and figure.axes[0].get_xlabel() == "predicted"
-
-
-def test_confusion_colours_the_mistakes_only():
-    (mesh,) = figures.confusion({"a": MATRIX}, "counts", "T").axes[0].collections
-    colours = np.ma.filled(mesh.get_array(), np.nan).reshape(10, 10)
-    assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6 == mesh.get_clim()[1]
-
-
-def test_save_figure_writes_what_it_returns(tmp_path):
-    png = figures.save_figure(FIGURES["curves"](), tmp_path / "new" / "f.png")
-    assert (tmp_path / "new" / "f.png").read_bytes() == png
-
-
-def test_one_wild_value_doesnt_flatten_the_published_curve():
-    series = {"test (published)": ([0, 1], [2.0, 0.5]), "this run": ([0, 1], [600.0, 2.0])}
-    low, high = figures.curves(series, "epoch", "loss", "Loss").axes[0].get_ylim()
-    assert 0 < low < 0.5 and 2 < high < 3
+def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_path):
+    figure = figures.intervals({"a": (0.5, 0.4, 0.7)}, "T", "accuracy")
+    path = tmp_path / "new" / "f.png"
+    png = figures.save_figure(figure, path, note="stand-in data")
+    assert path.read_bytes() == png
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+    note = np.abs(pixels - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
+    assert note[-40:].sum() > 100 and not note[:-40].any()

@@ -12,17 +12,11 @@ from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import fit
-from cifar_lib.model import SHIPPED, load_model
+from cifar_lib.model import SHIPPED, ResNet, load_model
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import shifted
 
-SMALL = {
-    "blocks": "1",
-    "channels": "16",
-    "train_size": "60",
-    "epochs": "1",
-    "half_size_epochs": "0",
-}
+SMALL = {"blocks": "1", "channels": "16", "epochs": "1", "half_size_epochs": "0"}
 
 
 @pytest.fixture
@@ -42,7 +36,8 @@ def script(tmp_path, monkeypatch, cifar10):
 
 def trained(folder: Path, cifar10, seed: int, **changes: str) -> Path:
     train, test = cifar10
-    config = recipe("quick", **{**SMALL, "validation_size": "10", "seed": str(seed), **changes})
+    sizes = {"train_size": "40", "validation_size": "10", "seed": str(seed)}
+    config = recipe("quick", **{**SMALL, **sizes, **changes})
     fit(config, folder / f"{seed}", train, test[:100], "cpu", log=lambda _: None)
     return folder / f"{seed}"
 
@@ -55,9 +50,7 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     assert (script.WEIGHTS / "SHA256SUMS").read_text() == f"{digest}  quick.safetensors\n"
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
-    torch.testing.assert_close(
-        model.conv1.weight, whole.conv1.weight.half().float(), rtol=0, atol=0
-    )
+    assert torch.equal(model.conv1.weight, whole.conv1.weight.half().float())
     assert info["temperature"] == metrics["half_precision"]["temperature"] > 0
     folder = script.RESULTS / "quick-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
@@ -66,25 +59,19 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
 
 
 def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):
-    scores = []
-    for seed in (0, 1):
-        metrics = script.publish(trained(tmp_path, cifar10, seed))
-        scores.append(100 * metrics["test"]["accuracy"])
+    runs = [trained(tmp_path, cifar10, seed) for seed in (0, 1)]
+    scores = [100 * script.publish(run)["test"]["accuracy"] for run in runs]
     assert not list(script.WEIGHTS.iterdir())
-    spread = abs(scores[0] - scores[1]) / 2**0.5
-    assert (
-        script.over_seeds("quick")
-        == f"quick, 1 epochs, seed 0, 1: {sum(scores) / 2:.2f}% ± {spread:.2f}%"
-    )
+    mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
+    expected = f"quick, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
+    assert script.over_seeds("quick") == expected
     older = script.RESULTS / "quick-seed0" / "config.json"  # from before there was a `start`
-    older.write_text(
-        json.dumps({k: v for k, v in json.loads(older.read_text()).items() if k != "start"})
-    )
-    assert len(script.over_seeds("quick").splitlines()) == 1
+    config = json.loads(older.read_text())
+    del config["start"]
+    older.write_text(json.dumps(config))
+    assert script.over_seeds("quick") == expected
     script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
-    assert len(script.over_seeds("quick").splitlines()) == 2, (
-        "another configuration is no other seed"
-    )
+    assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration, no other seed"
 
 
 def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
@@ -92,14 +79,13 @@ def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
     for run in (*runs, runs[-1]):  # the last one twice
         script.publish(run)
     names = ("quick-seed0-1-epochs", "quick-seed0-1-epochs-2", "quick-seed0")
-    assert sorted(folder.name for folder in script.RESULTS.iterdir()) == sorted(names)
+    found = {folder.name: folder / "config.json" for folder in script.RESULTS.iterdir()}
+    assert found.keys() == set(names)
     for run, name in zip(runs, names, strict=True):
-        assert (script.RESULTS / name / "config.json").read_bytes() == (
-            run / "config.json"
-        ).read_bytes()
+        assert found[name].read_bytes() == (run / "config.json").read_bytes()
 
 
-def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10, stand_in):
+def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, stand_in):
     with pytest.raises(InputError, match="publish: expected a finished run, found no metrics.json"):
         script.publish(tmp_path)
     run = trained(tmp_path, stand_in, 42, train_size="20")
@@ -109,35 +95,33 @@ def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, cifar10
 
 
 def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch, capsys, cifar10):
-    test = cifar10[1][:30]
+    test = cifar10[1][:100]
+    model = ResNet((1,), (16,)).eval()
+    info = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "temperature": 1.0}
     monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))
-    monkeypatch.setattr(script, "SHIPPED_RUNS", (tmp_path,))
+    monkeypatch.setattr(script, "load_model", lambda _: (model, info))
+    monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
     monkeypatch.setattr(script, "SHIFT", tmp_path)
-    model, info = load_model("pretrained")
-    scores, _ = script.score(model, info, test)
+    config = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}  # that of training
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    scores, _ = script.score(model, info, test, config)
+    mirrored = predict(model, test.images, info["mean"], info["std"], tta="flip")
+    assert scores["tta_flip"]["accuracy"] == accuracy(mirrored, test.labels)
     (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}))
     moved = shifted(test.images, "statistics", 1)
-    own = tuple(tuple(values.tolist()) for values in channel_statistics(moved))
-    plain, normalized = (
-        accuracy(predict(model, moved, *mean_std), test.labels)
-        for mean_std in ((info["mean"], info["std"]), own)
-    )
-    shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
-    for recorded in (normalized, normalized - 0.1):
+    plain = accuracy(predict(model, moved, info["mean"], info["std"]), test.labels)
+    normalized = accuracy(predict(model, moved, *channel_statistics(moved)), test.labels)
+
+    def check(recorded: float, sha256: str) -> tuple[bool, str]:
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
-        verdict = {
-            "default": {"adapt": "normalize", "tta": "none"},
-            "custom": ways,
-            "weights": {"sha256": shipped},
-        }
+        default = {"adapt": "normalize", "tta": "none"}
+        verdict = {"default": default, "custom": ways, "weights": {"sha256": sha256}}
         (tmp_path / "verdict.json").write_text(json.dumps(verdict))
-        assert script.check() == (recorded == normalized)
-    assert (
-        f"custom set, normalize, views none              {normalized:.2%}"
-        in capsys.readouterr().out
-    )
-    (tmp_path / "verdict.json").write_text(json.dumps(verdict | {"weights": {"sha256": "another"}}))
-    assert script.check(), (
-        "the shifts were measured with other weights: no comparison, no complaint"
-    )
-    assert "measured with other weights" in capsys.readouterr().out
+        return script.check(), capsys.readouterr().out
+
+    shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+    same, said = check(normalized, shipped)
+    assert same and f"custom set, normalize, views none              {normalized:.2%}" in said
+    assert not check(normalized - 0.1, shipped)[0]
+    same, said = check(normalized - 0.1, "another")
+    assert same and "measured with other weights" in said, "no comparison, no complaint"

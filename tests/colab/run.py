@@ -108,7 +108,7 @@ def main() -> int:
         os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # a warning of the debugger's
         os.environ["IPYTHONDIR"] = str(HOME / "ipython")
         os.environ["JUPYTER_PATH"] = str(HOME / "share" / "jupyter")
-        for path in sorted((origin / "notebooks").glob("0*.ipynb")):
+        for path in sorted((origin / "notebooks").glob("*.ipynb")):
             if not path.name.startswith(tuple(options.notebooks or [""])):
                 continue
             print(path.name, flush=True)
