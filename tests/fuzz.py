@@ -35,6 +35,7 @@ from cifar_lib.errors import InputError  # noqa: E402
 from cifar_lib.kaggle import read_test_file  # noqa: E402
 from cifar_lib.model import ResNet, load_model, save_model  # noqa: E402
 from cifar_lib.recipes import RECIPES, recipe  # noqa: E402
+from cifar_lib.train import State  # noqa: E402
 
 SECONDS, ROOM = 10, 1 << 30  # for one file
 NASTY = (None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), "", "x" * 10_000, "0", [], {})
@@ -133,8 +134,7 @@ def read_configuration(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> None:
     path.rename(path.with_name("checkpoint.pt"))
-    state = checkpoint.RunDirectory(path.parent).load()
-    assert state is None or isinstance(state["model"], dict)
+    State.new(SMALL, torch.device("cpu")).load(checkpoint.RunDirectory(path.parent).load())
 
 
 READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], object]]] = {
@@ -150,7 +150,7 @@ READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], obje
 
 def prepare() -> None:
     """The honest files that are changed."""
-    global WEIGHTS, CONFIG, STATE, CHECKPOINT, STUDY
+    global WEIGHTS, CONFIG, SMALL, STATE, CHECKPOINT, STUDY
     torch.manual_seed(0)
     network = ResNet((1,), (16,))
     with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +159,8 @@ def prepare() -> None:
         save_model(path, network, info)
         WEIGHTS = path.read_bytes()
     CONFIG = json.loads(json.dumps(asdict(RECIPES["quick"])))
-    STATE = {name: kind() for name, kind in checkpoint.PARTS.items()}
-    STATE |= {"format": checkpoint.FORMAT, "model": network.state_dict()}
+    SMALL = recipe("quick", blocks="1", channels="16", ema_decay=0.9, precision="fp32")
+    STATE = {"format": checkpoint.FORMAT, **State.new(SMALL, torch.device("cpu")).content()}
     file = io.BytesIO()
     torch.save(STATE, file)
     CHECKPOINT = file.getvalue()
