@@ -16,7 +16,7 @@ from PIL import Image
 
 from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
-from cifar_lib.errors import InputError, behind
+from cifar_lib.errors import InputError, behind, printable
 from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _mistake(message: str) -> int:
-    """One line, even where a file's name has several; returns the exit code."""
-    print("error: " + "\\n".join(message.splitlines()), file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 

@@ -8,7 +8,16 @@ from pydantic.dataclasses import dataclass
 
 class InputError(ValueError):
     """An input from outside is wrong; the message says what was expected, what came and what to do,
-    in one line."""
+    in one printable line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with line ends, control characters and undecoded bytes, of a file's name say, written
+    out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def behind(

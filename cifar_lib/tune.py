@@ -291,9 +291,9 @@ def trials_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, float]]:
     state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
     2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError as `load`.
     """
-    study = load(path)
-    table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
-    table.columns = table.columns.str.removeprefix("params_")
-    table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
-    shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    return table, shares
+    with _told(str(path), Exception):  # a file that is damaged can be opened
+        study = load(path)
+        table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
+        table.columns = table.columns.str.removeprefix("params_")
+        table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
+        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import io
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -28,11 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fuzz_pickles import fuzz  # noqa: E402
+from fuzz import READERS, fuzz  # noqa: E402
 
 import cifar_lib.checkpoint  # noqa: E402
 import cifar_lib.files  # noqa: E402
@@ -42,6 +42,7 @@ from cifar_lib import cli, kaggle  # noqa: E402
 from cifar_lib.checkpoint import RunDirectory  # noqa: E402
 from cifar_lib.errors import InputError  # noqa: E402
 from cifar_lib.hardware import describe  # noqa: E402
+from cifar_lib.model import ResNet, save_model  # noqa: E402
 from cifar_lib.stand_in import generate_stand_in  # noqa: E402
 
 DATA = generate_stand_in(70, 30)
@@ -67,12 +68,28 @@ SOMETIME = "at a random time"
 SIGNALS = {"SIGINT at a random time": signal.SIGINT, "SIGTERM at a random time": signal.SIGTERM}
 
 
+# What the same faults did to the code of commit 58030d4, where that is known.
+BEFORE = {
+    "pickle": "40 KB took 49 s, 63 MB took 5.4 GB",
+    "weights": "a header of 244 bytes took 1.1 GB and 12 s; NaN was taken for weights",
+    "picture": "a 22 KB PNG took 2.6 GB; PostScript was run",
+    "study": "a journal cut in its last line was lost, 10 of 10",
+    "configuration": "a traceback",
+    "checkpoint": "a traceback",
+    "settings": "`precision=nonsense` was dropped, `name=x` a traceback",
+    "outputs": "inputs, links, devices and read-only files were replaced",
+    "strangers' folders": "files were written over and deleted",
+    "streams": "tracebacks",
+}
+
+
 @dataclasses.dataclass
 class Row:
     fault: str
     tried: int
     promised: str
     happened: str
+    before: str = ""
 
 
 # Processes. They are forks of this one, which never computes anything itself: a fork then starts at
@@ -532,57 +549,145 @@ def submissions(folder: Path, times: int, dice: random.Random) -> Row:
     )
 
 
-def pickles(folder: Path, times: int, dice: random.Random) -> Iterator[Row]:
-    from test_pickles import CORPUS, HONEST
+def random_files(reader: str, seconds: float) -> Row:
+    was_read, refused_, slowest = fuzz(reader, seconds)
+    return Row(
+        f"random files: {reader}",
+        was_read + refused_,
+        "each read or refused in one line within 10 s and 1 GB, nothing else",
+        f"{was_read:,} read, {refused_:,} refused, the slowest took {slowest:.2f} s",
+        BEFORE.get(reader, ""),
+    )
+
+
+def pickles(folder: Path) -> Row:
+    from test_pickles import CORPUS
 
     os.chdir(folder)
     for name, content in CORPUS.items():
         Path("test.pkl").write_bytes(content)
         refused(lambda: kaggle.read_test_file("test.pkl"), "test file: test.pkl")
         assert os.listdir() == ["test.pkl"], name
-    yield Row(
-        "hostile and broken pickles", len(CORPUS), "refused in one line, nothing runs", "so it was"
-    )
-    read = 0
-    slowest = 0.0
-    for _ in range(times):
-        content = bytearray(dice.choice(list(HONEST.values())))
-        for _ in range(dice.randint(1, 8)):
-            at = dice.choice(
-                [
-                    dice.randrange(300),
-                    len(content) - dice.randrange(1, 200),
-                    dice.randrange(len(content)),
-                ]
-            )
-            content[at : at + dice.randint(0, 4)] = dice.randbytes(dice.randint(0, 6))
-        Path("test.pkl").write_bytes(content)
-        start = time.perf_counter()
-        try:
-            kaggle.read_test_file("test.pkl")
-            read += 1
-        except InputError as error:
-            assert str(error).isprintable()
-        slowest = max(slowest, time.perf_counter() - start)
-        assert os.listdir() == ["test.pkl"]
-    yield Row(
-        "honest pickles of all protocols with random bytes changed",
-        times,
-        "read or refused in one line, in bounded time, nothing runs",
-        f"{read} still read (a changed pixel is no fault that shows), the others refused; slowest "
-        f"{slowest:.2f} s",
-    )
-    variants = {
-        protocol: pickle.dumps(
-            {b"data": DATA[0].images.numpy().reshape(70, -1), b"ids": list(range(70))}, protocol
-        )
-        for protocol in range(6)
-    }
-    for content in variants.values():
-        Path("test.pkl").write_bytes(content)
-        assert torch.equal(kaggle.read_test_file("test.pkl").images, DATA[0].images)
-    yield Row("honest pickles, protocols 0 to 5", len(variants), "read right", "so it was")
     os.chdir(ROOT)
+    promised = "refused in one line, nothing runs"
+    return Row("hostile and broken pickles", len(CORPUS), promised, "so it was")
+
+
+# Outputs, strangers' folders, streams
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Kind and content of all that lies in a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        found[str(path)] = os.lstat(path).st_mode, content
+    return found
+
+
+def refused_command(words: list[str]) -> None:
+    def run() -> int:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return cli.main(words)
+
+    code = ended(forked(run))
+    assert code == 2, f"exit code {code}: {words}"
+
+
+def outputs(folder: Path) -> Row:
+    os.chdir(folder)
+    info = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    save_model(Path("model.safetensors"), ResNet((1,), (16,)), info)
+    kaggle.generate_test_file("test.pkl", DATA[1])
+    Image.fromarray(DATA[1].images[0].permute(1, 2, 0).numpy()).save("cat.png")
+    os.link("cat.png", "cat.grad-cam.png")  # the picture itself, where its plot would go
+    Path("other.csv").write_text("somebody's")
+    Path("read-only.csv").write_text("somebody's")
+    os.chmod("read-only.csv", 0o444)
+    os.symlink("other.csv", "link.csv")
+    os.mkfifo("fifo.csv")
+    os.mkdir("folder.csv")
+    targets = ["test.pkl", "model.safetensors", "link.csv", "fifo.csv", "folder.csv"]
+    targets += ["read-only.csv", "/dev/null"]
+    commands = [["submit", "--test", "test.pkl", "--out", target] for target in targets]
+    commands += [["predict", "cat.png", "--grad-cam", "."]]
+    before = everything(folder)
+    null = os.lstat("/dev/null").st_mode
+    for words in commands:
+        refused_command([*words, "--weights", "model.safetensors", "--device", "cpu"])
+        assert everything(folder) == before, words
+    assert os.lstat("/dev/null").st_mode == null
+    os.chdir(ROOT)
+    return Row(
+        "outputs that name an input, a link, a device, a FIFO, a folder, a read-only file",
+        len(commands),
+        "exit code 2, nothing changed",
+        "so it was",
+        BEFORE["outputs"],
+    )
+
+
+def strangers_folders(folder: Path) -> Row:
+    """`train --run` on a folder that is no run's."""
+    theirs = {
+        "weights": {"model.safetensors": b"theirs"},
+        "a history": {"history.csv": b"theirs"},
+        "notes": {"notes.txt": b"theirs", ".notes.tmp": b"theirs"},
+        "another configuration": {"config.json": b'{"name": "theirs"}'},
+        "no object": {"config.json": b"[]"},
+    }
+    for name, files in theirs.items():
+        place = folder / name
+        place.mkdir()
+        for file, content in files.items():
+            (place / file).write_bytes(content)
+    linked = folder / "a lock that is a link"
+    linked.mkdir()
+    (folder / "target").write_bytes(b"theirs")
+    os.symlink(folder / "target", linked / ".lock")
+    before = everything(folder)
+    for name in [*theirs, linked.name]:
+        pid = forked(lambda name=name: train(command(folder / name, "fp32")))
+        assert ended(pid) == 2, name
+        after = everything(folder)
+        after.pop(str(folder / name / ".lock"), None)
+        kept = {path: entry for path, entry in before.items() if path in after}
+        assert after == kept and len(before) - len(kept) <= 1, name
+    return Row(
+        "a folder of somebody else's as run directory",
+        len(theirs) + 1,
+        "exit code 2, nothing changed",
+        "so it was",
+        BEFORE["strangers' folders"],
+    )
+
+
+STREAMS = {  # a shell's line, and the exit codes it may end with
+    "info > /dev/full": {2},
+    "info --json > /dev/full": {2},
+    "info | head -c 1 > /dev/null; exit ${PIPESTATUS[0]}": {0, 141},
+    "info >&-": {0, 2},
+    r"predict $'caf\xe9.png' 2>&1 | cat; exit ${PIPESTATUS[0]}": {2},
+    r"predict $'two\nlines.png'": {2},
+    r"evaluate --weights $'\x1b[31m.safetensors'": {2},
+}
+
+
+def streams(folder: Path) -> Row:
+    for line, codes in STREAMS.items():
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m cifar_lib {line}"], cwd=ROOT, capture_output=True
+        )
+        assert done.returncode in codes, (line, done)
+        said = done.stderr.decode().removesuffix("\n")
+        assert not said or said.isprintable(), (line, said)
+    return Row(
+        "output to a full disk, a closed pipe, a closed stream; names of any bytes",
+        len(STREAMS),
+        "no traceback; at most one line of printable text, exit code 2 (141 for a closed pipe)",
+        "so it was",
+        BEFORE["streams"],
+    )
 
 
 def tests(fault: str, promised: str, *selection: str) -> Row:
@@ -659,19 +764,20 @@ def main() -> int:
         "locks": lambda f: locks(f, times),
         "losses": lambda f: losses_that_are_not_finite(f, few, dice),
         "submissions": lambda f: submissions(f, options.kills, dice),
-        "pickles": lambda f: pickles(f, options.kills * 50, dice),
-        "random pickles": lambda f: Row(
-            "random pickles: honest and hostile ones changed, instructions put in anywhere",
-            options.kills,
-            "each read or refused within 10 s and 1 GB, nothing else",
-            f"{fuzz(options.kills)}, in {options.kills} s",
-        ),
+        "hostile pickles": pickles,
+        **{
+            f"random {reader}": lambda f, reader=reader: random_files(reader, options.kills)
+            for reader in READERS
+        },
+        "outputs": outputs,
+        "strangers": strangers_folders,
+        "streams": streams,
         "data": lambda f: tests(
             "data: files missing, truncated, swapped, changed",
             "one clear line",
             "tests/test_data.py",
             "-k",
-            "missing or label or error or refused",
+            "named or refused",
         ),
         "downloads": lambda f: tests(
             "downloads: refused, throttled, stalled, broken off, wrong bytes, two at once",
@@ -720,11 +826,12 @@ The runs are of a network of one block on generated images: 4 epochs of 4 steps,
 weights, validation and test set evaluated each epoch. Bytes are compared: checkpoints, history,
 metrics, weights.
 
-| fault | times tried | promised | what happened |
-| --- | --- | --- | --- |
+| fault | times tried | promised | at 58030d4 | what happened |
+| --- | --- | --- | --- | --- |
 """
     text += "".join(
-        f"| {row.fault} | {row.tried:,} | {row.promised} | {row.happened} |\n" for row in rows
+        f"| {row.fault} | {row.tried:,} | {row.promised} | {row.before} | {row.happened} |\n"
+        for row in rows
     )
     (ROOT / "results" / "reliability.md").write_text(text)
 

@@ -161,7 +161,7 @@ WRONG = [
     (f"{TRAIN} --device toaster", "device: expected auto, cpu, cuda, cuda:N or mps"),
     (f"{TRAIN} --start nowhere", "weights: expected a file, found none at nowhere"),
     (f"{TRAIN} --run blocked/run", "run directory: can't write into"),
-    ("evaluate --weights a\nb\u2028c", "weights: expected a file, found none at a\\nb\\nc"),
+    ("evaluate --weights a\nb\u2028c", "weights: expected a file, found none at a\\nb\\u2028c"),
     ("evaluate a\nb", "unrecognized arguments: a\\nb"),
     ("evaluate --weights blocked", "weights: blocked is no file of this package's weights"),
     ("evaluate --tta twice", "argument --tta: invalid choice: 'twice'"),
