@@ -207,7 +207,7 @@ class Session:
         )
         ours = self.config == recipe("report") and not self.stand_in
         shorter = "" if ours else "this run: what two processor cores train in minutes"
-        chance = "the weights: other random numbers, another GPU" + ("; this run: short" * (not ours))
+        chance = "the weights: other random numbers, another GPU"
         few = len(self.scored) < 10_000
         reasons = {
             "parameters": "",
