@@ -20,10 +20,9 @@ colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an emp
 
 # Afterwards the weights are others than those of results/shift: move that folder away and run results/ablation.py.
 full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
-	set -e; for seed in 42 0 1; do for how in "report --precision fp32" best; do \
-	  run=runs/$${how%% *}-seed$$seed; \
-	  $(PY) -m cifar_lib train --recipe $$how --seed $$seed --run $$run $(ARGS); \
-	  $(PY) results/publish.py $$run; \
+	set -e; for seed in 42 0 1; do for recipe in report best; do \
+	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
+	  $(PY) results/publish.py runs/$$recipe-seed$$seed; \
 	done; done
 
 notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/

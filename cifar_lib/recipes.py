@@ -59,7 +59,7 @@ class TrainConfig:
     test_mean: Mean = PUBLISHED_TEST_MEAN
     test_std: Std = PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    precision: Literal[PRECISIONS] = "auto"
+    precision: Literal[PRECISIONS] = "fp32"  # auto: half, where the hardware is good for it
     # torch.compile; None: on a GPU, for runs that are worth it
     compile: Annotated[bool | None, OrNone] = None
     ranks: Positive = 1  # processes that share each batch; set by torchrun
@@ -90,6 +90,7 @@ BEST = replace(
     std=CIFAR10_STD,
     test_mean=CIFAR10_MEAN,
     test_std=CIFAR10_STD,
+    precision="auto",
     watch_test=False,
 )
 QUICK = replace(
