@@ -396,8 +396,10 @@ def confused_pairs(
     ax = axes[0, 0]
     pets = {"cat", "dog"}
     colours = [COLOURS[5] if {true, guess} == pets else COLOURS[0] for true, guess, _ in pairs]
-    bars = ax.barh(range(len(pairs)), [n for _, _, n in pairs], color=colours, label="this network")
-    ax.bar_label(bars, padding=2, fontsize=9)
+    ax.barh(range(len(pairs)), [n for _, _, n in pairs], color=colours, label="this network")
+    look = {"color": "white", "va": "center", "fontsize": 9, "transform": ax.get_yaxis_transform()}
+    for i, (_, _, n) in enumerate(pairs):
+        ax.text(0.008, i, str(n), **look)  # at the foot: at the tip the diamond may be
     ax.plot(published, range(len(pairs)), "D", color=COLOURS[7], label="published run")
     ax.set_yticks(range(len(pairs)), [f"{true} taken for {guess}" for true, guess, _ in pairs])
     ax.invert_yaxis()
