@@ -5,7 +5,7 @@ kernel, with the pixels that torchvision's PIL pipeline has for the same draws.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -56,7 +56,7 @@ class Draws:
     holes: Tensor  # int64 (n, 4): the same for Cutout
 
     def __getitem__(self, index: Tensor | slice) -> "Draws":
-        return Draws(*(getattr(self, field.name)[index] for field in fields(self)))
+        return Draws(*(values[index] for values in vars(self).values()))
 
 
 def augment_epoch(
@@ -205,13 +205,11 @@ def _grey(images: Tensor) -> Tensor:
 
 def _smooth(images: Tensor) -> Tensor:
     """(1 1 1, 1 5 1, 1 1 1) / 13 around each pixel, the border as it is: float32."""
-    rows = images.flatten(2).to(torch.int16)  # in flat images sums wrap around to the border only
-    columns = (rows[..., : -2 * SIZE] + rows[..., SIZE:-SIZE]).add_(rows[..., 2 * SIZE :])
-    around = (columns[..., :-2] + columns[..., 1:-1]).add_(columns[..., 2:])  # pixels 33, 34 ...
-    smooth = rows.float()
-    smooth[..., 33:-33] = around.add_(rows[..., 33:-33], alpha=4) * (1 / 13)
-    smooth = smooth.view_as(images)
-    smooth[..., ::31] = images[..., ::31]
+    smooth = images.float()
+    columns = (smooth[:, :, :-2] + smooth[:, :, 1:-1]).add_(smooth[:, :, 2:])  # (n, 3, 30, 32)
+    around = (columns[..., :-2] + columns[..., 1:-1]).add_(columns[..., 2:])  # (n, 3, 30, 30)
+    inner = smooth[:, :, 1:-1, 1:-1]
+    inner.copy_(around.add_(inner, alpha=4).mul_(1 / 13))
     return smooth
 
 

@@ -42,8 +42,6 @@ def predict(
 
     `tta`: the weighted mean over test-time views, a key of TTA (Jordan 2024, arXiv:2404.00498).
     """
-    if tta not in TTA:
-        raise ValueError(f"tta: expected one of {', '.join(TTA)}; got {tta!r}")
     was_training = model.training
     model.eval()
     logits = []
@@ -115,21 +113,19 @@ def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a
     confusion matrix."""
     hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    table = {
-        "precision": hits / np.maximum(predicted, 1),
-        "recall": hits / np.maximum(true, 1),
-        "f1": 2 * hits / np.maximum(true + predicted, 1),
-        "images": true,
-    }
-    return pd.DataFrame(table, index=CLASSES).to_dict("index")
+    table = pd.DataFrame(index=CLASSES)
+    table["precision"] = hits / np.maximum(predicted, 1)
+    table["recall"] = hits / np.maximum(true, 1)
+    table["f1"] = 2 * hits / np.maximum(true + predicted, 1)
+    table["images"] = true
+    return table.to_dict("index")
 
 
 def most_confused_pairs(matrix: np.ndarray, k: int = 10) -> list[tuple[str, str, int]]:
     """The k largest cells off the diagonal: (true class, predicted class, images), most first."""
-    mistakes = matrix - np.diag(matrix.diagonal())
-    cells = np.argsort(-mistakes, axis=None, kind="stable")[:k]
-    pairs = (np.unravel_index(cell, matrix.shape) for cell in cells)
-    return [(CLASSES[t], CLASSES[p], int(matrix[t, p])) for t, p in pairs if mistakes[t, p] > 0]
+    mistakes = pd.DataFrame(matrix - np.diag(matrix.diagonal()), CLASSES, CLASSES).stack()
+    cells = mistakes[mistakes > 0].nlargest(k)
+    return [(true, predicted, count) for (true, predicted), count in cells.items()]
 
 
 def most_confident_mistakes(
@@ -144,24 +140,21 @@ def most_confident_mistakes(
         wrong &= labels == true
     if predicted is not None:
         wrong &= guess == predicted
-    positions = wrong.nonzero()[:, 0]
-    return positions[confidence[positions].argsort(descending=True, stable=True)]
+    order = confidence.argsort(descending=True, stable=True)
+    return order[wrong[order]]
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
     """Equal bins of confidence, open below: `edges` (bins + 1,), and `count`, `confidence`,
     `accuracy` (bins,) in each, nan where it is empty."""
     confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))
+    right = guess == labels.cpu().numpy()
     edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    which = np.searchsorted(edges[1:], confidence).clip(max=bins - 1)  # float32 may round above 1
     count = np.bincount(which, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        return {
-            "edges": edges,
-            "count": count,
-            "confidence": np.bincount(which, confidence, bins) / count,
-            "accuracy": np.bincount(which, guess == labels.cpu().numpy(), bins) / count,
-        }
+    with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
+        means = [np.bincount(which, values, bins) / count for values in (confidence, right)]
+    return {"edges": edges, "count": count, "confidence": means[0], "accuracy": means[1]}
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from cifar_lib.errors import InputError
 from cifar_lib.files import parse_object, read_regular, write_atomically
 
 PARAMETER_BUDGET = 5_000_000
-DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels, or classes
+DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels
 LARGEST_FILE = 100_000_000  # bytes
 PRETRAINED = "pretrained"  # stands for the weights that come with the package
 SHIPPED = Path(__file__).parent / "weights" / "report.safetensors"
@@ -53,7 +52,7 @@ class ResNet(nn.Module):
     """3x3 stem, one stage per entry of `blocks` (each after the first halves the image), average
     pooling, linear: normalised float images (N, 3, H, W) -> logits (N, num_classes).
 
-    Raises InputError for a malformed shape or for more than `budget` parameters (None: no limit).
+    Raises InputError for a malformed shape or for more than `budget` parameters.
     """
 
     def __init__(
@@ -61,25 +60,31 @@ class ResNet(nn.Module):
         blocks: Sequence[int] = (3, 4, 3),
         channels: Sequence[int] = (66, 132, 264),
         num_classes: int = 10,
-        budget: int | None = PARAMETER_BUDGET,
+        budget: float = PARAMETER_BUDGET,
     ):
         super().__init__()
-        _check_shape(blocks, channels, num_classes)
-        if budget is not None:
-            parameters = count_parameters(blocks, channels, num_classes)
-            if parameters > budget:
+        numbers = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels))
+        if not numbers or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
+            raise InputError(
+                f"a network takes as many blocks as channels, whole numbers from 1 to {WIDEST:,}, "
+                f"and at most {DEEPEST} blocks in all; got {blocks} and {channels}"
+            )
+        if budget < math.inf:
+            count = count_parameters(blocks, channels, num_classes)
+            if count > budget:
                 raise InputError(
-                    f"blocks {tuple(blocks)} and channels {tuple(channels)} make {parameters:,} "
-                    f"parameters, over the budget of {budget:,}: use fewer blocks or channels"
+                    f"blocks {blocks} and channels {channels} make {count:,} parameters, over the "
+                    f"budget of {budget:,}: use fewer blocks or channels"
                 )
         self.blocks, self.channels, self.num_classes = tuple(blocks), tuple(channels), num_classes
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
-        widths = (channels[0], *channels)
-        for i, (depth, (width_in, width)) in enumerate(zip(blocks, pairwise(widths), strict=True)):
-            first = BasicBlock(width_in, width, stride=1 if i == 0 else 2)
-            rest = [BasicBlock(width, width, stride=1) for _ in range(depth - 1)]
-            self.add_module(f"layer{i + 1}", nn.Sequential(first, *rest))
+        width_in = channels[0]
+        for i, (depth, width) in enumerate(zip(blocks, channels, strict=True)):
+            stage = [BasicBlock(width_in, width, stride=1 if i == 0 else 2)]
+            stage += [BasicBlock(width, width, stride=1) for _ in range(depth - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+            width_in = width
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels[-1], num_classes)
 
@@ -98,18 +103,8 @@ class ResNet(nn.Module):
 def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes: int = 10) -> int:
     """Trainable parameters of `ResNet(blocks, channels, num_classes)`, allocating none."""
     with torch.device("meta"):
-        model = ResNet(blocks, channels, num_classes, budget=None)
+        model = ResNet(blocks, channels, num_classes, budget=math.inf)
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _check_shape(blocks: Sequence[int], channels: Sequence[int], num_classes: int) -> None:
-    whole = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels, num_classes))
-    if not whole or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
-        got = ", ".join(str(part)[:40] for part in (blocks, channels, num_classes))
-        raise InputError(
-            f"a network takes as many blocks as channels, and classes: whole numbers from 1 to "
-            f"{WIDEST:,}, at most {DEEPEST} blocks in all; got {got}"
-        )
 
 
 class Info(BaseModel, strict=True):
@@ -124,10 +119,9 @@ def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> Non
     """Write weights as safetensors with what is needed to use them: the shape of the network, and
     `info` (JSON). `half`: convolutions in half precision, which makes half the file."""
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor.detach().cpu().contiguous()
-        tensors[name] = tensor.half() if half and tensor.ndim == 4 else tensor
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        tensors |= {name: tensor.half() for name, tensor in tensors.items() if tensor.ndim == 4}
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
@@ -153,9 +147,8 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
                 raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
         return _parse(content)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
         # torch and pydantic take several lines, pydantic the last one for a link
-        reason = " ".join(reason.partition("\n    For further")[0].split())[:200]
+        reason = " ".join(str(error).partition("\n    For further")[0].split())[:200]
         raise InputError(
             f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
         ) from error
