@@ -4,7 +4,8 @@
 
 The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read
 after every step. Ours: the same network, loss, optimizer and distribution of images, in the
-precision that is fast here and the kind of step that `fit` takes for 60 epochs; the other kinds of step beside it.
+precision that is fast here and the kind of step that `fit` takes for 60 epochs; the other kinds of
+step beside it.
 """
 
 import statistics
