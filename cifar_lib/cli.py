@@ -269,7 +269,10 @@ def _submit(options: argparse.Namespace) -> None:
     model, info, precision = _load(options)
     normalisation = info["mean"], info["std"]
     model, mean, std = adapt(options.adapt, model, test.images, *normalisation, precision)
-    labels = predict(model, test.images, mean, std, precision, options.tta).argmax(1)
+    logits = predict(model, test.images, mean, std, precision, options.tta)
+    if not logits.isfinite().all():
+        raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
+    labels = logits.argmax(1)
     inputs = (options.test, options.weights)
     write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
     how = f"adaptation: {options.adapt}, test-time views: {options.tta}"

@@ -127,6 +127,14 @@ def test_submit_to_standard_output_keeps_its_summary_out_of_it(place, capsys):
     assert "20 labels in -" in err and "labels in" not in out
 
 
+def test_outputs_that_are_not_finite_make_no_submission(place, capsys):
+    model, info = load_model("tiny.safetensors")
+    model.linear.weight.data.fill_(3e38)  # finite, but no sum of it is
+    save_model(Path("huge.safetensors"), model, info)
+    said = mistake(capsys, "submit --weights huge.safetensors --test test.pkl --out s.csv")
+    assert "not finite" in said and not Path("s.csv").exists()
+
+
 def test_submit_adapts_by_what_the_ablation_chose(place, capsys):
     assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
     chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
