@@ -46,7 +46,7 @@ def predict(
     model.eval()
     logits = []
     on_cpu = next(model.parameters()).device.type == "cpu"
-    for inputs in batches(model, images, mean, std, size=100 if on_cpu else 1000):
+    for inputs in batches(model, images, mean, std, size=400 if on_cpu else 1000):
         with computing(inputs.device, precision):
             views = zip(TTA[tta], _views(inputs), strict=False)
             logits.append(sum(weight * model(view).float() for weight, view in views).cpu())
