@@ -98,7 +98,7 @@ class State:
                 ours["momentum_buffer"].copy_(saved["optimizer"]["state"][i]["momentum_buffer"])
             self.history = [dict(row) for row in saved["history"]]
             self.epoch, self.steps = len(self.history), int(saved["steps"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # nearly any, where the content is another's
             raise InputError(
                 f"run directory: its checkpoint is not of this run ({type(error).__name__}): "
                 "restore it, or choose another directory"

@@ -47,7 +47,7 @@ def config(**changes: str) -> TrainConfig:
     return recipe("report", **{**FIELDS, **changes})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of other modules may run in between
 def together(tmp_path_factory) -> Path:
     """A run of two ranks that was interrupted and has gone on to its end."""
     folder = tmp_path_factory.mktemp("together")
