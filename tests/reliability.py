@@ -200,7 +200,10 @@ def train(
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
-        return cli.main(arguments)
+        try:
+            return cli.main(arguments)
+        except KeyboardInterrupt:  # before `main` listens: __main__ does the same
+            return 130
 
 
 def trained(path: Path, precision: str, ranks: int) -> None:
