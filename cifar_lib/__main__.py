@@ -20,6 +20,8 @@ from cifar_lib.cli import main  # noqa: E402
 signal.signal(signal.SIGINT, handler)
 try:
     raise SystemExit(main())
+except KeyboardInterrupt:  # before `main` listens
+    raise SystemExit(130) from None
 finally:
     try:
         print(end="", flush=True)
