@@ -12,7 +12,7 @@ run: .venv/ready  ## the five notebooks as pages under runs/html, and the README
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n logical --dist loadgroup tests extras/winograd/tests
+	$(PY) -m pytest -q -n logical --dist loadgroup tests extras/search/tests extras/winograd/tests
 	$(PY) -m pytest -q --nbmake notebooks --durations=5
 
 colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an empty folder, a clone of the last commit
@@ -42,10 +42,12 @@ address:  ## make address TO=you/your-repository: the address in pyproject.toml,
 clean:
 	rm -rf .venv .venv-colab runs
 
-.venv/ready: requirements.txt constraints.txt extras/winograd/winograd.cpp
+.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml extras/winograd/winograd.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt
-	$(PIP) 'setuptools>=77,<81' && $(PIP) --no-build-isolation ./extras/winograd || \
+	$(PIP) 'setuptools>=77,<81'
+	$(PIP) --no-build-isolation -e ./extras/search
+	$(PIP) --no-build-isolation ./extras/winograd || \
 	  echo "extras/winograd can't be built here: training in fp32 on a CPU goes without it, slower"
 	touch $@

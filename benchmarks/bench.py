@@ -17,11 +17,12 @@ sys.path.insert(
     0, str(Path(__file__).parent.parent)
 )  # so that the scripts run without an installation
 
+from stand_in import generate_stand_in
+
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import DTYPES, choose_device, describe
-from cifar_lib.stand_in import generate_stand_in
 
 RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
 FLOP_PER_IMAGE = (

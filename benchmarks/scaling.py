@@ -28,7 +28,7 @@ def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: 
     def epochs(n: int) -> None:
         for _ in range(n):
             plan = epoch_plan(config, len(train), state.epoch)
-            train_one_epoch(step, train, config, plan, tqdm(disable=True))
+            train_one_epoch(step, train, plan, tqdm(disable=True))
         synchronize(device)
 
     epochs(1)

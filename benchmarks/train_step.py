@@ -52,7 +52,7 @@ class Ours:
         synchronize(self.device)
         start = time.perf_counter()
         plan = epoch_plan(self.config, len(self.train), state.epoch)
-        train_one_epoch(self.step, self.train, self.config, plan, tqdm(disable=True))
+        train_one_epoch(self.step, self.train, plan, tqdm(disable=True))
         synchronize(self.device)
         state.epoch += 1
         return len(self.train) / (time.perf_counter() - start)

@@ -10,24 +10,22 @@ model.safetensors       the final weights
 metrics.json            what they score
 """
 
-import csv
 import fcntl
 import hashlib
 import io
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor
 
 from cifar_lib.errors import InputError
 from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
 
-FORMAT = 2  # of a checkpoint
+FORMAT = 3  # of a checkpoint
 DIGEST_SIZE = hashlib.sha256().digest_size
 
 
@@ -91,15 +89,11 @@ class RunDirectory:
         """Write rows of equal keys as CSV, None as an empty field; `below`: under those there."""
         path = self.path / name
         before = path.read_bytes() if below and path.is_file() else b""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[-1], "", "ignore", lineterminator="\n")
-        if not before:
-            writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, before + text.getvalue().encode())
+        text = pd.DataFrame(rows).to_csv(index=False, header=not before, lineterminator="\n")
+        write_atomically(path, before + text.encode())
 
     def save(self, state: dict) -> None:
-        """Write `state`, a `snapshot`, as checkpoint.pt. Equal states are equal bytes."""
+        """Write `state`, what `load` gives back, as checkpoint.pt."""
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
         content = buffer.getvalue()
@@ -148,18 +142,3 @@ def _read_checkpoint(path: Path) -> dict:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"no checkpoint of format {FORMAT}, which this version reads")
     return state
-
-
-def snapshot(value: Any) -> Any:
-    """A copy of nested dicts, lists, tensors, numbers and strings, on the CPU.
-
-    Equal ones are equal bytes: pickle writes a string again or refers back to it depending on its
-    identity.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {snapshot(key): snapshot(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [snapshot(item) for item in value]
-    return sys.intern(value) if isinstance(value, str) else value

@@ -32,13 +32,13 @@ DATA = {"metavar": "ROOT", "help": "the folder that holds cifar-10-batches-py"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130, 141 or 143
-    when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a mistake in what was given, 130 when
+    interrupted."""
     options = _parser().parse_args(arguments)
-    # As Ctrl-C; but a rank of several may be waiting for the others, where no handler would run:
-    # there it just ends.
+    # SIGTERM, which schedulers send, is as Ctrl-C; but a rank of several may be waiting for the
+    # others, where no handler would run: there it just ends.
     if threading.current_thread() is threading.main_thread() and "WORLD_SIZE" not in os.environ:
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options.command(options)
         print(end="", flush=True)
@@ -50,26 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
         return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
     except BaseException as error:
-        # One that arrives while C code runs can end as a SystemError.
-        interrupt = behind(error, KeyboardInterrupt)
-        if interrupt is None:
+        if behind(error, KeyboardInterrupt) is None:  # inside C code it can end as a SystemError
             raise
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
-        return 143 if isinstance(interrupt, _Terminated) else 130
+        return 130
     return 0
 
 
 def _mistake(message: str) -> int:
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers and containers send it."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_info, "the network's size and a recipe's learning rates", "starts again")
     add("--recipe", default="report", metavar="R")
-    add("--json", action="store_true")
 
     text = "train a recipe into a run directory, or go on with it"
     add = command(_train, text, "goes on from the last finished epoch")
@@ -154,22 +143,9 @@ def _positive(text: str) -> int:
 
 def _info(options: argparse.Namespace) -> None:
     config = recipe(options.recipe)
-    summary = torchinfo.summary(ResNet(config.blocks, config.channels), (1, 3, 32, 32), verbose=0)
-    total_bytes = summary.total_input + summary.total_output_bytes + summary.total_param_bytes
-    sizes = {
-        "parameters": summary.total_params,
-        "mult_adds_m": round(summary.total_mult_adds / 1e6, 2),
-        "params_mb": round(summary.total_param_bytes / 1e6, 2),
-        "forward_backward_mb": round(summary.total_output_bytes / 1e6, 2),
-        "total_mb": round(total_bytes / 1e6, 2),
-    }
-    rates = learning_rates(config)
-    if options.json:
-        print(json.dumps({"recipe": options.recipe, **sizes, "learning_rates": rates}))
-        return
-    print(summary)
-    text = " ".join(f"{rate:.4g}" for rate in rates)
-    print(f"learning rates of {options.recipe}, epoch by epoch: {text}")
+    print(torchinfo.summary(ResNet(config.blocks, config.channels), (1, 3, 32, 32), verbose=0))
+    rates = " ".join(f"{rate:.4g}" for rate in learning_rates(config))
+    print(f"learning rates of {config.recipe}, epoch by epoch: {rates}")
 
 
 def _config(options: argparse.Namespace, **changes: object) -> TrainConfig:
@@ -203,12 +179,16 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    from cifar_lib import tune  # here, as importing Optuna takes a second
-
-    config = _config(options, **tune.SHORT)
-    score = tune.objective(load_cifar10(options.data)[0], config, options.device)
-    study = tune.open_search(options.study, config, options.seed)
-    tune.work(study, options.study, options.trials, score)
+    try:
+        import cifar_search  # extras/search: optional
+    except ImportError as error:
+        raise InputError(
+            "tune: expected the package cifar_search, found none: pip install ./extras/search"
+        ) from error
+    config = _config(options, **cifar_search.SHORT)
+    score = cifar_search.objective(load_cifar10(options.data)[0], config, options.device)
+    study = cifar_search.open_search(options.study, config, options.seed)
+    cifar_search.work(study, options.study, options.trials, score)
     for best in study.best_trials[:1]:  # none, if all were pruned
         print(f"best on the validation split: {best.value:.2%} with {best.params}")
 

@@ -213,7 +213,16 @@ def read_picture(path: str | os.PathLike) -> Tensor:
         content = io.BytesIO(read_regular(Path(path), 4 * MAX_PIXELS))
         with warnings.catch_warnings():  # the error says it all
             warnings.simplefilter("ignore")
-            picture = _decoded(Image.open(content, formats=PICTURE_FORMATS))
+            file = Image.open(content, formats=PICTURE_FORMATS)
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels, over {MAX_PIXELS:,}")
+            if file.mode == "F":
+                raise ValueError("its greys are floating-point numbers")
+            picture = ImageOps.exif_transpose(file)  # upright
+            if picture.mode.startswith("I"):  # 16 bits, which Pillow's conversion cuts off at 255
+                grey = (np.asarray(picture) / 257).round().clip(0, 255)
+                picture = Image.fromarray(grey.astype(np.uint8))
+            picture = picture.convert("RGBA")
     except Exception as error:  # whatever Pillow stumbles over in a broken file
         reason = str(getattr(error, "strerror", None) or error).partition(" <_io")[0]
         raise InputError(
@@ -224,16 +233,3 @@ def read_picture(path: str | os.PathLike) -> Tensor:
     opaque = Image.alpha_composite(white, picture).convert("RGB")
     square = ImageOps.fit(opaque, (32, 32), Image.Resampling.BOX)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-def _decoded(file: Image.Image) -> Image.Image:
-    """In RGBA, turned upright as phones note it."""
-    if file.width * file.height > MAX_PIXELS:
-        raise ValueError(f"{file.width} x {file.height} pixels, over {MAX_PIXELS:,}")
-    if file.mode == "F":
-        raise ValueError("its greys are floating-point numbers")
-    upright = ImageOps.exif_transpose(file)
-    if upright.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts off at 255
-        grey = (np.asarray(upright) / 257).round().clip(0, 255)
-        upright = Image.fromarray(grey.astype(np.uint8))
-    return upright.convert("RGBA")

@@ -185,13 +185,6 @@ def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.n
     return right.cumsum() / counts, counts / len(right)
 
 
-def nearest(queries: Tensor, others: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k rows of `others` (M, D) nearest by cosine to each of `queries` (N, D): similarity,
-    position (N, k) each."""
-    found = (F.normalize(queries, dim=1) @ F.normalize(others, dim=1).T).topk(k, dim=1)
-    return found.values, found.indices
-
-
 def summarize(logits: Tensor, labels: Tensor) -> dict:
     """Everything measured on a labelled set, ready for JSON; accuracy is a fraction, the interval
     Wilson's 95 %."""

@@ -181,19 +181,18 @@ def _train_epochs(step: Step, run: RunDirectory | None, train: ImageSet, watched
     training. `run`: None where another rank writes.
     """
     state, config, n = step.state, step.config, len(train)
-    written: Future = Future()
-    written.set_result(None)
     with (
         ThreadPoolExecutor(max_workers=1) as beside,
         tqdm(total=config.epochs * n, initial=state.epoch * n, unit="img", leave=False) as bar,
     ):
+        written: Future = beside.submit(lambda: None)
         planned = beside.submit(epoch_plan, config, n, state.epoch)
         while state.epoch < config.epochs:
             began = time.perf_counter()
             plan = planned.result()
             planned = beside.submit(epoch_plan, config, n, state.epoch + 1)
             bar.set_description(f"epoch {state.epoch + 1}/{config.epochs}")
-            loss, right = train_one_epoch(step, train, config, plan, bar)
+            loss, right = train_one_epoch(step, train, plan, bar)
             rate = n / (time.perf_counter() - began)
             row = {"epoch": state.epoch, "learning_rate": learning_rate(config, state.epoch)}
             row |= {"train_loss": loss, "train_accuracy": right}
@@ -203,17 +202,17 @@ def _train_epochs(step: Step, run: RunDirectory | None, train: ImageSet, watched
             for name, images in watched.items():
                 row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(step, images)
             state.history.append(row)
-            timing = {"epoch": row["epoch"], "seconds": time.perf_counter() - began}
-            timing["images_per_second"] = rate
+            seconds = time.perf_counter() - began
+            timing = {"epoch": row["epoch"], "seconds": seconds, "images_per_second": rate}
             written.result()  # raises what went wrong with the last one
-            written = beside.submit(_write_epoch, run, state.content(), timing)
+            written = beside.submit(_write, run, state.content(), state.history[:], timing)
             step.log(_line(row, rate, config.epochs))
         written.result()
 
 
-def _write_epoch(run: RunDirectory, content: dict, timing: dict) -> None:
+def _write(run: RunDirectory, content: dict, history: list[dict], timing: dict) -> None:
     run.save(content)
-    run.write_rows("history.csv", content["history"])
+    run.write_rows("history.csv", history)
     run.write_rows("timing.csv", [timing], below=True)
 
 
@@ -221,14 +220,14 @@ def _watch(step: Step, images: ImageSet | None) -> tuple[float | None, float | N
     """Loss and accuracy on a set that is evaluated each epoch; None where it isn't."""
     if images is None:
         return None, None
-    logits, labels = _logits(step, images), images.labels.cpu()
+    logits, labels = predict(step.state.model, images.images, *_how(step)), images.labels.cpu()
     loss = smooth_cross_entropy(logits, labels, step.config.label_smoothing)
     return loss.item(), accuracy(logits, labels)
 
 
-def _logits(step: Step, images: ImageSet) -> Tensor:
-    how = (step.config.test_mean, step.config.test_std, step.config.precision)
-    return predict(step.state.final_model, images.images, *how)
+def _how(step: Step) -> tuple:
+    """How images are evaluated: what they are normalised by, and the precision."""
+    return step.config.test_mean, step.config.test_std, step.config.precision
 
 
 def _line(row: dict, images_per_second: float, epochs: int) -> str:
@@ -246,9 +245,8 @@ def _finish(run: RunDirectory, step: Step, train: ImageSet, test: ImageSet, sour
     run.write_rows("history.csv", state.history)  # a kill may have left it a row short
     info = {"recipe": config.recipe, "seed": config.seed, "data": source, "epochs": config.epochs}
     info |= {"mean": config.test_mean, "std": config.test_std}
-    score = summarize(_logits(step, test), test.labels)
-    how = (config.test_mean, config.test_std, config.precision)
-    model = rebase_batch_norm(state.final_model, train.images[:REBASED_ON], *how)
+    score = summarize(predict(state.model, test.images, *_how(step)), test.labels)
+    model = rebase_batch_norm(state.model, train.images[:REBASED_ON], *_how(step))
     save_model(run.path / "model.safetensors", model, info)
     run.write_json("metrics.json", {**info, "train_images": len(train), "test": score})
     return run.read_json("metrics.json")

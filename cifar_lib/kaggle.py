@@ -3,11 +3,9 @@
 import csv
 import io
 import os
-import pickle
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,9 @@ import numpy as np
 import torch
 
 from cifar_lib import pickles
-from cifar_lib.data import CLASSES, KAGGLE_MEAN, KAGGLE_STD, ImageSet
+from cifar_lib.data import CLASSES, ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.files import read_regular, write_atomically
-from cifar_lib.shift import match_statistics
 
 MAX_NAME = 200  # characters of an id
 
@@ -112,15 +109,3 @@ def write_submission(
         sys.stdout.buffer.flush()
     else:
         write_atomically(Path(path), text.getvalue().encode(), inputs)
-
-
-def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:
-    """A file in the competition's format, where there is no real one; returns its images labelled.
-
-    The images of `test` in another order, with the channel statistics of the competition's images.
-    """
-    shuffled = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))]
-    images = match_statistics(shuffled.images, KAGGLE_MEAN, KAGGLE_STD)
-    data, ids = images.permute(0, 2, 3, 1).contiguous().numpy(), range(len(images))
-    write_atomically(Path(path), pickle.dumps({b"data": data, b"ids": list(ids)}, protocol=4))
-    return replace(shuffled, images=images, ids=tuple(ids))

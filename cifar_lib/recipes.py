@@ -51,7 +51,6 @@ class TrainConfig:
     decay_all: bool = True  # False: no weight decay on biases and batch normalisation
     # the report's s: s / 9 on each wrong class
     label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(CLASSES))] = 0.05
-    ema_decay: Fraction = 0.0  # per step, of the averaged weights that are evaluated; 0: none
     half_size_epochs: Count = 0  # first epochs, never the last, at 16x16: a quarter of the cost
     policy: Policy = Policy()
     mean: Mean = CIFAR10_MEAN

@@ -1,6 +1,7 @@
 """Training, to be read from the top: the loss, the state, a step, an epoch."""
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -8,13 +9,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from cifar_lib import ranks
 from cifar_lib.augment import Draws, augment, draw, random_stream
-from cifar_lib.checkpoint import snapshot
 from cifar_lib.data import CLASSES, ImageSet, apply_scale, scale_and_shift
 from cifar_lib.errors import InputError
 from cifar_lib.hardware import computing
@@ -40,9 +40,7 @@ class State:
     model: ResNet
     optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler  # does nothing but in fp16
-    ema: ResNet | None  # the average of the weights over steps
     epoch: int = 0  # epochs done, as many as there are rows
-    steps: int = 0  # updates done
     history: list[dict] = field(default_factory=list)
 
     @classmethod
@@ -72,32 +70,33 @@ class State:
             for parameter in parameters:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else None
-        return cls(model, optimizer, scaler, ema)
+        return cls(model, optimizer, scaler)
 
-    @property
-    def final_model(self) -> ResNet:
-        """The weights that are evaluated and kept: the averaged ones where there are some."""
-        return self.model if self.ema is None else self.ema
+    def _momenta(self) -> list[Tensor]:
+        return [state["momentum_buffer"] for state in self.optimizer.state.values()]
 
     def content(self) -> dict:
-        """A copy of everything, on the CPU, that later steps leave alone."""
-        parts = {name: getattr(self, name) for name in ("model", "optimizer", "scaler", "ema")}
-        saved = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        saved |= {"epoch": self.epoch, "steps": self.steps, "history": self.history}
-        return snapshot(saved)
+        """A copy of everything, on the CPU, that later steps leave alone. No text is in it twice:
+        whether pickle writes it again depends on how it came about, and equal states should be
+        equal bytes."""
+        model = self.model.state_dict()
+        return {
+            "model": {name: value.to("cpu", copy=True) for name, value in model.items()},
+            "momenta": [buffer.to("cpu", copy=True) for buffer in self._momenta()],
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "history": json.dumps(self.history),
+        }
 
     def load(self, saved: dict) -> None:
         """Go on from a `content`; raises InputError where it is another configuration's."""
         try:
             self.model.load_state_dict(saved["model"])
-            if self.ema is not None:
-                self.ema.load_state_dict(saved["ema"])
+            for ours, theirs in zip(self._momenta(), saved["momenta"], strict=True):
+                ours.copy_(theirs)
             self.scaler.load_state_dict(saved["scaler"])
-            for i, ours in self.optimizer.state_dict()["state"].items():
-                ours["momentum_buffer"].copy_(saved["optimizer"]["state"][i]["momentum_buffer"])
-            self.history = [dict(row) for row in saved["history"]]
-            self.epoch, self.steps = len(self.history), int(saved["steps"])
+            self.history = [dict(row) for row in json.loads(saved["history"])]
+            self.epoch = len(self.history)
         except Exception as error:  # nearly any, where the content is another's
             raise InputError(
                 f"run directory: its checkpoint is not of this run ({type(error).__name__}): "
@@ -125,18 +124,15 @@ class Step:
         `half_size`: the images averaged down to 16x16. `share`: the factor of this rank's gradient,
         where the ranks hold different numbers of a batch's images.
         """
-        state, optimizer = self.state, self.state.optimizer
+        optimizer, scaler = self.state.optimizer, self.state.scaler
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
         loss_of = self.fast if len(labels) == self.config.batch_size else self.loss
         loss, right = loss_of(images, labels, half_size)
-        state.scaler.scale(loss * share).backward()
-        state.scaler.step(optimizer)
-        state.scaler.update()
-        if state.ema is not None:
-            average(state.ema, state.model, self.config.ema_decay if state.steps else 0.0)
-        state.steps += 1
+        scaler.scale(loss * share).backward()
+        scaler.step(optimizer)
+        scaler.update()
         loss, n = loss.detach(), torch.full_like(loss, len(labels))
         self.totals += torch.stack([loss * n, right.to(loss.dtype), n])
 
@@ -186,16 +182,6 @@ class Step:
         return loss / images, right / images
 
 
-@torch.no_grad()
-def average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
-    """averaged = decay averaged + (1 - decay) model, for weights and batch statistics."""
-    olds, news = (
-        [tensor for tensor in m.state_dict().values() if tensor.is_floating_point()]
-        for m in (averaged, model)
-    )
-    torch._foreach_lerp_(olds, news, 1 - decay)
-
-
 def epoch_plan(config: TrainConfig, n: int, epoch: int) -> tuple[Tensor, Draws]:
     """The order of the n images in an epoch, int64 (n,), and the draws of their augmentation."""
     order = torch.randperm(n, generator=random_stream(config.seed, epoch, purpose=1))
@@ -217,13 +203,13 @@ def epoch_batches(
 
 
 def train_one_epoch(
-    step: Step, train: ImageSet, config: TrainConfig, plan: tuple[Tensor, Draws], bar: tqdm
+    step: Step, train: ImageSet, plan: tuple[Tensor, Draws], bar: tqdm
 ) -> tuple[float, float]:
     """One pass over `train`; returns the mean loss and the accuracy over its augmented images.
 
     Raises InputError when the loss is not finite, on a GPU up to CHECK_EVERY steps later.
     """
-    state = step.state
+    state, config = step.state, step.config
     steps = math.ceil(len(train) / config.batch_size)
     half_size = state.epoch < min(config.half_size_epochs, config.epochs - 1)
     step.totals.zero_()

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import sqlite3
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ if _MISSING:
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 import torchinfo
 from cifar_lib import evaluate, explain
 from cifar_lib.data import (
@@ -33,19 +35,21 @@ from cifar_lib.evaluate import wilson_interval
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.hardware import choose_device, choose_precision, prepare
-from cifar_lib.kaggle import generate_test_file, read_test_file
+from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.stand_in import generate_stand_in
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+from sqlalchemy.pool import NullPool
 from torch import Tensor
 
 from figures import inspection, save_figure
+from shifts import generate_test_file
+from stand_in import generate_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "results" / "published"
@@ -282,7 +286,9 @@ class Inspector:
 
     def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest training images of each image: cosine, position in `known`, (N, 5) each."""
-        return evaluate.nearest(self.features(images), self.known_features, 5)
+        ours, known = (F.normalize(f, dim=1) for f in (self.features(images), self.known_features))
+        found = (ours @ known.T).topk(5, dim=1)
+        return found.values, found.indices
 
     def figure(self, index: int) -> Figure:
         """Test image `index`: calibrated probabilities, Grad-CAM for the answer and for the true
@@ -358,6 +364,34 @@ def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
         for name, history in runs.items()
         for column, images in (("train", "training"), ("test", "test"))
     }
+
+
+def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A search's trials that finished or were pruned, and how much of the differences each
+    parameter explains.
+
+    The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
+    state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
+    2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError where the file
+    is missing or holds no search.
+    """
+    import optuna  # here, as it takes a second
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    try:
+        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # a look changes nothing
+        connect = {"creator": lambda: sqlite3.connect(database, uri=True), "poolclass": NullPool}
+        storage = optuna.storages.RDBStorage("sqlite://", connect, skip_table_creation=True)
+        study = optuna.load_study(study_name="table-1", storage=storage)
+        table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
+        table.columns = table.columns.str.removeprefix("params_")
+        table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
+        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    except Exception as error:  # a damaged file can end in nearly any
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"study: expected a search's SQLite file, got {path} ({reason}): get results/ again"
+        ) from error
 
 
 def show_source(*parts: object) -> None:

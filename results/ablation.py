@@ -21,27 +21,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, wasserstein_distance
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
 
 import figures
 from cifar_lib.files import write_atomically
-from cifar_lib.data import ImageSet, load_cifar10, stratified_split
+from cifar_lib.data import ImageSet, channel_histogram, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import features, mcnemar, predict, wilson_interval
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
-from cifar_lib.shift import (
-    ADAPTATIONS,
-    FAMILIES,
-    SEVERITIES,
-    adapt,
-    channel_distance,
-    frechet_distance,
-    shifted,
-)
+from cifar_lib.shift import ADAPTATIONS, adapt
+from shifts import FAMILIES, SEVERITIES, shifted
 
 
 FOLDER = Path(__file__).parent / "shift"
@@ -87,6 +80,28 @@ def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np
         for tta in logits:
             right[method, tta] = logits[tta].argmax(1) == test.labels
     return torch.stack([right[way] for way in WAYS]).numpy()
+
+
+def channel_distance(images: torch.Tensor, others: torch.Tensor) -> np.ndarray:
+    """Wasserstein distance between the pixel values of two sets, a channel at a time, in [0, 1]:
+    float64 (3,)."""
+    values = np.arange(256) / 255
+    ours, theirs = (channel_histogram(part).numpy() for part in (images, others))
+    return np.array([wasserstein_distance(values, values, ours[c], theirs[c]) for c in range(3)])
+
+
+def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
+    """Fréchet distance of two normal distributions fitted to features (N, D) and (M, D) (Heusel et
+    al. 2017, arXiv:1706.08500): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+
+    With N or M below D + 1 it is too large: compare only sets of equal sizes.
+    """
+    a, b = features.double().cpu(), others.double().cpu()
+    c1, c2 = a.T.cov(), b.T.cov()
+    # C1 C2 has eigenvalues of 0 or more, but for rounding, which may make them negative or complex.
+    cross = torch.linalg.eigvals(c1 @ c2).sqrt().real.sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * cross
+    return distance.item()
 
 
 def keep(right: dict[str, np.ndarray], shift: str, found: np.ndarray, weights: str) -> None:

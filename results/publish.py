@@ -39,8 +39,9 @@ from cifar_lib.evaluate import (
 )
 from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
-from cifar_lib.shift import adapt, shifted
+from cifar_lib.shift import adapt
 from session import GIVE_UP_AFTER, SHIFT, SHIPPED_RUN
+from shifts import shifted
 
 RESULTS = Path(__file__).parent
 WEIGHTS = SHIPPED.parent

@@ -25,11 +25,12 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "notebooks")]
 
+from session import trials_table  # noqa: E402
 from test_pickles import CORPUS, HONEST, mutated  # noqa: E402
 
-from cifar_lib import checkpoint, tune  # noqa: E402
+from cifar_lib import checkpoint  # noqa: E402
 from cifar_lib.data import read_picture  # noqa: E402
 from cifar_lib.errors import InputError  # noqa: E402
 from cifar_lib.kaggle import read_test_file  # noqa: E402
@@ -144,7 +145,7 @@ READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], obje
     "configuration": (configurations, read_configuration),
     "settings": (settings, read_setting),
     "checkpoint": (checkpoints, read_checkpoint),
-    "study": (studies, tune.trials_table),
+    "study": (studies, trials_table),
 }
 
 
@@ -159,7 +160,7 @@ def prepare() -> None:
         save_model(path, network, info)
         WEIGHTS = path.read_bytes()
     CONFIG = json.loads(json.dumps(asdict(RECIPES["quick"])))
-    SMALL = recipe("quick", blocks="1", channels="16", ema_decay=0.9, precision="fp32")
+    SMALL = recipe("quick", blocks="1", channels="16", precision="fp32")
     STATE = {"format": checkpoint.FORMAT, **State.new(SMALL, torch.device("cpu")).content()}
     file = io.BytesIO()
     torch.save(STATE, file)

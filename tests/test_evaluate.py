@@ -171,14 +171,6 @@ def test_selective_accuracy_answers_the_surest_first():
     assert right.tolist() == [1, 1 / 2, 2 / 3, 3 / 4] and share.tolist() == [0.25, 0.5, 0.75, 1]
 
 
-def test_nearest_goes_by_direction_not_by_length():
-    others = torch.tensor([[1.0, 0.0], [0.0, 5.0], [10.0, 1.0]])
-    similarity, position = evaluate.nearest(torch.tensor([[2.0, 0.0], [0.0, 0.1]]), others, 2)
-    assert position.tolist() == [[0, 2], [1, 2]]
-    expected = [[1, 10 / 101**0.5], [1, 1 / 101**0.5]]
-    torch.testing.assert_close(similarity, torch.tensor(expected))
-
-
 def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():
     reference = np.array([True] * 50 + [False] * 50)
     right = np.array([True] * 40 + [False] * 10 + [True] * 30 + [False] * 20)

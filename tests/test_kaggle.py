@@ -6,11 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from shifts import generate_test_file
 
 from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.files import parse_object
-from cifar_lib.kaggle import generate_test_file, read_test_file, write_submission
+from cifar_lib.kaggle import read_test_file, write_submission
 
 N = 4
 IMAGES = torch.arange(N * 3072).remainder(251).to(torch.uint8).view(N, 3, 32, 32)

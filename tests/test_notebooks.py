@@ -22,6 +22,7 @@ from session import (
     show_source,
     sixty_epochs,
 )
+from stand_in import generate_stand_in
 
 import figures
 from cifar_lib import evaluate
@@ -29,7 +30,6 @@ from cifar_lib.data import CLASSES, REAL, STAND_IN
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
-from cifar_lib.stand_in import generate_stand_in
 
 ROOT = Path(__file__).parent.parent
 NAMES = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from shifts import shifted
 
 from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
@@ -14,7 +15,6 @@ from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import fit
 from cifar_lib.model import SHIPPED, ResNet, load_model
 from cifar_lib.recipes import recipe
-from cifar_lib.shift import shifted
 
 SMALL = {"blocks": "1", "channels": "16", "epochs": "1", "half_size_epochs": "0"}
 

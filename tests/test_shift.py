@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import shifts
 import torch
 from scipy.linalg import sqrtm
 from session import SHIFT
+from stand_in import generate_stand_in
 
 from cifar_lib import data, shift
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import predict
 from cifar_lib.model import ResNet
-from cifar_lib.stand_in import generate_stand_in
 
 HEADER = "| accuracy, % | none | normalize | batchnorm | both | both, mirror image: the default |"
 ROWS = {
@@ -31,7 +32,7 @@ MEAN, STD = data.CIFAR10_MEAN, data.CIFAR10_STD
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     """260: two batches of statistics, which count alike, so both must have 130."""
-    return shift.match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
+    return shifts.match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -55,47 +56,47 @@ def first_inputs(model, images) -> torch.Tensor:
     return model.conv1(data.normalize(images, MEAN, STD)).detach()
 
 
-@pytest.mark.parametrize("family", shift.FAMILIES)
+@pytest.mark.parametrize("family", shifts.FAMILIES)
 def test_a_shift_is_deterministic_and_grows_with_its_severity(family, images):
     images = images[:50]
-    results = [shift.shifted(images, family, severity) for severity in shift.SEVERITIES]
+    results = [shifts.shifted(images, family, severity) for severity in shifts.SEVERITIES]
     assert all(r.shape == images.shape and r.dtype == torch.uint8 for r in results)
-    assert torch.equal(results[2], shift.shifted(images, family, 3))
+    assert torch.equal(results[2], shifts.shifted(images, family, 3))
     changes = [(r.float() - images.float()).abs().mean().item() for r in results]
     assert changes[0] > 0.05 and changes == sorted(changes)
 
 
 def test_noise_has_the_standard_deviation_of_its_severity(images):
-    moved = shift.shifted(images, "noise", 5).float() - images.float()
+    moved = shifts.shifted(images, "noise", 5).float() - images.float()
     inside = (images > 90) & (images < 165)  # where nothing is cut off
     assert moved[inside].std().item() == pytest.approx(0.10 * 255, rel=0.02)
 
 
 def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(images):
-    mean, std = data.channel_statistics(shift.shifted(images, "statistics", 1))
+    mean, std = data.channel_statistics(shifts.shifted(images, "statistics", 1))
     np.testing.assert_allclose(mean, data.KAGGLE_MEAN, atol=2e-3)
     np.testing.assert_allclose(std, data.KAGGLE_STD, atol=2e-3)
 
 
-def test_channel_distance_of_a_constant_move_is_the_move():
+def test_channel_distance_of_a_constant_move_is_the_move(script):
     low = torch.randint(0, 200, (20, 3, 8, 8), dtype=torch.uint8)
     high = low + torch.tensor([0, 10, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    np.testing.assert_allclose(shift.channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
+    np.testing.assert_allclose(script.channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
 
 
-def test_frechet_distance_is_the_formula():
+def test_frechet_distance_is_the_formula(script):
     torch.manual_seed(0)
     a, b = torch.randn(300, 5).numpy(), (torch.randn(300, 5) @ torch.randn(5, 5) + 1).numpy()
     c1, c2 = (np.cov(x.astype(np.float64), rowvar=False) for x in (a, b))
     means = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
     wanted = (means**2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     a, b = torch.from_numpy(a), torch.from_numpy(b)
-    assert shift.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
-    assert shift.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert script.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
+    assert script.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_normalize_undoes_gain_and_offset_and_none_nothing(model, images):
-    moved = shift.match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
+    moved = shifts.match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
     assert shift.adapt("none", model, moved, MEAN, STD) == (model, MEAN, STD)
     network, mean, std = shift.adapt("normalize", model, moved, MEAN, STD)
     normalized, plain = predict(network, moved, mean, std), predict(model, moved, MEAN, STD)
@@ -135,7 +136,7 @@ def test_images_without_statistics_of_their_own_are_refused(model, images):
     flat = images.clone()
     flat[:, 1] = 7
     with pytest.raises(InputError, match="shift: a channel of these images is constant"):
-        shift.match_statistics(flat, data.KAGGLE_MEAN, data.KAGGLE_STD)
+        shifts.match_statistics(flat, data.KAGGLE_MEAN, data.KAGGLE_STD)
     with pytest.raises(InputError, match="adapt: a channel of these images is constant"):
         shift.adapt("normalize", model, flat, MEAN, STD)
     with pytest.raises(InputError, match="adapt: expected one of none, normalize.* got 'magic'"):
@@ -158,8 +159,8 @@ def script():
 def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(script, helped):
     dice = np.random.default_rng(0)
     best, right = script.WAYS.index(("batchnorm", "flip")), {}
-    shifts = [f"{family} {severity}" for family, severity in product(shift.FAMILIES, (1, 2))]
-    for name in (script.CLEAN, script.CUSTOM, *shifts):
+    every = [f"{family} {severity}" for family, severity in product(shifts.FAMILIES, (1, 2))]
+    for name in (script.CLEAN, script.CUSTOM, *every):
         right[name] = np.tile(dice.random(200) < 0.6, (len(script.WAYS), 1))
         if helped == "all" or (helped == "chosen on" and name.split()[0] in script.CHOSEN_ON):
             right[name][best] |= dice.random(200) < 0.5
@@ -209,7 +210,7 @@ def test_the_documented_table_is_what_was_measured():
     ways = [*(f"{name} + none" for name in shift.ADAPTATIONS), "normalize+batchnorm + flip"]
     lines = (SHIFT.parents[1] / "docs" / "shift.md").read_text().splitlines()
     start = lines.index(HEADER) + 2
-    for line in lines[start : start + 2 + len(shift.FAMILIES)]:
+    for line in lines[start : start + 2 + len(shifts.FAMILIES)]:
         name, *said = line.strip("| ").split(" | ")
         name = name.removesuffix(", mean of five")
         family = ROWS.get(name, name.lower())

@@ -41,7 +41,7 @@ def losses(
     result = []
     for state.epoch in range(config.epochs):
         plan = epoch_plan(config, len(train), state.epoch)
-        result.append(train_one_epoch(step, train, config, plan, tqdm(disable=True))[0])
+        result.append(train_one_epoch(step, train, plan, tqdm(disable=True))[0])
     for parameter in state.model.parameters():
         sizes = zip(parameter.shape, parameter.stride(), parameter.grad.stride(), strict=True)
         assert all(ours == theirs for n, ours, theirs in sizes if n > 1)
@@ -70,7 +70,7 @@ def test_only_long_runs_on_one_gpu_are_compiled_unless_asked_for(monkeypatch):
 def test_a_compiled_step_is_the_plain_one_compiled_once_for_each_image_size(stand_in, monkeypatch):
     counter = CompileCounterWithBackend("aot_eager")
     with_backend(monkeypatch, counter)
-    changes = {"ema_decay": 0.9, "half_size_epochs": 1, "blocks": (1,), "channels": (18,)}
+    changes = {"half_size_epochs": 1, "blocks": (1,), "channels": (18,)}
     lines: list[str] = []
     compiled = losses(tiny(compile=True, **changes), stand_in[0], log=lines.append)
     assert lines == ["compiling the training step, which takes a minute or two"]
@@ -151,24 +151,12 @@ def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
         torch.testing.assert_close(overflowed, smooth)
 
 
-def test_averaging_starts_at_the_first_step_and_takes_batch_statistics_along(stand_in):
-    config = tiny(ema_decay=0.75)
-    state = State.new(config, CPU)
-    step, seen = Step(state, config), []
-    for half in stand_in[0].images.split(30):
-        step(half, torch.arange(30) % 10, rate=0.1)
-        seen.append({name: tensor.clone() for name, tensor in state.model.state_dict().items()})
-    for name, tensor in state.ema.state_dict().items():
-        if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, 0.75 * seen[0][name] + 0.25 * seen[1][name])
-
-
 @needs_cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_on_cuda_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in, precision):
     if precision == "bf16" and choose_precision("auto", CUDA) != "bf16":
         pytest.skip("this GPU has no bf16")
-    changes = {"precision": precision, "ema_decay": 0.9, "half_size_epochs": 1, "batch_size": 8}
+    changes = {"precision": precision, "half_size_epochs": 1, "batch_size": 8}
     changes |= {"epochs": 3, "schedule": "cosine"}
     lines: list[str] = []
     fast = losses(tiny(compile=True, **changes), stand_in[0], CUDA, lines.append)
@@ -180,7 +168,7 @@ def test_on_cuda_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in,
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_nothing_waits_for_the_device_in_a_step(stand_in, compiled):
-    config = tiny(compile=compiled, ema_decay=0.9)
+    config = tiny(compile=compiled)
     step = Step(State.new(config, CUDA), config)
     train = stand_in[0].to(CUDA)
     images, labels = train.images[:24], train.labels[:24]

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-
 from cifar_lib.data import CAT, CLASSES, DOG, STAND_IN, ImageSet
 
 VARIANTS = 6  # patterns of each class

@@ -14,19 +14,27 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy
-from optuna.trial import FixedTrial, TrialState
-
-from cifar_lib import tune
+from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.model import PARAMETER_BUDGET, count_parameters
 from cifar_lib.recipes import recipe
-from cifar_lib.tune import objective, open_search, own_trial, suggest, trials_table, work
+from optuna.trial import FixedTrial, TrialState
+from session import trials_table
+from stand_in import generate_stand_in
+
+import cifar_search as search
+from cifar_search import objective, open_search, own_trial, suggest, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 FORK = multiprocessing.get_context("fork")  # starts at once, where spawning imports torch anew
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 FIELDS = {"precision": "fp32", "watch_test": False, "validation_size": 10, "schedule": "cosine"}
 BASE = recipe("report", epochs=2, **FIELDS)
+
+
+@pytest.fixture
+def stand_in() -> tuple[ImageSet, ImageSet]:
+    return generate_stand_in(60, 30)
 
 
 def x(trial):
@@ -46,7 +54,7 @@ def test_the_first_trial_is_the_reports_recipe_and_all_shapes_cost_as_much():
     assert suggest(own_trial(base), base) == base
     assert own_trial(BASE).params["warmup_epochs"] == 1
     sizes = []
-    for shape in tune.SHAPES:
+    for shape in search.SHAPES:
         config = suggest(FixedTrial({**own_trial(base).params, "shape": shape}), base)
         sizes.append(count_parameters(config.blocks, config.channels) / PARAMETER_BUDGET)
     assert min(sizes) > 0.9 and max(sizes) <= 1
@@ -64,7 +72,7 @@ def test_a_recipe_outside_the_search_space_is_refused(changes, message):
 def test_a_trial_scores_the_validation_split_every_epoch_and_is_pruned_where_it_diverges(
     stand_in, monkeypatch
 ):
-    monkeypatch.setattr(tune, "SHAPES", ("1 of 16",))
+    monkeypatch.setattr(search, "SHAPES", ("1 of 16",))
     tiny = replace(BASE, blocks=(1,), channels=(16,), epochs=3)
     trial = FixedTrial(own_trial(tiny).params)
     seen = []
@@ -129,7 +137,7 @@ def test_workers_draw_differently_and_one_alone_draws_the_same_again(tmp_path):
 
 
 def test_a_search_that_died_of_a_full_disk_goes_on(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tune, "HEARTBEAT", 1)
+    monkeypatch.setattr(search, "HEARTBEAT", 1)
     file = tmp_path / "s"
     study = open_search(str(file), BASE)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -180,7 +188,7 @@ def worker(where, folder, name):
 def test_no_trial_is_lost_or_run_twice_where_workers_start_together_and_one_is_killed(
     tmp_path, place, monkeypatch
 ):
-    monkeypatch.setattr(tune, "HEARTBEAT", 2)
+    monkeypatch.setattr(search, "HEARTBEAT", 2)
     runs = tmp_path / "runs"
     runs.mkdir()
     workers = [FORK.Process(target=worker, args=(place, runs, name)) for name in ("x", "a", "b")]

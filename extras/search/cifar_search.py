@@ -9,16 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import optuna
-import pandas as pd
-from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
-from sqlalchemy import event
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
-from tqdm import tqdm
-
 from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError, behind
 from cifar_lib.evaluate import accuracy, predict
@@ -26,6 +16,13 @@ from cifar_lib.fit import resolve, split
 from cifar_lib.hardware import choose_device, prepare
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning, StorageInternalError
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
+from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+from tqdm import tqdm
 
 # Heartbeats and retries have been called experimental for years.
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
@@ -122,10 +119,10 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Calla
         for state.epoch in range(config.epochs):
             plan = epoch_plan(config, len(part), state.epoch)
             try:
-                train_one_epoch(step, part, config, plan, tqdm(disable=True))
+                train_one_epoch(step, part, plan, tqdm(disable=True))
             except InputError as error:
                 raise optuna.TrialPruned(str(error)) from error
-            logits = predict(state.final_model, validation.images, *normalisation)
+            logits = predict(state.model, validation.images, *normalisation)
             score = accuracy(logits, validation.labels)
             trial.report(score, state.epoch)
             if state.epoch < config.epochs - 1 and trial.should_prune():
@@ -272,28 +269,3 @@ def _left(study: optuna.Study, trials: int, log: Callable[[str], None]) -> bool:
     if 0 < left <= running:
         log(f"{left} still running elsewhere: if that worker died, start the same command again")
     return left > running
-
-
-def load(path: str | Path) -> optuna.Study:
-    """The study in a file, to look at. Raises InputError where there is none."""
-    with _told(str(path), Exception):
-        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"
-        connect = {"creator": lambda: sqlite3.connect(database, uri=True), "poolclass": NullPool}
-        storage = RDBStorage("sqlite://", connect, skip_table_creation=True)
-        return optuna.load_study(study_name=STUDY, storage=storage)
-
-
-def trials_table(path: str | Path) -> tuple[pd.DataFrame, dict[str, float]]:
-    """The trials in a file that finished or were pruned, and how much of the differences each
-    parameter explains.
-
-    The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
-    state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
-    2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError as `load`.
-    """
-    with _told(str(path), Exception):  # a file that is damaged can be opened
-        study = load(path)
-        table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
-        table.columns = table.columns.str.removeprefix("params_")
-        table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
-        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
