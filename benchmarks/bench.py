@@ -13,9 +13,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # so that the scripts run without an installation
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # to run without an installation
 
 from stand_in import generate_stand_in
 
@@ -24,10 +23,9 @@ from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import DTYPES, choose_device, describe
 
-RESULTS = Path(__file__).parent.parent / "results" / "benchmarks"
-FLOP_PER_IMAGE = (
-    3 * 2 * 769.05e6
-)  # forward and twice that backward, two for a multiply-add; a training image
+RESULTS = ROOT / "results" / "benchmarks"
+# Of a training image: forward, and twice that backward; two for a multiply-add.
+FLOP_PER_IMAGE = 3 * 2 * 769.05e6
 
 
 def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.device]:

@@ -22,7 +22,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
 
 FORMAT = 3  # of a checkpoint
@@ -36,14 +36,10 @@ class RunDirectory:
         self.path = Path(path)
 
     def __enter__(self) -> "RunDirectory":
-        try:
+        with explained(f"run directory: can't write into {self.path}", "choose another", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
             self._check_ours()
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            raise InputError(
-                f"run directory: can't write into {self.path} ({error.strerror}): choose another"
-            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
         except BlockingIOError as error:
@@ -73,14 +69,11 @@ class RunDirectory:
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object that `name` holds, or None where it isn't there."""
-        try:
-            return parse_object(read_regular(self.path / name, limit=10**7))
-        except FileNotFoundError:
+        path, remedy = self.path / name, "restore it, or choose another run"
+        if not os.path.lexists(path):
             return None
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self.path / name} can't be read ({error}): restore it, or choose another run"
-            ) from error
+        with explained(f"{path} can't be read", remedy):
+            return parse_object(read_regular(path, limit=10**7))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cifar_lib import __version__, ranks
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
-from cifar_lib.errors import InputError, behind, printable
+from cifar_lib.errors import InputError, behind, explained, printable
 from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
@@ -85,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     text = "train a recipe into a run directory, or go on with it"
     add = command(_train, text, "goes on from the last finished epoch")
     add("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
-    add("--start", metavar="FILE", help=f"weights to begin with, or {PRETRAINED}")
     _add_recipe(add, "epochs", "train_size", "seed", required=True)
 
     text = "search for Table 1's values, by any number of workers"
@@ -163,8 +162,7 @@ def _train(options: argparse.Namespace) -> None:
     device = ranks.join(options.device)
     try:
         choose_device(device)  # before the data are read
-        data = load_cifar10(options.data)
-        metrics = fit(config, options.run, *data, device=device, start=options.start)
+        metrics = fit(config, options.run, *load_cifar10(options.data), device=device)
         if ranks.rank() == 0:
             _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
     except RuntimeError as error:
@@ -179,12 +177,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _tune(options: argparse.Namespace) -> None:
-    try:
+    with explained("tune: the search can't be used", "pip install ./extras/search", ImportError):
         import cifar_search  # extras/search: optional
-    except ImportError as error:
-        raise InputError(
-            "tune: expected the package cifar_search, found none: pip install ./extras/search"
-        ) from error
     config = _config(options, **cifar_search.SHORT)
     score = cifar_search.objective(load_cifar10(options.data)[0], config, options.device)
     study = cifar_search.open_search(options.study, config, options.seed)

@@ -20,7 +20,7 @@ from torchvision.datasets import CIFAR10
 
 from cifar_lib import pickles
 from cifar_lib.download import download_cifar10
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 from cifar_lib.files import read_regular
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -29,7 +29,7 @@ REAL, STAND_IN = "CIFAR-10", "stand-in data"
 
 # Over all pixels of the 50,000 training images (`channel_statistics`), in [0, 1].
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-# The widespread wrong one: the mean of the images' own standard deviations (`mean_of_image_stds`).
+# The widespread wrong one: the mean of the images' own standard deviations (notebook 1).
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
 # What the published run normalised CIFAR-10's test images by: no statistic of CIFAR-10 we know of.
 PUBLISHED_TEST_MEAN, PUBLISHED_TEST_STD = (0.5303, 0.4737, 0.4658), (0.2822, 0.2553, 0.2613)
@@ -113,16 +113,11 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     """The images of batches, each a file's name and its md5."""
     images, labels = [], []
     for name, md5 in files:
-        try:
+        remedy = "delete the folder to download it again, or copy the file again"
+        with explained(f"{folder / name} can't be read", remedy):
             content = read_regular(folder / name, pickles.MAX_BYTES)
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
                 raise ValueError(f"expected md5 {md5}, the file differs")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(
-                f"{folder / name} can't be read ({reason}): delete the folder to download it "
-                "again, or copy the file again"
-            ) from error
         batch = pickles.read(content)
         images.append(batch["data"].reshape(-1, 3, 32, 32))
         labels += batch["labels"]
@@ -143,15 +138,10 @@ def check_labels(images: ImageSet) -> None:
 def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
     """Positions int64 of the training and the validation part, each in rising order, classes in
     equal shares. InputError where a class would be missing from one of them."""
-    try:
-        parts = train_test_split(
-            np.arange(len(labels)), test_size=n_validation, stratify=labels.cpu(), random_state=seed
-        )
-    except ValueError as error:
-        raise InputError(
-            f"can't split {len(labels)} images into {len(labels) - n_validation} and "
-            f"{n_validation} ({error}): choose another number"
-        ) from error
+    n, how = len(labels), {"stratify": labels.cpu(), "random_state": seed}
+    parts_of = f"{n} images into {n - n_validation} and {n_validation}"
+    with explained(f"can't split {parts_of}", "choose another number"):
+        parts = train_test_split(np.arange(n), test_size=n_validation, **how)
     train, validation = (torch.from_numpy(np.sort(part)) for part in parts)
     return train, validation
 
@@ -174,16 +164,6 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     values = np.arange(256)
     n, s1, s2 = counts.sum(1), counts @ values, counts @ values**2
     return s1 / n / 255, np.sqrt(s2 / n - (s1 / n) ** 2) / 255
-
-
-def mean_of_image_stds(images: Tensor) -> np.ndarray:
-    """The mean of the images' own standard deviations per channel, in [0, 1], float64 (3,).
-
-    It leaves out how far the images' means lie apart. With Bessel's correction, torch's default,
-    as that gives the widespread .2023 .1994 .2010 to the digit.
-    """
-    stds = [chunk.flatten(2).double().std(dim=2) for chunk in images.split(2000)]
-    return (torch.cat(stds).mean(0) / 255).cpu().numpy()
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -209,9 +189,11 @@ def apply_scale(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def read_picture(path: str | os.PathLike) -> Tensor:
     """A picture file as a CIFAR-10 image, uint8 (3, 32, 32): its central square, scaled down with
     anti-aliasing, on white; of an animation the first frame. InputError for what is no picture."""
-    try:
+    remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
+    # Whatever Pillow stumbles over in a broken file; the error says what its warnings do.
+    with explained(f"picture: {path} can't be read", remedy, Exception):
         content = io.BytesIO(read_regular(Path(path), 4 * MAX_PIXELS))
-        with warnings.catch_warnings():  # the error says it all
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             file = Image.open(content, formats=PICTURE_FORMATS)
             if file.width * file.height > MAX_PIXELS:
@@ -223,12 +205,6 @@ def read_picture(path: str | os.PathLike) -> Tensor:
                 grey = (np.asarray(picture) / 257).round().clip(0, 255)
                 picture = Image.fromarray(grey.astype(np.uint8))
             picture = picture.convert("RGBA")
-    except Exception as error:  # whatever Pillow stumbles over in a broken file
-        reason = str(getattr(error, "strerror", None) or error).partition(" <_io")[0]
-        raise InputError(
-            f"picture: {path} can't be read ({reason}): give a file of one of "
-            f"{', '.join(PICTURE_FORMATS)}"
-        ) from error
     white = Image.new("RGBA", picture.size, "white")
     opaque = Image.alpha_composite(white, picture).convert("RGB")
     square = ImageOps.fit(opaque, (32, 32), Image.Resampling.BOX)

@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm.auto import tqdm
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 
 # The origin gives 55 to 85 kB/s since June 2026 (pytorch/vision#9536), so it comes last. The others
 # are in wide use, the first by anyscale/templates#927; whatever they send, its md5 must be right.
@@ -52,7 +52,7 @@ def download_cifar10(
     urls = SOURCES if mirror is None else (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
     deadline = time.monotonic() + give_up_after
     target, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
-    try:
+    with explained(f"can't write CIFAR-10 into {root}", REMEDY, OSError):
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
         with open(archive, "a+b") as file:
@@ -67,9 +67,6 @@ def download_cifar10(
                 os.replace(Path(scratch) / CIFAR10.base_folder, target)
             if archives is None:
                 archive.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"can't write CIFAR-10 into {root} ({reason}): {REMEDY}") from error
     return target
 
 

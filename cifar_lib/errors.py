@@ -1,6 +1,8 @@
 """The one exception for what a user can put right, and the dataclasses that raise it."""
 
+import contextlib
 import reprlib
+from collections.abc import Iterator
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -18,6 +20,19 @@ def printable(text: str) -> str:
     """`text` with line ends, control characters and undecoded bytes, of a file's name say, written
     out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds, or OSError and ValueError, become an InputError that says why."""
+    kinds = kinds or (OSError, ValueError)
+    try:
+        yield
+    except kinds as error:
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        # Pillow's ends with a buffer, pydantic's with a link; torch takes several lines.
+        text = text.partition(" <_io")[0].partition("\n    For further")[0]
+        raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error
 
 
 def behind(

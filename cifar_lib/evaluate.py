@@ -121,13 +121,6 @@ def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
     return table.to_dict("index")
 
 
-def most_confused_pairs(matrix: np.ndarray, k: int = 10) -> list[tuple[str, str, int]]:
-    """The k largest cells off the diagonal: (true class, predicted class, images), most first."""
-    mistakes = pd.DataFrame(matrix - np.diag(matrix.diagonal()), CLASSES, CLASSES).stack()
-    cells = mistakes[mistakes > 0].nlargest(k)
-    return [(true, predicted, count) for (true, predicted), count in cells.items()]
-
-
 def most_confident_mistakes(
     logits: Tensor, labels: Tensor, true: int | None = None, predicted: int | None = None
 ) -> Tensor:
@@ -173,16 +166,6 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3)
     )
     return math.exp(found.x)
-
-
-def selective_accuracy(logits: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy over the k most confident images, for k = 1 to N, and the share k / N: two float64
-    (N,). What a network that may abstain gets right of what it answers."""
-    confidence, guess = logits.softmax(1).max(1)
-    order = confidence.argsort(descending=True, stable=True)
-    right = (guess == labels.cpu())[order].double().numpy()
-    counts = np.arange(1, len(right) + 1)
-    return right.cumsum() / counts, counts / len(right)
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:

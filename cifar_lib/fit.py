@@ -1,7 +1,7 @@
 """A run: from a recipe and CIFAR-10 to a run directory with weights, history and metrics."""
 
 import contextlib
-import hashlib
+import json
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from cifar_lib import ranks
@@ -20,8 +19,8 @@ from cifar_lib.data import ImageSet, check_labels, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe, prepare
-from cifar_lib.model import PRETRAINED, SHIPPED, load_model, save_model
-from cifar_lib.recipes import TrainConfig, learning_rate, recipe
+from cifar_lib.model import save_model
+from cifar_lib.recipes import REPORT, TrainConfig, learning_rate
 from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.train import State, Step, epoch_plan, smooth_cross_entropy, train_one_epoch
 
@@ -37,28 +36,26 @@ def fit(
     test: ImageSet,
     device: str = "auto",
     log: Callable[[str], None] = print,
-    start: str | Path | None = None,
 ) -> dict:
     """Train into a run directory, or go on with it, and evaluate; returns its metrics.json.
 
-    `start`: a file of weights to begin with, or `pretrained`; None: random ones. A finished run is
-    not trained again. Where `ranks.join` met other processes, all of them train this run and the
-    first one writes. Raises InputError for another run's directory, or labels that are missing.
+    A finished run is not trained again. Where `ranks.join` met other processes, all of them train
+    this run and the first one writes. Raises InputError for another run's directory, or labels that
+    are missing.
     """
     check_labels(train)
     check_labels(test)
     target = choose_device(device)
     part, validation = split(train.to(target), config)
     config = resolve(config, target, len(part))
-    weights, digest = (None, None) if start is None else _starting_weights(start, config)
-    state = State.new(config, target, weights)  # what can't be built must not claim the directory
-    about = {"data": train.source, "images": len(train), "start": digest}
+    state = State.new(config, target)  # what can't be built must not claim the directory
+    identity = asdict(config) | {"data": train.source, "images": len(train)}
     first = ranks.rank() == 0
     log = log if first else lambda _: None
     with RunDirectory(run_path) if first else contextlib.nullcontext() as run:
         found = [None, None]
         if first:
-            _claim(run, config, about)
+            _claim(run, identity)
             metrics = _finished(run)
             found = [metrics, None if metrics else run.load()]
         if config.ranks > 1:
@@ -118,35 +115,18 @@ def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConf
     return replace(config, precision=precision, compile=compiled, ranks=count)
 
 
-def _starting_weights(file: str | Path, config: TrainConfig) -> tuple[dict[str, Tensor], str]:
-    """What a file of weights holds, and its sha256."""
-    model, _ = load_model(file)
-    theirs, ours = (model.blocks, model.channels), (config.blocks, config.channels)
-    if theirs != ours:
-        raise InputError(
-            f"start: expected weights of blocks and channels {ours}, got {theirs}: give others, or "
-            "set blocks and channels to theirs"
-        )
-    path = SHIPPED if str(file) == PRETRAINED else Path(file)
-    return model.state_dict(), hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _claim(run: RunDirectory, config: TrainConfig, data: dict[str, object]) -> None:
+def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     """Write what this run is, or check that it is this one; a field newer than the run counts as
-    its default. `data`: what it learns from."""
-    ours = {**asdict(config), **data}
+    its default."""
+    ours = json.loads(json.dumps(ours))  # tuples become lists, as they are in the file
     stored = run.read_json("config.json")
     if stored is None:
         run.write_json("config.json", ours)
         return
-    before = {name: stored.pop(name, None) for name in data}
-    try:
-        theirs = {**asdict(recipe("report", **stored)), **before}
-    except InputError as error:
-        reason = f"{run.path} is of another version ({error})"
-        raise InputError(f"run directory: {reason}: choose another directory") from error
-    differing = [f"{k} ({theirs[k]!r}, now {v!r})" for k, v in ours.items() if theirs[k] != v]
-    if differing:
+    theirs = json.loads(json.dumps(asdict(REPORT))) | stored
+    names = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
+    if names:
+        differing = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in names]
         raise InputError(
             f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}: "
             "choose another directory, or the same settings to go on"

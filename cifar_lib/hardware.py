@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 
 try:
     import cifar_winograd  # extras/winograd: optional, fast fp32 convolutions on CPUs
@@ -28,17 +28,13 @@ def choose_device(name: str = "auto") -> torch.device:
         name = "cuda"
     elif name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    what = f"device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; got {name!r}"
+    kinds = (RuntimeError, AssertionError, ImportError)
+    with explained(what, "use --device auto or cpu", *kinds):
         device = torch.device(name)
         torch.empty(1, device=device)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("not supported")
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            "device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; "
-            f"got {name!r} ({reason}): use --device auto or cpu"
-        ) from error
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     return device

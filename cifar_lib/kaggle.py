@@ -1,7 +1,5 @@
 """The competition: an untrusted pickle in, a validated submission out."""
 
-import csv
-import io
 import os
 import sys
 from collections import Counter
@@ -10,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cifar_lib import pickles
 from cifar_lib.data import CLASSES, ImageSet
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 from cifar_lib.files import read_regular, write_atomically
 
 MAX_NAME = 200  # characters of an id
@@ -26,16 +25,11 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     `data`: uint8 (N, 32, 32, 3), or (N, 3072) with the channels one after the other; `ids`: N
     different whole numbers or names. Raises InputError for anything else.
     """
-    try:
+    remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
+    with explained(f"test file: {path} can't be read", remedy):
         content = pickles.read(read_regular(Path(path), pickles.MAX_BYTES))
         images = _images(_entry(content, "data"))
         ids = _ids(_entry(content, "ids"), len(images))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"test file: {path}: {reason}: give the competition's .pkl, a dict with data "
-            "(N, 32, 32, 3) and ids"
-        ) from error
     return ImageSet(images, ids=ids, source=Path(path).name)
 
 
@@ -100,12 +94,11 @@ def write_submission(
     wrong = [label for label in labels if label not in range(len(CLASSES))]
     if wrong:
         raise InputError(f"submission: expected labels 0 to 9, got {wrong[0]!r:.20}")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["ID", label_column])
-    writer.writerows(zip(_ids(ids, len(labels)), map(int, labels), strict=True))
+    rows = zip(_ids(ids, len(labels)), map(int, labels), strict=True)
+    table = pd.DataFrame(rows, columns=["ID", label_column], dtype=object)
+    content = table.to_csv(index=False, lineterminator="\n").encode()
     if str(path) == "-":
-        sys.stdout.buffer.write(text.getvalue().encode())
+        sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
     else:
-        write_atomically(Path(path), text.getvalue().encode(), inputs)
+        write_atomically(Path(path), content, inputs)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 from cifar_lib.files import parse_object, read_regular, write_atomically
 
 PARAMETER_BUDGET = 5_000_000
@@ -139,19 +139,14 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
         path, remedy = SHIPPED, "get cifar_lib/weights of the repository again"
     if not os.path.exists(path):
         raise InputError(f"weights: expected a file, found none at {path}: {remedy}")
-    try:
+    known = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
+    with explained(f"weights: {path} is no file of this package's weights", remedy, *known):
         content = read_regular(Path(path), LARGEST_FILE)
         if shipped:
             listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
             if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
                 raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
         return _parse(content)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # torch and pydantic take several lines, pydantic the last one for a link
-        reason = " ".join(str(error).partition("\n    For further")[0].split())[:200]
-        raise InputError(
-            f"weights: {path} is no file of this package's weights ({reason}): {remedy}"
-        ) from error
 
 
 def _parse(content: bytes) -> tuple[ResNet, dict]:

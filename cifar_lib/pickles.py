@@ -44,9 +44,7 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
     except InputError:
         raise
     except Exception as error:  # whatever the unpickler stumbles over in a broken file
-        raise InputError(
-            f"it can't be read as a pickle of arrays ({type(error).__name__})"
-        ) from error
+        raise InputError(f"no pickle of arrays ({type(error).__name__})") from error
     if not isinstance(value, dict):
         raise InputError(f"expected a dict, got {type(value).__name__}")
     return {k: v.values if isinstance(v, _Array) else v for k, v in value.items()}

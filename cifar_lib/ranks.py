@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import explained
 
 PATIENCE = timedelta(hours=3)  # how long the others may have to wait for the first one's download
 
@@ -18,17 +18,13 @@ def join(device: str) -> str:
     """
     if "WORLD_SIZE" not in os.environ:
         return device
-    try:
+    remedy = "start all of them with torchrun, or unset WORLD_SIZE"
+    kinds = (KeyError, ValueError, RuntimeError)
+    with explained("ranks: can't meet the other processes", remedy, *kinds):
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"ranks: can't meet the other processes ({reason}): start all of them with torchrun, "
-            "or unset WORLD_SIZE"
-        ) from error
     return device
 
 

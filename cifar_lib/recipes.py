@@ -6,15 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from cifar_lib import data
 from cifar_lib.augment import Policy
-from cifar_lib.data import (
-    CIFAR10_MEAN,
-    CIFAR10_STD,
-    CLASSES,
-    PUBLISHED_STD,
-    PUBLISHED_TEST_MEAN,
-    PUBLISHED_TEST_STD,
-)
 from cifar_lib.errors import InputError, checked
 from cifar_lib.hardware import PRECISIONS
 
@@ -50,13 +43,13 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     decay_all: bool = True  # False: no weight decay on biases and batch normalisation
     # the report's s: s / 9 on each wrong class
-    label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(CLASSES))] = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(data.CLASSES))] = 0.05
     half_size_epochs: Count = 0  # first epochs, never the last, at 16x16: a quarter of the cost
     policy: Policy = Policy()
-    mean: Mean = CIFAR10_MEAN
-    std: Std = PUBLISHED_STD
-    test_mean: Mean = PUBLISHED_TEST_MEAN
-    test_std: Std = PUBLISHED_TEST_STD
+    mean: Mean = data.CIFAR10_MEAN
+    std: Std = data.PUBLISHED_STD
+    test_mean: Mean = data.PUBLISHED_TEST_MEAN
+    test_std: Std = data.PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     precision: Literal[PRECISIONS] = "fp32"  # auto: half, where the hardware is good for it
     # torch.compile; None: on a GPU, for runs that are worth it
@@ -86,9 +79,9 @@ BEST = replace(
     weight_decay=5e-4,
     label_smoothing=0.09,  # 0.1 in PyTorch's definition
     policy=Policy(ops="none", erasing=0.0, cutout=16),
-    std=CIFAR10_STD,
-    test_mean=CIFAR10_MEAN,
-    test_std=CIFAR10_STD,
+    std=data.CIFAR10_STD,
+    test_mean=data.CIFAR10_MEAN,
+    test_std=data.CIFAR10_STD,
     precision="auto",
     watch_test=False,
 )

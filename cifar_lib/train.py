@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from cifar_lib import ranks
 from cifar_lib.augment import Draws, augment, draw, random_stream
 from cifar_lib.data import CLASSES, ImageSet, apply_scale, scale_and_shift
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 from cifar_lib.hardware import computing
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import TrainConfig, learning_rate
@@ -44,15 +44,11 @@ class State:
     history: list[dict] = field(default_factory=list)
 
     @classmethod
-    def new(
-        cls, config: TrainConfig, device: torch.device, start: dict[str, Tensor] | None = None
-    ) -> "State":
-        """Before the first step: random weights by the seed, or those of `start`, a state_dict."""
+    def new(cls, config: TrainConfig, device: torch.device) -> "State":
+        """Before the first step, with random weights by the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
-        if start is not None:
-            model.load_state_dict(start)
         model = model.to(device, memory_format=torch.channels_last)
         parameters = list(model.parameters())
         groups = [{"params": [p for p in parameters if config.decay_all or p.ndim > 1]}]
@@ -90,18 +86,14 @@ class State:
 
     def load(self, saved: dict) -> None:
         """Go on from a `content`; raises InputError where it is another configuration's."""
-        try:
+        what = "run directory: its checkpoint is not of this run"
+        with explained(what, "choose another directory", Exception):  # whatever another's raises
             self.model.load_state_dict(saved["model"])
             for ours, theirs in zip(self._momenta(), saved["momenta"], strict=True):
                 ours.copy_(theirs)
             self.scaler.load_state_dict(saved["scaler"])
             self.history = [dict(row) for row in json.loads(saved["history"])]
             self.epoch = len(self.history)
-        except Exception as error:  # nearly any, where the content is another's
-            raise InputError(
-                f"run directory: its checkpoint is not of this run ({type(error).__name__}): "
-                "restore it, or choose another directory"
-            ) from error
 
 
 class Step:

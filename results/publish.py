@@ -121,8 +121,9 @@ def _unused(path: Path) -> Path:
 
 
 def _config(folder: Path) -> dict:
-    """A run's config.json; one from before there was a `start` began with random weights."""
-    return {"start": None} | json.loads((folder / "config.json").read_text())
+    """A run's config.json, less its empty fields: versions differ in which they have."""
+    config = json.loads((folder / "config.json").read_text())
+    return {name: value for name, value in config.items() if value is not None}
 
 
 def score(

@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 from pathlib import Path
@@ -95,17 +94,6 @@ def test_confusion_matrix_and_per_class_agree_with_scikit_learn():
         assert row == pytest.approx(dict(zip(names, expected, strict=True)))
 
 
-def test_most_confused_pairs_come_most_first_without_what_never_happened():
-    rows = list(csv.reader((PUBLISHED / "confusion_matrix.csv").open()))[1:]
-    matrix = np.array([row[1:] for row in rows], dtype=np.int64)
-    assert matrix.trace() == 9556
-    expected = [("dog", "cat", 55), ("cat", "dog", 45), ("cat", "bird", 20)]
-    assert evaluate.most_confused_pairs(matrix, k=3) == expected
-    matrix = np.diag([50] * 10)
-    matrix[CAT, DOG] = 3
-    assert evaluate.most_confused_pairs(matrix) == [("cat", "dog", 3)]
-
-
 def test_most_confident_mistakes_come_most_confident_first():
     guesses = [DOG, DOG, CAT, DOG, 0, DOG]
     logits = logits_for(guesses, confidences=[0.5, 0.9, 0.99, 0.7, 0.95, 0.8])
@@ -163,12 +151,6 @@ def test_the_temperature_undoes_a_network_that_is_too_sure():
     labels = torch.distributions.Categorical(logits=logits).sample()  # calibrated as they are
     for factor in (0.5, 3.0):
         assert evaluate.fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.03)
-
-
-def test_selective_accuracy_answers_the_surest_first():
-    logits = torch.eye(10)[:4] * torch.tensor([[4.0], [1.0], [3.0], [2.0]])  # surest: 0, 2, 3, 1
-    right, share = evaluate.selective_accuracy(logits, torch.tensor([0, 1, 9, 3]))
-    assert right.tolist() == [1, 1 / 2, 2 / 3, 3 / 4] and share.tolist() == [0.25, 0.5, 0.75, 1]
 
 
 def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():

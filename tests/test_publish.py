@@ -65,11 +65,6 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
     mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
     expected = f"quick, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
     assert script.over_seeds("quick") == expected
-    older = script.RESULTS / "quick-seed0" / "config.json"  # from before there was a `start`
-    config = json.loads(older.read_text())
-    del config["start"]
-    older.write_text(json.dumps(config))
-    assert script.over_seeds("quick") == expected
     script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
     assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration, no other seed"
 
