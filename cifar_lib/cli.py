@@ -158,22 +158,14 @@ def _config(options: argparse.Namespace, **changes: object) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = _config(options)
-    device = ranks.join(options.device)
-    try:
+    config, run = _config(options), Path(options.run)
+    with ranks.joined(options.device) as device:
         choose_device(device)  # before the data are read
-        metrics = fit(config, options.run, *load_cifar10(options.data), device=device)
+        metrics = fit(config, run, *load_cifar10(options.data), device=device)
         if ranks.rank() == 0:
-            _print_score(metrics["test"], f"weights in {Path(options.run) / 'model.safetensors'}")
-    except RuntimeError as error:
-        if ranks.count() == 1 or isinstance(error, torch.OutOfMemoryError):
-            raise
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"ranks: another process went away ({reason}): start the same command again"
-        ) from error
-    finally:
-        ranks.leave()
+            what, remedy = f"{run / 'metrics.json'} has no test score", "restore or delete it"
+            with explained(what, remedy, KeyError, TypeError, ValueError):
+                _print_score(metrics["test"], f"weights in {run / 'model.safetensors'}")
 
 
 def _tune(options: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ def fit(
 ) -> dict:
     """Train into a run directory, or go on with it, and evaluate; returns its metrics.json.
 
-    A finished run is not trained again. Where `ranks.join` met other processes, all of them train
+    A finished run is not trained again. Within `ranks.joined`, all of them train
     this run and the first one writes. Raises InputError for another run's directory, or labels that
     are missing.
     """
@@ -56,7 +56,7 @@ def fit(
         found = [None, None]
         if first:
             _claim(run, identity)
-            metrics = _finished(run)
+            metrics = run.read_json("metrics.json")
             found = [metrics, None if metrics else run.load()]
         if config.ranks > 1:
             dist.broadcast_object_list(found)
@@ -131,17 +131,6 @@ def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
             f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}: "
             "choose another directory, or the same settings to go on"
         )
-
-
-def _finished(run: RunDirectory) -> dict | None:
-    """The metrics of a run that is trained already."""
-    metrics = run.read_json("metrics.json")
-    if metrics is None:
-        return None
-    score = metrics.get("test")
-    if not isinstance(score, dict) or not {"accuracy", "interval", "n"} <= score.keys():
-        raise InputError(f"{run.path}/metrics.json has no test score: restore or delete it")
-    return metrics
 
 
 def _note_environment(run: RunDirectory, device: torch.device, log: Callable) -> None:

@@ -1,6 +1,8 @@
 """Several processes that share each batch of one run, as `torchrun` starts them; else one."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -11,13 +13,16 @@ from cifar_lib.errors import explained
 PATIENCE = timedelta(hours=3)  # how long the others may have to wait for the first one's download
 
 
-def join(device: str) -> str:
-    """Meet the processes that torchrun started, if it did; returns this rank's device.
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Within it this process is one of those that torchrun started, if it did; its device.
 
-    Raises InputError where its environment variables are incomplete or the others can't be met.
+    Raises InputError where torchrun's environment variables are incomplete, the others can't be
+    met, or one of them goes away.
     """
     if "WORLD_SIZE" not in os.environ:
-        return device
+        yield device
+        return
     remedy = "start all of them with torchrun, or unset WORLD_SIZE"
     kinds = (KeyError, ValueError, RuntimeError)
     with explained("ranks: can't meet the other processes", remedy, *kinds):
@@ -25,11 +30,10 @@ def join(device: str) -> str:
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
-    return device
-
-
-def leave() -> None:
-    if dist.is_initialized():
+    try:
+        with explained("ranks: one of them stopped", "start the same command again", RuntimeError):
+            yield device
+    finally:
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -91,6 +92,12 @@ def test_train_then_evaluate_agree(place, capsys):
     trained = json.loads(Path("run/metrics.json").read_text())["test"]
     assert score["n"] == 100 and score["confusion_matrix"] == trained["confusion_matrix"]
     assert score["accuracy"] == trained["accuracy"] == np.trace(score["confusion_matrix"]) / 100
+    for other in ("{}", "[1]", '{"epochs": 3}', '{"test": 5}', '{"test": {"n": 3}}'):
+        Path("run/metrics.json").write_text(other)
+        assert run(train) == 2
+        assert re.fullmatch(
+            r"error: run/metrics.json [^\n]*: restore[^\n]*\n", capsys.readouterr().err
+        )
 
 
 def test_predict_names_three_classes_and_writes_where_the_network_looks(place, capsys):

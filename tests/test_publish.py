@@ -91,6 +91,7 @@ def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, stand_i
 
 def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch, capsys, cifar10):
     test = cifar10[1][:100]
+    torch.manual_seed(0)
     model = ResNet((1,), (16,)).eval()
     info = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "temperature": 1.0}
     monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))

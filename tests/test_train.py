@@ -324,15 +324,6 @@ def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, st
 
 
 @pytest.mark.parametrize(
-    "text", ["{}", "[1]", '{"epochs": 3}', '{"test": 5}', '{"test": {"n": 3}}']
-)
-def test_metrics_of_another_kind_are_refused(stand_in, started, text):
-    (started / "metrics.json").write_text(text)
-    with pytest.raises(InputError, match=r"metrics.json [^\n]*: restore[^\n]*$"):
-        fit_quietly(tiny(**RICH), started, stand_in)
-
-
-@pytest.mark.parametrize(
     "change",
     [
         lambda state: state.pop("momenta"),
