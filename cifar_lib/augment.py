@@ -12,12 +12,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
 from torchvision.transforms import autoaugment as reference
 from torchvision.transforms.v2 import functional as kernels
-
-from cifar_lib.errors import checked
 
 SIZE = 32
 CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation
@@ -30,6 +29,9 @@ AUTO_OPS = (*OPS, "Invert")
 NEAREST = reference.InterpolationMode.NEAREST
 Side = Annotated[int, Field(ge=0, le=SIZE)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# A value that doesn't fit its field's type is pydantic's ValidationError; text is read.
+STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
+checked = checked_dataclass(frozen=True, config=STRICT)
 
 
 @checked

@@ -1,11 +1,7 @@
-"""The one exception for what a user can put right, and the dataclasses that raise it."""
+"""The one exception for what a user can put right."""
 
 import contextlib
-import reprlib
 from collections.abc import Iterator
-
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import dataclass
 
 
 class InputError(ValueError):
@@ -42,25 +38,3 @@ def behind(
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__
     return error
-
-
-def checked(cls: type) -> type:
-    """The class as a frozen dataclass whose values pydantic reads (text, JSON's lists) and checks
-    by the fields' types; the first that doesn't fit is an InputError."""
-    cls = dataclass(frozen=True, config=ConfigDict(allow_inf_nan=False, extra="forbid"))(cls)
-    read = cls.__init__
-
-    def __init__(self, /, *values: object, **named: object) -> None:
-        try:
-            read(self, *values, **named)
-        except ValidationError as error:
-            wrong = error.errors()[0]
-            field = ".".join(map(str, wrong["loc"]))
-            reason = wrong["msg"].replace("Input should be", "expected")
-            raise InputError(
-                f"{field}: {reason.removeprefix('Value error, ')}; "
-                f"got {reprlib.repr(wrong['input'])}: see {cls.__module__}.{cls.__name__}"
-            ) from None
-
-    cls.__init__ = __init__
-    return cls

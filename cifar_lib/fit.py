@@ -189,14 +189,11 @@ def _watch(step: Step, images: ImageSet | None) -> tuple[float | None, float | N
     """Loss and accuracy on a set that is evaluated each epoch; None where it isn't."""
     if images is None:
         return None, None
-    logits, labels = predict(step.state.model, images.images, *_how(step)), images.labels.cpu()
-    loss = smooth_cross_entropy(logits, labels, step.config.label_smoothing)
+    config, labels = step.config, images.labels.cpu()
+    how = config.test_mean, config.test_std, config.precision
+    logits = predict(step.state.model, images.images, *how)
+    loss = smooth_cross_entropy(logits, labels, config.label_smoothing)
     return loss.item(), accuracy(logits, labels)
-
-
-def _how(step: Step) -> tuple:
-    """How images are evaluated: what they are normalised by, and the precision."""
-    return step.config.test_mean, step.config.test_std, step.config.precision
 
 
 def _line(row: dict, images_per_second: float, epochs: int) -> str:
@@ -211,11 +208,12 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
 def _finish(run: RunDirectory, step: Step, train: ImageSet, test: ImageSet, source: str) -> dict:
     """Evaluate and keep the final weights; returns metrics.json."""
     state, config = step.state, step.config
+    how = config.test_mean, config.test_std, config.precision
     run.write_rows("history.csv", state.history)  # a kill may have left it a row short
     info = {"recipe": config.recipe, "seed": config.seed, "data": source, "epochs": config.epochs}
     info |= {"mean": config.test_mean, "std": config.test_std}
-    score = summarize(predict(state.model, test.images, *_how(step)), test.labels)
-    model = rebase_batch_norm(state.model, train.images[:REBASED_ON], *_how(step))
+    score = summarize(predict(state.model, test.images, *how), test.labels)
+    model = rebase_batch_norm(state.model, train.images[:REBASED_ON], *how)
     save_model(run.path / "model.safetensors", model, info)
     run.write_json("metrics.json", {**info, "train_images": len(train), "test": score})
     return run.read_json("metrics.json")

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -59,10 +60,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 def prepare(device: torch.device, precision: str) -> None:
     """Set this process up to compute fast on `device`.
 
-    On a CPU glibc's malloc keeps the memory of large tensors for the next ones. It would get it
-    anew, page by page, for every layer: a quarter of a training step. On CUDA cuDNN measures which
-    of its kernels is fastest, and fp32 products may use TF32, as PyTorch's convolutions there
-    always have; NVIDIA_TF32_OVERRIDE=0 in the environment computes in full.
+    On a CPU glibc's malloc keeps the memory of large tensors for the next ones; getting it anew,
+    page by page, takes a quarter of a training step. On CUDA cuDNN looks for its fastest kernels,
+    and fp32 products may use TF32, as convolutions there do (NVIDIA_TF32_OVERRIDE=0: none).
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -115,11 +115,8 @@ def _cpuinfo(field: str) -> str:
 
 def _commit() -> str | None:
     """The commit this package is checked out at, `+changes` if it differs; None elsewhere."""
-    root = Path(__file__).parents[1]
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-    if not (root / ".git").exists():
+    root, options = Path(__file__).parents[1], ("--always", "--abbrev=40", "--exclude=*")
+    command = ["git", "describe", *options, "--dirty=+changes"]
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    with contextlib.suppress(OSError):  # no git here
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        return done.stdout.strip() or None
-    return None
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None

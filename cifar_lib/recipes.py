@@ -1,14 +1,15 @@
 """What is trained and how: TrainConfig, its recipes, and the learning rate."""
 
 import math
+import reprlib
 from dataclasses import asdict, fields, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
 from cifar_lib import data
-from cifar_lib.augment import Policy
-from cifar_lib.errors import InputError, checked
+from cifar_lib.augment import Policy, checked
+from cifar_lib.errors import InputError
 from cifar_lib.hardware import PRECISIONS
 
 # How text reads: "3,4,3" or "(3, 4, 3)", and "none" where a field may be None.
@@ -117,8 +118,15 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
         if field not in known:
             raise InputError(f"unknown field {field}: expected one of {', '.join(known)}")
     nested = {field.removeprefix("policy."): changes.pop(field) for field in {*policy} & {*changes}}
-    config = replace(RECIPES[name], **changes)
-    return replace(config, policy=asdict(config.policy) | nested)
+    try:
+        config = replace(RECIPES[name], **changes)
+        return replace(config, policy=asdict(config.policy) | nested)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        reason = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        got = reprlib.repr(wrong["input"])
+        raise InputError(f"{field}: {reason}; got {got}: see {TrainConfig.__module__}") from None
 
 
 def learning_rate(config: TrainConfig, epoch: float) -> float:

@@ -166,7 +166,7 @@ WRONG = [
     ("info --recipe nope", "recipe: expected one of report, best, quick; got 'nope'"),
     ("train --recipe quick", "the following arguments are required: --run"),
     (f"{TRAIN} --set nope=1", "unknown field nope: expected one of recipe, blocks"),
-    (f"{TRAIN} --set epochs", "--set: expected FIELD=VALUE, got 'epochs'"),
+    (f"{TRAIN} --set epochs", "epochs: expected a valid integer"),
     (f"{TRAIN} --set name=x", "unknown field name"),
     (f"{TRAIN} --set policy.magnitude=99", "policy.magnitude: expected less than"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),

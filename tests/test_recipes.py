@@ -6,7 +6,6 @@ from dataclasses import asdict, astuple, replace
 
 import pytest
 
-from cifar_lib.augment import Policy
 from cifar_lib.errors import InputError
 from cifar_lib.recipes import RECIPES, learning_rate, learning_rates, recipe
 
@@ -100,8 +99,9 @@ WRONG |= {"num_ops": (0, 101), "magnitude": (-1, 31), "erasing": (-0.1,), "cutou
 
 @pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in WRONG.items() for v in values])
 def test_a_policy_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(InputError, match=rf"^{name}: expected .*; got {value!r}: see "):
-        Policy(**{name: value})
+    refused = rf"^policy.{name}: expected .*; got {value!r}: see cifar_lib.recipes$"
+    with pytest.raises(InputError, match=refused):
+        recipe("best", **{f"policy.{name}": value})
 
 
 def test_an_unknown_recipe_is_refused_naming_the_known_ones():
