@@ -44,9 +44,8 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
         except BlockingIOError as error:
             os.close(self._lock)
-            raise InputError(
-                f"run directory: another process trains in {self.path}: wait, or choose another"
-            ) from error
+            what = f"run directory: another process trains in {self.path}"
+            raise InputError(f"{what}: wait, or choose another") from error
         except OSError as error:  # a mounted Drive, say, has no locks
             reason = f"{self.path} can't be locked ({error.strerror})"
             warnings.warn(f"{reason}: start only one training in it", stacklevel=2)
@@ -116,10 +115,8 @@ class RunDirectory:
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
             return state
         if damage:
-            raise InputError(
-                f"{self.path}: no usable checkpoint ({'; '.join(damage)}): "
-                "restore one, or choose another run"
-            )
+            what = f"{self.path}: no usable checkpoint ({'; '.join(damage)})"
+            raise InputError(f"{what}: restore one, or choose another run")
         return None
 
 

@@ -126,7 +126,7 @@ def _add_recipe(add: Callable, *fields: str, **given: object) -> None:
 
 def _add_weights(add: Callable, tta: str) -> None:
     add("--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package")
-    views = {"nargs": "?", "const": "flip-shift", "default": tta, "choices": TTA}
+    views = {"nargs": "?", "const": "flip", "default": tta, "choices": TTA}
     add("--tta", **views, help="test-time views; default: %(default)s")
     add("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
     add("--device", **DEVICE)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cifar_lib.errors import InputError
+from cifar_lib.errors import InputError, explained
 
 SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
 
@@ -26,10 +26,12 @@ def write_atomically(
     """
     # Nobody can guess the name, "x" follows no link, and the umask says who may read it.
     scratch = path.parent / SCRATCH.replace("*", secrets.token_hex(8))
-    try:
+    remedy = "choose another place or free the disk"
+    with contextlib.ExitStack() as stack, explained(f"can't write {path}", remedy, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         for replaced in (path, keep or path):
             _check_replaceable(replaced, inputs)
+        stack.callback(scratch.unlink, missing_ok=True)
         with open(scratch, "xb") as file:
             with contextlib.suppress(OSError):  # the file is new, or the disk has no permissions
                 shutil.copymode(path, scratch)
@@ -39,13 +41,6 @@ def write_atomically(
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(scratch, path)
-    except OSError as error:
-        raise InputError(
-            f"can't write {path} ({error.strerror}): choose another place or free the disk"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
 
 
 def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:

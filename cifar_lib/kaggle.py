@@ -28,17 +28,12 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
     with explained(f"test file: {path} can't be read", remedy):
         content = pickles.read(read_regular(Path(path), pickles.MAX_BYTES))
-        images = _images(_entry(content, "data"))
-        ids = _ids(_entry(content, "ids"), len(images))
+        content = {key.decode() if isinstance(key, bytes) else key: content[key] for key in content}
+        if not {"data", "ids"} <= content.keys():
+            raise InputError(f"expected the keys data and ids, found {str([*content][:5])[:99]}")
+        images = _images(content["data"])
+        ids = _ids(content["ids"], len(images))
     return ImageSet(images, ids=ids, source=Path(path).name)
-
-
-def _entry(content: dict, key: str) -> Any:
-    for name in (key, key.encode()):
-        if name in content:
-            return content[name]
-    found = ", ".join(repr(name)[:20] for name in list(content)[:5]) or "nothing"
-    raise InputError(f"expected the key {key!r}, found {found}")
 
 
 def _images(data: Any) -> torch.Tensor:
@@ -73,7 +68,7 @@ def _id(value: Any) -> int | str:
         return value
     found = repr(value[:20]) if isinstance(value, str) else type(value).__name__
     raise InputError(
-        f"ids: expected whole numbers or names of 1 to {MAX_NAME} letters, got {found}"
+        f"ids: expected whole numbers or names of up to {MAX_NAME} letters, got {found}"
     )
 
 

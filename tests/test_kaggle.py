@@ -65,8 +65,8 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
     "content, message",
     [
         ([1], "expected a dict, got list"),
-        ({"ids": IDS}, "the key 'data', found 'ids'"),
-        ({"data": HWC}, "the key 'ids', found 'data'"),
+        ({"ids": IDS}, "the keys data and ids, found ['ids']"),
+        ({"data": HWC}, "data and ids, found ['data']"),
         ({"data": HWC.astype(np.int64), "ids": IDS}, "array of uint8, got int64"),
         ({"data": HWC.tolist(), "ids": IDS}, "uint8, got list"),
         ({"data": HWC[:0], "ids": []}, "(N, 3072), got (0, 32, 32, 3)"),
