@@ -68,7 +68,7 @@ def _id(value: Any) -> int | str:
         return value
     found = repr(value[:20]) if isinstance(value, str) else type(value).__name__
     raise InputError(
-        f"ids: expected whole numbers or names of up to {MAX_NAME} letters, got {found}"
+        f"ids: expected whole numbers or names of 1 to {MAX_NAME} letters, got {found}"
     )
 
 
