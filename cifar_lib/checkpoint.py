@@ -61,17 +61,15 @@ class RunDirectory:
         """A run's folder or an empty one, so that nothing of anybody else's is written over."""
         found = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
         if found and "recipe" not in (self.read_json("config.json") or {}):
-            raise InputError(
-                f"run directory: {self.path} holds {min(found)!r} and no config.json of a run: "
-                "choose a new or an empty folder"
-            )
+            what = f"run directory: {self.path} holds {min(found)!r} and no config.json of a run"
+            raise InputError(f"{what}: choose a new or an empty folder")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object that `name` holds, or None where it isn't there."""
-        path, remedy = self.path / name, "restore it, or choose another run"
+        path = self.path / name
         if not os.path.lexists(path):
             return None
-        with explained(f"{path} can't be read", remedy):
+        with explained(f"{path} can't be read", "restore it, or choose another run"):
             return parse_object(read_regular(path, limit=10**7))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

@@ -45,10 +45,8 @@ def download_cifar10(
     source has it, `give_up_after` seconds are over, or `root` can't be written.
     """
     if mirror is not None and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
-        raise InputError(
-            "CIFAR10_MIRROR: expected http:// or https:// and a server's folder, without a "
-            f"password, got an address of another kind: {REMEDY}"
-        )
+        what = "CIFAR10_MIRROR: expected http(s):// and a server's folder, without a password"
+        raise InputError(f"{what}, got another address: {REMEDY}")
     urls = SOURCES if mirror is None else (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
     deadline = time.monotonic() + give_up_after
     target, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename

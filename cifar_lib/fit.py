@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from cifar_lib import ranks
 from cifar_lib.checkpoint import RunDirectory
-from cifar_lib.data import ImageSet, check_labels, stratified_split
+from cifar_lib.data import ImageSet, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe, prepare
@@ -43,8 +43,8 @@ def fit(
     this run and the first one writes. Raises InputError for another run's directory, or labels that
     are missing.
     """
-    check_labels(train)
-    check_labels(test)
+    if train.labels is None or test.labels is None:
+        raise InputError("fit: expected labels, got images without: give CIFAR-10's")
     target = choose_device(device)
     part, validation = split(train.to(target), config)
     config = resolve(config, target, len(part))
@@ -107,10 +107,9 @@ def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConf
     smallest = 16 if config.half_size_epochs else 32  # pixels, halved by each stage but the first
     side = math.ceil(smallest / 2 ** (len(config.blocks) - 1))
     if last // count * side**2 < 2:  # batch normalisation needs two values
-        raise InputError(
-            f"batch_size: batches of {config.batch_size} out of {images} images end with {last}, "
-            f"too few for {count} ranks and {len(config.blocks)} stages: use another batch size"
-        )
+        what = f"batch_size: batches of {config.batch_size} out of {images} images end with {last}"
+        too_few = f"too few for {count} ranks and {len(config.blocks)} stages"
+        raise InputError(f"{what}, {too_few}: use another batch size")
     precision = choose_precision(config.precision, device)
     return replace(config, precision=precision, compile=compiled, ranks=count)
 
@@ -127,10 +126,8 @@ def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     names = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
     if names:
         differing = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in names]
-        raise InputError(
-            f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}: "
-            "choose another directory, or the same settings to go on"
-        )
+        what = f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}"
+        raise InputError(f"{what}: choose another directory, or the same settings to go on")
 
 
 def _note_environment(run: RunDirectory, device: torch.device, log: Callable) -> None:

@@ -65,17 +65,14 @@ class ResNet(nn.Module):
         super().__init__()
         numbers = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels))
         if not numbers or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
-            raise InputError(
-                f"a network takes as many blocks as channels, whole numbers from 1 to {WIDEST:,}, "
-                f"and at most {DEEPEST} blocks in all; got {blocks} and {channels}"
-            )
+            what = f"as many blocks as channels, whole numbers from 1 to {WIDEST:,}"
+            most = f"at most {DEEPEST} blocks in all; got {blocks} and {channels}"
+            raise InputError(f"a network takes {what}, and {most}")
         if budget < math.inf:
             count = count_parameters(blocks, channels, num_classes)
             if count > budget:
-                raise InputError(
-                    f"blocks {blocks} and channels {channels} make {count:,} parameters, over the "
-                    f"budget of {budget:,}: use fewer blocks or channels"
-                )
+                what = f"blocks {blocks} and channels {channels} make {count:,} parameters"
+                raise InputError(f"{what}, over the budget of {budget:,}: use fewer of them")
         self.blocks, self.channels, self.num_classes = tuple(blocks), tuple(channels), num_classes
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
@@ -115,13 +112,11 @@ class Info(BaseModel, strict=True):
     temperature: float = Field(1.0, ge=math.exp(-3), le=math.exp(3))
 
 
-def save_model(path: Path, model: ResNet, info: dict, half: bool = False) -> None:
+def save_model(path: Path, model: ResNet, info: dict) -> None:
     """Write weights as safetensors with what is needed to use them: the shape of the network, and
-    `info` (JSON). `half`: convolutions in half precision, which makes half the file."""
+    `info` (JSON)."""
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if half:
-        tensors |= {name: tensor.half() for name, tensor in tensors.items() if tensor.ndim == 4}
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))

@@ -54,14 +54,15 @@ class State:
         groups = [{"params": [p for p in parameters if config.decay_all or p.ndim > 1]}]
         if not config.decay_all:
             groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(
-            groups,
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            fused=device.type in ("cuda", "cpu"),
-        )
+        with explained("the optimizer's settings", "nesterov needs a momentum above 0", ValueError):
+            optimizer = torch.optim.SGD(
+                groups,
+                lr=config.learning_rate,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                weight_decay=config.weight_decay,
+                fused=device.type in ("cuda", "cpu"),
+            )
         if config.momentum:  # the fused step leaves them unset where a first fp16 step overflows
             for parameter in parameters:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -166,11 +167,9 @@ class Step:
         device. Raises InputError where the loss is not finite."""
         loss, right, images = self.totals.tolist()
         if not math.isfinite(loss):
-            raise InputError(
-                f"training diverged: the loss is not finite at epoch {self.state.epoch}, step {i}; "
-                "the last checkpoint stays: lower the learning rate (--set learning_rate=...) in a "
-                "new run directory"
-            )
+            when = f"at epoch {self.state.epoch}, step {i}; the last checkpoint stays"
+            remedy = "lower the learning rate (--set learning_rate=...) in a new run directory"
+            raise InputError(f"training diverged: the loss is not finite {when}: {remedy}")
         return loss / images, right / images
 
 

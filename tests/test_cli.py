@@ -170,6 +170,7 @@ WRONG = [
     (f"{TRAIN} --set name=x", "unknown field name"),
     (f"{TRAIN} --set policy.magnitude=99", "policy.magnitude: expected less than"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
+    (f"{TRAIN} --set momentum=0", "the optimizer's settings (Nesterov momentum requires"),
     (f"{TRAIN} --train-size 300", "train_size: expected at most 200 images, got 300"),
     (f"{TRAIN} --precision fp8", "precision: expected 'auto', 'fp32', 'bf16' or 'fp16'"),
     (f"{TRAIN} --set ranks=2", "ranks: set by torchrun (1), got 2"),

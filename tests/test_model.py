@@ -89,23 +89,22 @@ def test_malformed_and_absurd_shapes_are_refused_before_anything_is_built(blocks
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_weights_come_back_with_shape_info_and_statistics_only_convolutions_halved(tmp_path, half):
+def test_weights_come_back_with_shape_info_and_statistics(tmp_path, half):
     torch.manual_seed(1)
     model = ResNet((1, 2), (16, 32)).to(memory_format=torch.channels_last)
     model(torch.rand(16, 3, 32, 32))  # moves the running statistics away from their start
+    if half:
+        model.conv1.half()  # as the package's weights are
     paths = [tmp_path / f"{i}" for i in range(9)]
     for path in paths:
-        save_model(path, model, INFO, half)
+        save_model(path, model, INFO)
     assert len({path.read_bytes() for path in paths}) == 1  # equal weights are equal bytes
-    bytes_each = 2.3 if half else 4.3
-    assert paths[0].stat().st_size < bytes_each * count_parameters((1, 2), (16, 32)) + 3000
     loaded, info = load_model(paths[0])
     assert info == INFO
     assert (loaded.blocks, loaded.channels, loaded.training) == ((1, 2), (16, 32), False)
     for name, ours in model.state_dict().items():
-        wanted = ours.half().float() if half and ours.ndim == 4 else ours
         got = loaded.state_dict()[name]
-        assert got.dtype == ours.dtype and torch.equal(got, wanted), name
+        assert got.dtype != torch.half and torch.equal(got, ours.to(got.dtype)), name
 
 
 @pytest.mark.parametrize("blocks", [(2, 1), 3, None, {"a": 1}, ["1"], "11", [20_000], [[1], [1]]])
