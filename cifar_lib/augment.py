@@ -129,8 +129,7 @@ def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tenso
 
 
 def operations(policy: Policy) -> tuple[tuple[str, float], ...]:
-    """The distinct (name, magnitude) pairs of a policy, which Draws.ops counts in: 23 of
-    RandAugment, 14 operations at one magnitude, 9 of them with two signs."""
+    """The distinct (name, magnitude) pairs of a policy, which Draws.ops counts in."""
     return _operation_table(policy.ops, policy.magnitude)[0]
 
 

@@ -88,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "search for Table 1's values, by any number of workers"
     add = command(_tune, text, "goes on; the trial waits to be run again")
     add("--study", required=True, metavar="FILE_OR_URL", help="SQLite's file, or a database")
-    add("--trials", required=True, type=_positive, metavar="N", help="of the study")
-    add("--seed", type=_positive, metavar="N", help="of the sampler; another one each worker")
+    add("--trials", required=True, type=int, metavar="N", help="of the study")
+    add("--seed", type=int, metavar="N", help="of the sampler; another one each worker")
     _add_recipe(add, default="report")
 
     add = command(_evaluate, "score weights on CIFAR-10's test images", "starts again")
@@ -130,12 +130,6 @@ def _add_weights(add: Callable, tta: str) -> None:
     add("--tta", **views, help="test-time views; default: %(default)s")
     add("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
     add("--device", **DEVICE)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text[:20]!r}")
-    return int(text)
 
 
 def _info(options: argparse.Namespace) -> None:

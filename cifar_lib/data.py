@@ -1,7 +1,4 @@
-"""CIFAR-10 as uint8 tensors: where it is found, splits, channel statistics, pictures of one's own.
-
-The pixels themselves are never changed here; `normalize` makes what the network gets.
-"""
+"""CIFAR-10 as uint8 tensors: where it is found, splits, channel statistics; and own pictures."""
 
 import hashlib
 import io

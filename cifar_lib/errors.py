@@ -13,8 +13,7 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    """`text` with line ends, control characters and undecoded bytes, of a file's name say, written
-    out."""
+    """`text` with line ends, control characters and undecoded bytes written out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -61,8 +61,7 @@ def batches(
 def features(
     model: ResNet, images: Tensor, mean: Channels, std: Channels, precision: str = "fp32"
 ) -> Tensor:
-    """What the last layer sees, float32 (N, channels) on the CPU: the last stage's channels
-    averaged over positions."""
+    """What the last layer sees, the last stage's means: float32 (N, channels) on the CPU."""
     headless = copy.deepcopy(model)
     headless.linear = nn.Identity()
     return predict(headless, images, mean, std, precision)
@@ -81,9 +80,8 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 
 
 def mcnemar(right: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> tuple[int, int, float]:
-    """Of two classifiers on the same images, bool (N,) each where they are right: images that only
-    the first gets right, those that only the reference does, and McNemar's exact p-value that both
-    are equally often right."""
+    """Of two classifiers, bool (N,) each where they are right on the same images: images that only
+    the first gets right, those that only the other does, and McNemar's exact p-value."""
     gained, lost = int((right & ~reference).sum()), int((reference & ~right).sum())
     return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
@@ -94,8 +92,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
 
 
 def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
-    """Precision, recall, F1 (0 where undefined) and the number of images of each class, from a
-    confusion matrix."""
+    """Precision, recall, F1 (0 where undefined) and images by class, of a confusion matrix."""
     hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     table = pd.DataFrame(index=CLASSES)
     table["precision"] = hits / np.maximum(predicted, 1)
@@ -108,8 +105,7 @@ def per_class(matrix: np.ndarray) -> dict[str, dict[str, float]]:
 def most_confident_mistakes(
     logits: Tensor, labels: Tensor, true: int | None = None, predicted: int | None = None
 ) -> Tensor:
-    """Positions int64 of the misclassified images, most confident first; only of the given classes
-    where given."""
+    """Positions int64 of the misclassified images (of these classes), most confident first."""
     confidence, guess = logits.softmax(1).max(1)
     labels = labels.cpu()
     wrong = guess != labels
@@ -135,16 +131,14 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv:1706.04599): mean |accuracy - confidence|
-    over images."""
+    """Expected calibration error, mean |accuracy - confidence| over images (arXiv:1706.04599)."""
     r = reliability(logits, labels, bins)
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float(np.average(gaps, weights=r["count"]))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The T from e^-3 to e^3 that the logits, divided by it, have the smallest cross-entropy with
-    (Guo et al. 2017): above 1 for a network that is too sure of itself."""
+    """The T from e^-3 to e^3 with the smallest cross-entropy of logits / T (arXiv:1706.04599)."""
     labels = labels.cpu()
     found = minimize_scalar(
         lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3)
@@ -153,8 +147,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:
-    """Everything measured on a labelled set, ready for JSON; accuracy is a fraction, the interval
-    Wilson's 95 %."""
+    """All that is measured on a labelled set, for JSON: fractions, and Wilson's 95 % interval."""
     matrix = confusion_matrix(logits, labels)
     correct, n = int(matrix.trace()), len(labels)
     return {

@@ -30,8 +30,7 @@ def grad_cam(
 
 
 def beside_heat(image: Tensor, heat: Tensor, scale: int = 8) -> np.ndarray:
-    """A picture uint8 (3, H, W) beside itself under its heat (H, W): uint8 (H', 2 W', 3), each side
-    `scale` times as large."""
+    """A picture uint8 (3, H, W) beside itself under its heat (H, W), enlarged: uint8 (., ., 3)."""
     plain = image.permute(1, 2, 0).numpy()
     colours = 255 * matplotlib.colormaps["inferno"](heat.numpy())[..., :3]  # (H, W, 3)
     heated = (0.45 * plain + 0.55 * colours).round().astype(np.uint8)

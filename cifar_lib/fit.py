@@ -39,9 +39,8 @@ def fit(
 ) -> dict:
     """Train into a run directory, or go on with it, and evaluate; returns its metrics.json.
 
-    A finished run is not trained again. Within `ranks.joined`, all of them train
-    this run and the first one writes. Raises InputError for another run's directory, or labels that
-    are missing.
+    A finished run is not trained again. Within `ranks.joined` all processes train this run, and the
+    first one writes. Raises InputError for another run's directory, or without labels.
     """
     if train.labels is None or test.labels is None:
         raise InputError("fit: expected labels, got images without: give CIFAR-10's")
@@ -90,10 +89,7 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
 
 
 def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConfig:
-    """`config` with everything decided that it leaves open, for `images` images an epoch.
-
-    Raises InputError for what can't be trained.
-    """
+    """`config` with all decided that it leaves open, or InputError; `images`: of an epoch."""
     count = ranks.count()
     if config.ranks not in (1, count):
         raise InputError(f"ranks: set by torchrun ({count}), got {config.ranks}: leave it")
@@ -103,20 +99,21 @@ def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConf
         compiled = device.type == "cuda" and steps >= MANY_STEPS and count == 1
     if compiled and count > 1:
         raise InputError("compile: expected false on several ranks, got true")
-    last = images % config.batch_size or min(config.batch_size, images)
+    batch = min(config.batch_size, images)
+    last = images % batch or batch
     smallest = 16 if config.half_size_epochs else 32  # pixels, halved by each stage but the first
     side = math.ceil(smallest / 2 ** (len(config.blocks) - 1))
-    if last // count * side**2 < 2:  # batch normalisation needs two values
-        what = f"batch_size: batches of {config.batch_size} out of {images} images end with {last}"
-        too_few = f"too few for {count} ranks and {len(config.blocks)} stages"
-        raise InputError(f"{what}, {too_few}: use another batch size")
+    # The ranks take equal shares, and batch normalisation needs two values.
+    if batch % count or last % count or last // count * side**2 < 2:
+        what = f"batch_size: batches of {batch} out of {images} images end with {last}"
+        fit_for = f"{count} ranks and {len(config.blocks)} stages"
+        raise InputError(f"{what}, which doesn't do for {fit_for}: use another batch size")
     precision = choose_precision(config.precision, device)
     return replace(config, precision=precision, compile=compiled, ranks=count)
 
 
 def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
-    """Write what this run is, or check that it is this one; a field newer than the run counts as
-    its default."""
+    """Write what this run is, or check that it is this one; a missing field is the default."""
     ours = json.loads(json.dumps(ours))  # tuples become lists, as they are in the file
     stored = run.read_json("config.json")
     if stored is None:

@@ -113,8 +113,7 @@ class Info(BaseModel, strict=True):
 
 
 def save_model(path: Path, model: ResNet, info: dict) -> None:
-    """Write weights as safetensors with what is needed to use them: the shape of the network, and
-    `info` (JSON)."""
+    """Write weights as safetensors, with the network's shape and `info` (JSON) to use them."""
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     # One key: safetensors writes several in random order, and equal weights should be equal bytes.
@@ -132,8 +131,6 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     shipped = str(path) == PRETRAINED
     if shipped:
         path, remedy = SHIPPED, "get cifar_lib/weights of the repository again"
-    if not os.path.exists(path):
-        raise InputError(f"weights: expected a file, found none at {path}: {remedy}")
     known = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
     with explained(f"weights: {path} is no file of this package's weights", remedy, *known):
         content = read_regular(Path(path), LARGEST_FILE)

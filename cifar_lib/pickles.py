@@ -166,17 +166,12 @@ def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
     return array.transpose(axes) if order == "K" else array
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise InputError("it holds bytes in an unknown encoding")
-    return text.encode("latin1")
-
-
 _NAMES = {
     ("numpy", "ndarray"): None,  # only an argument of `_reconstruct`
     ("numpy", "dtype"): _DType,
     ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
     ("numpy.core.multiarray", "scalar"): lambda kind, raw: _values(raw, kind, (), "C").item(),
     ("numpy.core.numeric", "_frombuffer"): lambda *arguments: _Array(_values(*arguments)),
-    ("_codecs", "encode"): _encode,
+    # Of bytes, by Python 3 in protocols 0 to 2; a KeyError for another encoding.
+    ("_codecs", "encode"): lambda text, encoding: text.encode({"latin1": "latin1"}[encoding]),
 }

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
@@ -97,27 +97,23 @@ RECIPES = {config.recipe: config for config in (REPORT, BEST, QUICK)}
 
 
 def recipe(name: str, /, **changes: object) -> TrainConfig:
-    """The recipe of that name with some fields changed; `policy.<field>` reaches into the
-    augmentation.
+    """The recipe of that name with fields changed; `policy.<field>` reaches into the augmentation.
 
     Values may be of the field's type or text that reads as one ("0.1", "true", "3,4,3", "none").
     Raises InputError for an unknown recipe or field, or a value that doesn't fit.
     """
     if name not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
-    policy = [f"policy.{field.name}" for field in fields(Policy)]
-    known = [field.name for field in fields(TrainConfig)] + policy
-    for field in changes:
-        if field not in known:
-            raise InputError(f"unknown field {field}: expected one of {', '.join(known)}")
-    nested = {field.removeprefix("policy."): changes.pop(field) for field in {*policy} & {*changes}}
+    inner = {field for field in changes if field.startswith("policy.")}
+    policy = {field.removeprefix("policy."): changes.pop(field) for field in inner}
     try:
         config = replace(RECIPES[name], **changes)
-        return replace(config, policy=asdict(config.policy) | nested)
+        return replace(config, policy=asdict(config.policy) | policy)
     except ValidationError as error:
         wrong = error.errors()[0]
         field = ".".join(map(str, wrong["loc"]))
-        reason = wrong["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        reason = wrong["msg"].replace("Input should be", "expected")
+        reason = reason.replace("Unexpected keyword argument", "no such setting")
         got = reprlib.repr(wrong["input"])
         raise InputError(f"{field}: {reason}; got {got}: see {TrainConfig.__module__}") from None
 

@@ -24,8 +24,7 @@ def adapt(
     std: Channels,
     precision: str = "fp32",
 ) -> tuple[nn.Module, Channels, Channels]:
-    """The network, mean and standard deviation to predict unlabelled uint8 `images` (N, 3, 32, 32)
-    with.
+    """The network, mean and std to predict unlabelled uint8 `images` (N, 3, 32, 32) with.
 
     none: as they come. normalize: the images' own channel statistics, as the report does.
     batchnorm: a copy of the network with batch-norm statistics of these images, mixed with the
@@ -59,8 +58,7 @@ def adapt(
 def rebase_batch_norm(
     model: nn.Module, images: Tensor, mean: Channels, std: Channels, precision: str = "fp32"
 ) -> nn.Module:
-    """A copy that computes the same, each batch-norm layer written around the statistics of these
-    uint8 images.
+    """A copy that computes the same, its batch norms written around these uint8 images' statistics.
 
     Training leaves those of augmented images, from which others deviate (no erased boxes, no
     padding), as the weights expect. `adapt` would take that deviation away with the shift; after

@@ -73,9 +73,8 @@ class State:
         return [state["momentum_buffer"] for state in self.optimizer.state.values()]
 
     def content(self) -> dict:
-        """A copy of everything, on the CPU, that later steps leave alone. No text is in it twice:
-        whether pickle writes it again depends on how it came about, and equal states should be
-        equal bytes."""
+        """A copy of everything, on the CPU. No text is in it twice: whether pickle writes it again
+        depends on how it came about, and equal states should be equal bytes."""
         model = self.model.state_dict()
         return {
             "model": {name: value.to("cpu", copy=True) for name, value in model.items()},
@@ -110,12 +109,11 @@ class Step:
         self.fast = self._compiled() if config.compile else self.loss
 
     def __call__(
-        self, images: Tensor, labels: Tensor, rate: float, half_size: bool = False, share: float = 1
+        self, images: Tensor, labels: Tensor, rate: float, half_size: bool = False
     ) -> None:
         """One update from uint8 images (b, 3, 32, 32) and labels int64 (b,), both on the device.
 
-        `half_size`: the images averaged down to 16x16. `share`: the factor of this rank's gradient,
-        where the ranks hold different numbers of a batch's images.
+        `half_size`: the images are averaged down to 16x16.
         """
         optimizer, scaler = self.state.optimizer, self.state.scaler
         for group in optimizer.param_groups:
@@ -123,7 +121,7 @@ class Step:
         optimizer.zero_grad()
         loss_of = self.fast if len(labels) == self.config.batch_size else self.loss
         loss, right = loss_of(images, labels, half_size)
-        scaler.scale(loss * share).backward()
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         loss, n = loss.detach(), torch.full_like(loss, len(labels))
@@ -206,13 +204,11 @@ def train_one_epoch(
     step.totals.zero_()
     state.model.train()
     for i, (images, labels) in enumerate(epoch_batches(train, config, plan, ranks.rank())):
-        whole = min(config.batch_size, len(train) - i * config.batch_size)
-        rate = learning_rate(config, state.epoch + i / steps)
-        step(images, labels, rate, half_size, share=len(labels) * config.ranks / whole)
+        step(images, labels, learning_rate(config, state.epoch + i / steps), half_size)
         if step.device.type != "cuda" or i % CHECK_EVERY == 0:
             loss, right = step.check(i)
             bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{right:.1%}", refresh=False)
-        bar.update(whole)
+        bar.update(len(labels) * config.ranks)
     if config.ranks > 1:
         dist.all_reduce(step.totals)
     return step.check(steps - 1)

@@ -165,9 +165,9 @@ SUBMIT = "submit --weights tiny.safetensors"
 WRONG = [
     ("info --recipe nope", "recipe: expected one of report, best, quick; got 'nope'"),
     ("train --recipe quick", "the following arguments are required: --run"),
-    (f"{TRAIN} --set nope=1", "unknown field nope: expected one of recipe, blocks"),
+    (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "epochs: expected a valid integer"),
-    (f"{TRAIN} --set name=x", "unknown field name"),
+    (f"{TRAIN} --set name=x", "name: no such setting"),
     (f"{TRAIN} --set policy.magnitude=99", "policy.magnitude: expected less than"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
     (f"{TRAIN} --set momentum=0", "the optimizer's settings (Nesterov momentum requires"),
@@ -177,7 +177,7 @@ WRONG = [
     ("tune --study s.db --trials 1 --set ranks=2", "ranks: set by torchrun (1), got 2"),
     (f"{TRAIN} --device toaster", "device: expected auto, cpu, cuda, cuda:N or mps"),
     (f"{TRAIN} --run blocked/run", "run directory: can't write into"),
-    ("evaluate --weights a\nb\u2028c", "weights: expected a file, found none at a\\nb\\u2028c"),
+    ("evaluate --weights a\nb\u2028c", "weights: a\\nb\\u2028c"),
     ("evaluate a\nb", "unrecognized arguments: a\\nb"),
     ("evaluate --weights blocked", "weights: blocked is no file of this package's weights"),
     ("evaluate --tta twice", "argument --tta: invalid choice: 'twice'"),
@@ -188,7 +188,6 @@ WRONG = [
     (f"{SUBMIT} --test test.pkl --out test.pkl", "it is an input of this command"),
     (f"{SUBMIT} --test test.pkl --out tiny.safetensors", "it is an input of this command"),
     ("tune --study blocked --trials 1", "got blocked (file is not a database)"),
-    ("tune --study s.db --trials 0", "expected a whole number from 1 on, got '0'"),
 ]
 
 

@@ -165,7 +165,7 @@ def test_damaged_and_hostile_files_are_refused(weights):
 
 
 def test_only_a_regular_file_of_a_sane_size_is_opened(tmp_path):
-    with pytest.raises(InputError, match="expected a file, found none at .*give a model"):
+    with pytest.raises(InputError, match="No such file or directory.*give a model"):
         load_model(tmp_path / "none")
     refusal(tmp_path)
     os.mkfifo(tmp_path / "fifo")

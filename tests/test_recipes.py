@@ -60,9 +60,9 @@ def test_text_reads_as_the_type_of_the_field():
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("lr", "0.1", "unknown field lr: expected one of recipe, blocks"),
-        ("name", "x", "unknown field name: expected"),
-        ("policy.strength", 1, "unknown field policy.strength: .*, policy.crop_padding"),
+        ("lr", "0.1", "lr: no such setting; got '0.1': see cifar_lib.recipes"),
+        ("name", "x", "name: no such setting"),
+        ("policy.strength", 1, "policy.strength: no such setting"),
         ("policy", {"strength": 1}, "policy.strength: "),
         ("policy", "strong", "policy: expected a dictionary"),
         ("policy.magnitude", "31", "policy.magnitude: expected less than or equal to 30; got '31'"),

@@ -384,7 +384,7 @@ def test_a_last_batch_of_one_image_trains_where_batch_normalisation_can(stand_in
         deep,
         {**deep, "blocks": "1,1,1,1,1", "channels": "16,16,16,16,16", "half_size_epochs": 2},
     ):
-        with pytest.raises(InputError, match="batches of 16 out of 17 images end with 1, too few"):
+        with pytest.raises(InputError, match="batches of 16 out of 17 images end with 1, which"):
             resolve(tiny(**changes), CPU, 17)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             train_quietly(State.new(tiny(**changes), CPU), train, tiny(**changes))
