@@ -22,7 +22,7 @@ from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
 
 def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: int) -> float:
     """The least of `rounds` times for `config.epochs` epochs, after an epoch to warm up."""
-    state = State.new(config, device)
+    state = State(config, device)
     step, times = Step(state, config), []
 
     def epochs(n: int) -> None:

@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device, winograd: bool):
         self.train, self.config, self.device = train.to(device), config, device
-        self.step = Step(State.new(config, device), config)
+        self.step = Step(State(config, device), config)
         self.convolutions = WINOGRAD if winograd else None
 
     def __call__(self) -> float:

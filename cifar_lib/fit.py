@@ -47,7 +47,7 @@ def fit(
     target = choose_device(device)
     part, validation = split(train.to(target), config)
     config = resolve(config, target, len(part))
-    state = State.new(config, target)  # what can't be built must not claim the directory
+    state = State(config, target)  # what can't be built must not claim the directory
     identity = asdict(config) | {"data": train.source, "images": len(train)}
     first = ranks.rank() == 0
     log = log if first else lambda _: None

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -33,29 +32,21 @@ def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Te
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / (classes - 1))
 
 
-@dataclass
 class State:
     """What a checkpoint holds: all that changes while training."""
 
-    model: ResNet
-    optimizer: torch.optim.SGD
-    scaler: torch.amp.GradScaler  # does nothing but in fp16
-    epoch: int = 0  # epochs done, as many as there are rows
-    history: list[dict] = field(default_factory=list)
-
-    @classmethod
-    def new(cls, config: TrainConfig, device: torch.device) -> "State":
+    def __init__(self, config: TrainConfig, device: torch.device):
         """Before the first step, with random weights by the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
-        model = model.to(device, memory_format=torch.channels_last)
-        parameters = list(model.parameters())
+        self.model = model.to(device, memory_format=torch.channels_last)
+        parameters = list(self.model.parameters())
         groups = [{"params": [p for p in parameters if config.decay_all or p.ndim > 1]}]
         if not config.decay_all:
             groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         with explained("the optimizer's settings", "nesterov needs a momentum above 0", ValueError):
-            optimizer = torch.optim.SGD(
+            self.optimizer = torch.optim.SGD(
                 groups,
                 lr=config.learning_rate,
                 momentum=config.momentum,
@@ -65,9 +56,10 @@ class State:
             )
         if config.momentum:  # the fused step leaves them unset where a first fp16 step overflows
             for parameter in parameters:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        return cls(model, optimizer, scaler)
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.epoch = 0  # epochs done, as many as there are rows
+        self.history: list[dict] = []
 
     def _momenta(self) -> list[Tensor]:
         return [state["momentum_buffer"] for state in self.optimizer.state.values()]
@@ -108,9 +100,7 @@ class Step:
         self.network = DistributedDataParallel(state.model) if config.ranks > 1 else state.model
         self.fast = self._compiled() if config.compile else self.loss
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, rate: float, half_size: bool = False
-    ) -> None:
+    def __call__(self, images: Tensor, labels: Tensor, rate: float, half_size: bool) -> None:
         """One update from uint8 images (b, 3, 32, 32) and labels int64 (b,), both on the device.
 
         `half_size`: the images are averaged down to 16x16.

@@ -135,7 +135,7 @@ def read_configuration(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> None:
     path.rename(path.with_name("checkpoint.pt"))
-    State.new(SMALL, torch.device("cpu")).load(checkpoint.RunDirectory(path.parent).load())
+    State(SMALL, torch.device("cpu")).load(checkpoint.RunDirectory(path.parent).load())
 
 
 READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], object]]] = {
@@ -161,7 +161,7 @@ def prepare() -> None:
         WEIGHTS = path.read_bytes()
     CONFIG = json.loads(json.dumps(asdict(RECIPES["quick"])))
     SMALL = recipe("quick", blocks="1", channels="16", precision="fp32")
-    STATE = {"format": checkpoint.FORMAT, **State.new(SMALL, torch.device("cpu")).content()}
+    STATE = {"format": checkpoint.FORMAT, **State(SMALL, torch.device("cpu")).content()}
     file = io.BytesIO()
     torch.save(STATE, file)
     CHECKPOINT = file.getvalue()

@@ -61,7 +61,7 @@ def test_augmentation_stays_on_the_device(cuda, ops):
 @pytest.mark.parametrize("half_size", [False, True])
 def test_a_step_waits_for_nothing(cuda, monkeypatch, precision, half_size):
     config = recipe("best", blocks="1,1", channels="18,20", precision=precision, compile=False)
-    state = State.new(config, CUDA)
+    state = State(config, CUDA)
 
     def backward(_: torch.Tensor) -> None:
         for parameter in state.model.parameters():

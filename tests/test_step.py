@@ -36,7 +36,7 @@ def losses(
 ) -> list[float]:
     """The training loss of each epoch. Gradients must lie in memory as their parameters do: else
     the fused optimizer takes a slow way, or a wrong one."""
-    state = State.new(config, device)
+    state = State(config, device)
     step, train = Step(state, config, log), train.to(device)
     result = []
     for state.epoch in range(config.epochs):
@@ -133,18 +133,18 @@ def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
     images, labels = stand_in[0].images[:4], torch.arange(4)
     after = []
     for scale in (2.0**120, 2.0**10):  # the first one overflows float32, too
-        state = State.new(config, CPU)
+        state = State(config, CPU)
         step = Step(state, config)
         fixed = state.scaler.state_dict() | {"growth_interval": 10**6}
         state.scaler.load_state_dict(fixed | {"scale": scale})
         if scale > 2.0**100:
             before = copy.deepcopy(state.model.state_dict())
-            step(images, labels, rate=0.1)
+            step(images, labels, 0.1, False)
             state.model.load_state_dict(before)  # with its batch statistics
             momentum = [entry["momentum_buffer"] for entry in state.optimizer.state.values()]
             assert len(momentum) > 10 and not any(buffer.any() for buffer in momentum)
             state.scaler.load_state_dict(fixed | {"scale": 2.0**10})
-        step(images, labels, rate=0.1)
+        step(images, labels, 0.1, False)
         step.check(1)  # the loss itself was finite
         after.append(state.model)
     for overflowed, smooth in zip(*(model.parameters() for model in after), strict=True):
@@ -169,13 +169,13 @@ def test_on_cuda_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in,
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_nothing_waits_for_the_device_in_a_step(stand_in, compiled):
     config = tiny(compile=compiled)
-    step = Step(State.new(config, CUDA), config)
+    step = Step(State(config, CUDA), config)
     train = stand_in[0].to(CUDA)
     images, labels = train.images[:24], train.labels[:24]
-    step(images, labels, rate=0.1)
+    step(images, labels, 0.1, False)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(images, labels, rate=0.1)
+        step(images, labels, 0.1, False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

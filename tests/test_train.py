@@ -152,7 +152,7 @@ def test_the_order_differs_by_epoch_and_seed_only():
 def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stand_in):
     config = tiny(half_size_epochs=3)
     for epoch, halved in ((1, True), (2, False)):  # the last epoch is on whole images
-        state, seen = State.new(config, CPU), []
+        state, seen = State(config, CPU), []
         state.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         state.epoch = epoch
         train_quietly(state, stand_in[0], config)
@@ -163,7 +163,7 @@ def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stan
 
 def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_in):
     train, config = stand_in[0][torch.arange(33)], tiny()  # batches of 16, 16 and 1
-    model = State.new(config, CPU).model
+    model = State(config, CPU).model
     losses, hits = [], 0
     with torch.no_grad():
         for images, labels in batches(train, config, epoch=0):
@@ -171,7 +171,7 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
             losses += [smooth_cross_entropy(logits, labels, 0.05).item()] * len(labels)
             hits += (logits.argmax(1) == labels).sum().item()
     assert abs((losses[0] + losses[16] + losses[32]) / 3 - sum(losses) / 33) > 1e-3
-    state = State.new(config, CPU)
+    state = State(config, CPU)
     found = train_quietly(state, train, config)  # at rate 0
     assert found == pytest.approx((sum(losses) / 33, hits / 33), rel=1e-5)
     assert all(map(torch.equal, state.model.parameters(), model.parameters()))
@@ -180,7 +180,7 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_step_is_sgd_with_momentum_and_decay_but_of_norms_and_biases(stand_in, nesterov):
     config = tiny(batch_size=60, weight_decay=0.1, nesterov=nesterov, decay_all=not nesterov)
-    state, reference = State.new(config, CPU), State.new(config, CPU).model
+    state, reference = State(config, CPU), State(config, CPU).model
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     for epoch in (1, 2):  # one step each
         state.epoch = epoch
@@ -200,17 +200,17 @@ def test_a_step_is_sgd_with_momentum_and_decay_but_of_norms_and_biases(stand_in,
 
 def test_weights_start_by_the_seed_whatever_was_drawn_before():
     torch.manual_seed(5)
-    first = State.new(tiny(seed=1), CPU).model.conv1.weight
+    first = State(tiny(seed=1), CPU).model.conv1.weight
     before = torch.random.get_rng_state()
-    assert torch.equal(State.new(tiny(seed=1), CPU).model.conv1.weight, first)
+    assert torch.equal(State(tiny(seed=1), CPU).model.conv1.weight, first)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert not torch.equal(State.new(tiny(seed=2), CPU).model.conv1.weight, first)
+    assert not torch.equal(State(tiny(seed=2), CPU).model.conv1.weight, first)
 
 
 def test_a_small_network_overfits_one_batch(stand_in):
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
     config = tiny(epochs=30, learning_rate=0.1, policy=nothing, label_smoothing=0.0)
-    state, batch = State.new(config, CPU), stand_in[0][torch.arange(8)]
+    state, batch = State(config, CPU), stand_in[0][torch.arange(8)]
     for state.epoch in range(30):
         loss, right = train_quietly(state, batch, config)
     assert loss < 0.4 and right == 1.0
@@ -379,7 +379,7 @@ def test_a_last_batch_of_one_image_trains_where_batch_normalisation_can(stand_in
         {"blocks": "1,1,1,1,1", "channels": "16,16,16,16,16"},
     ):
         config = resolve(tiny(**changes), CPU, 17)
-        train_quietly(State.new(config, CPU), train, config)
+        train_quietly(State(config, CPU), train, config)
     for changes in (
         deep,
         {**deep, "blocks": "1,1,1,1,1", "channels": "16,16,16,16,16", "half_size_epochs": 2},
@@ -387,7 +387,7 @@ def test_a_last_batch_of_one_image_trains_where_batch_normalisation_can(stand_in
         with pytest.raises(InputError, match="batches of 16 out of 17 images end with 1, which"):
             resolve(tiny(**changes), CPU, 17)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            train_quietly(State.new(tiny(**changes), CPU), train, tiny(**changes))
+            train_quietly(State(tiny(**changes), CPU), train, tiny(**changes))
 
 
 @pytest.mark.parametrize(

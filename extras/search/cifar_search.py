@@ -113,7 +113,7 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Calla
         config = resolve(suggest(trial, base), target, len(part))
         prepare(target, config.precision)
         normalisation = (config.test_mean, config.test_std, config.precision)
-        state = State.new(config, target)
+        state = State(config, target)
         step = Step(state, config)
         score = 0.0
         for state.epoch in range(config.epochs):
