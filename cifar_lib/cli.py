@@ -13,17 +13,13 @@ import torch
 import torchinfo
 from PIL import Image
 
-from cifar_lib import __version__, ranks
+from cifar_lib import __version__, evaluate, hardware, kaggle, ranks, shift
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError, behind, explained, printable
-from cifar_lib.evaluate import TTA, predict, summarize
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
-from cifar_lib.hardware import PRECISIONS, choose_device, choose_precision, prepare
-from cifar_lib.kaggle import read_test_file, write_submission
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
-from cifar_lib.shift import ADAPTATIONS, adapt
 
 # Options of several commands.
 DEVICE = {"default": "auto", "metavar": "D", "help": "auto, cpu, cuda, cuda:N or mps"}
@@ -107,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, metavar="FILE.csv", help="- is standard output")
     chosen = "normalize+batchnorm"  # this and the views by results/shift/verdict.json
     use = "what of the file's own statistics is used; default: %(default)s"
-    add("--adapt", choices=ADAPTATIONS, default=chosen, help=use)
+    add("--adapt", choices=shift.ADAPTATIONS, default=chosen, help=use)
     add("--label-column", default="Labels", help="the report's file has Category")
     _add_weights(add, tta="flip")
     return parser
@@ -126,9 +122,9 @@ def _add_recipe(add: Callable, *fields: str, **given: object) -> None:
 
 def _add_weights(add: Callable, tta: str) -> None:
     add("--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package")
-    views = {"nargs": "?", "const": "flip", "default": tta, "choices": TTA}
+    views = {"nargs": "?", "const": "flip", "default": tta, "choices": evaluate.TTA}
     add("--tta", **views, help="test-time views; default: %(default)s")
-    add("--precision", default="auto", metavar="P", help=f"one of {', '.join(PRECISIONS)}")
+    add("--precision", default="auto", metavar="P", help=f"one of {', '.join(hardware.PRECISIONS)}")
     add("--device", **DEVICE)
 
 
@@ -150,7 +146,7 @@ def _config(options: argparse.Namespace, **changes: object) -> TrainConfig:
 def _train(options: argparse.Namespace) -> None:
     config, run = _config(options), Path(options.run)
     with ranks.joined(options.device) as device:
-        choose_device(device)  # before the data are read
+        hardware.choose_device(device)  # before the data are read
         metrics = fit(config, run, *load_cifar10(options.data), device=device)
         if ranks.rank() == 0:
             what, remedy = f"{run / 'metrics.json'} has no test score", "restore or delete it"
@@ -177,9 +173,9 @@ def _print_score(score: dict, where: str) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
     """The weights on the device asked for, their `info`, and the precision."""
-    device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
-    prepare(device, precision)
+    device = hardware.choose_device(options.device)
+    precision = hardware.choose_precision(options.precision, device)
+    hardware.prepare(device, precision)
     model, info = load_model(options.weights)
     return model.to(device, memory_format=torch.channels_last), info, precision
 
@@ -187,8 +183,8 @@ def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
 def _evaluate(options: argparse.Namespace) -> None:
     model, info, precision = _load(options)
     _, test = load_cifar10(options.data)
-    logits = predict(model, test.images, info["mean"], info["std"], precision, options.tta)
-    score = summarize(logits, test.labels)
+    logits = evaluate.predict(model, test.images, info["mean"], info["std"], precision, options.tta)
+    score = evaluate.summarize(logits, test.labels)
     how = {"weights": str(options.weights), "tta": options.tta, "precision": precision}
     if options.json:
         print(json.dumps({**how, **score}))
@@ -202,7 +198,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
         raise InputError("predict: --grad-cam names its pictures after yours, two have one name")
     model, info, precision = _load(options)
-    logits = predict(model, images, info["mean"], info["std"], precision, options.tta)
+    logits = evaluate.predict(model, images, info["mean"], info["std"], precision, options.tta)
     probabilities = (logits / info.get("temperature", 1.0)).softmax(1)
     for path, row in zip(options.images, probabilities, strict=True):
         best = row.topk(3)
@@ -221,16 +217,16 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    test = read_test_file(options.test)
+    test = kaggle.read_test_file(options.test)
     model, info, precision = _load(options)
     normalisation = info["mean"], info["std"]
-    model, mean, std = adapt(options.adapt, model, test.images, *normalisation, precision)
-    logits = predict(model, test.images, mean, std, precision, options.tta)
+    model, mean, std = shift.adapt(options.adapt, model, test.images, *normalisation, precision)
+    logits = evaluate.predict(model, test.images, mean, std, precision, options.tta)
     if not logits.isfinite().all():
         raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
     labels = logits.argmax(1)
     inputs = (options.test, options.weights)
-    write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
+    kaggle.write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
     how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
     aside = sys.stderr if options.out == "-" else sys.stdout
     print(f"{len(labels)} labels in {options.out} ({how})", file=aside)

@@ -22,6 +22,7 @@ from cifar_lib.files import read_regular
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CAT, DOG = CLASSES.index("cat"), CLASSES.index("dog")
+Channels = tuple[float, ...]  # a number for each of red, green, blue
 REAL, STAND_IN = "CIFAR-10", "stand-in data"
 
 # Over all pixels of the 50,000 training images (`channel_statistics`), in [0, 1].
@@ -150,14 +151,12 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return s1 / n / 255, np.sqrt(s2 / n - (s1 / n) ** 2) / 255
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """(x / 255 - mean) / std per channel: uint8 (N, 3, H, W) -> float32, channels-last."""
     return apply_scale(images, *scale_and_shift(mean, std, images.device))
 
 
-def scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tuple[Tensor, Tensor]:
     """float32 (1, 3, 1, 1) each, with which normalisation is x scale - shift."""
     scale = 1 / (255 * torch.tensor(std, dtype=torch.float32))
     shift = torch.tensor(mean, dtype=torch.float32) * 255 * scale

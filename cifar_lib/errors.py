@@ -30,9 +30,7 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
         raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error
 
 
-def behind(
-    error: BaseException | None, kinds: type[BaseException] | tuple[type[BaseException], ...]
-) -> BaseException | None:
+def behind(error: BaseException | None, kinds: type | tuple[type, ...]) -> BaseException | None:
     """The error of these kinds that `error` is or comes from, if any."""
     while error is not None and not isinstance(error, kinds):
         error = error.__cause__ or error.__context__

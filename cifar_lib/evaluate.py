@@ -13,11 +13,9 @@ from scipy.stats import binomtest
 from sklearn import metrics
 from torch import Tensor, nn
 
-from cifar_lib.data import CLASSES, normalize
+from cifar_lib.data import CLASSES, Channels, normalize
 from cifar_lib.hardware import computing
 from cifar_lib.model import ResNet
-
-Channels = tuple[float, ...]  # a number for each of red, green, blue
 
 TTA = {"none": 1, "flip": 2}  # test-time views: the image, and its mirror image
 

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from torch import Tensor
 
-from cifar_lib.data import normalize
-from cifar_lib.evaluate import Channels
+from cifar_lib.data import Channels, normalize
 from cifar_lib.model import ResNet
 
 

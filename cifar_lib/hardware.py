@@ -42,10 +42,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32.
-
-    Raises InputError for an unknown one.
-    """
+    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32;
+    InputError for an unknown one."""
     if name not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}; got {name!r}")
     if name != "auto":
@@ -87,12 +85,10 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
 def describe(device: torch.device) -> dict[str, str | float | int | None]:
     """The machine and the versions, as the report's System Specifications; memory in GB (10^9)."""
     on_gpu = device.type == "cuda"
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # those that this process may use
-        cores = len(os.sched_getaffinity(0))
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # not on macOS
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cpu_cores": cores,
+        "cpu_cores": len(affinity(0)),  # those that this process may use
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 2),
         "device": str(device),

@@ -16,7 +16,7 @@ from cifar_lib.data import CLASSES, ImageSet
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import read_regular, write_atomically
 
-MAX_NAME = 200  # characters of an id
+LONGEST = 200  # characters of an id
 
 
 def read_test_file(path: str | os.PathLike) -> ImageSet:
@@ -64,12 +64,10 @@ def _id(value: Any) -> int | str:
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if type(value) is int and abs(value) < 10**20:
         return value
-    if isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable():
+    if isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable():
         return value
     found = repr(value[:20]) if isinstance(value, str) else type(value).__name__
-    raise InputError(
-        f"ids: expected whole numbers or names of 1 to {MAX_NAME} letters, got {found}"
-    )
+    raise InputError(f"ids: expected whole numbers or names of 1 to {LONGEST} letters, got {found}")
 
 
 def write_submission(

@@ -5,9 +5,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from cifar_lib.data import channel_statistics
+from cifar_lib.data import Channels, channel_statistics
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import Channels, batches
+from cifar_lib.evaluate import batches
 from cifar_lib.hardware import computing
 
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")

@@ -22,6 +22,7 @@ from cifar_lib.recipes import TrainConfig, learning_rate
 
 # Batches augmented at once: enough to group images by operation; on a CPU few enough for its cache.
 BLOCK = {"cpu": 32, "cuda": 128, "mps": 128}
+Plan = tuple[Tensor, Draws]  # of an epoch: the order of its images, and their augmentation
 CHECK_EVERY = 50  # steps between two looks at a GPU's running loss, each of which waits for it
 
 
@@ -161,14 +162,14 @@ class Step:
         return loss / images, right / images
 
 
-def epoch_plan(config: TrainConfig, n: int, epoch: int) -> tuple[Tensor, Draws]:
+def epoch_plan(config: TrainConfig, n: int, epoch: int) -> Plan:
     """The order of the n images in an epoch, int64 (n,), and the draws of their augmentation."""
     order = torch.randperm(n, generator=random_stream(config.seed, epoch, purpose=1))
     return order, draw(n, config.policy, config.seed, epoch)
 
 
 def epoch_batches(
-    train: ImageSet, config: TrainConfig, plan: tuple[Tensor, Draws], rank: int = 0
+    train: ImageSet, config: TrainConfig, plan: Plan, rank: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented uint8 images (b, 3, 32, 32) and labels (b,): what `rank` takes of each batch."""
     order, draws = plan
@@ -181,9 +182,7 @@ def epoch_batches(
         yield from zip(images.split(sizes), part.labels.split(sizes), strict=True)
 
 
-def train_one_epoch(
-    step: Step, train: ImageSet, plan: tuple[Tensor, Draws], bar: tqdm
-) -> tuple[float, float]:
+def train_one_epoch(step: Step, train: ImageSet, plan: Plan, bar: tqdm) -> tuple[float, float]:
     """One pass over `train`; returns the mean loss and the accuracy over its augmented images.
 
     Raises InputError when the loss is not finite, on a GPU up to CHECK_EVERY steps later.

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from cifar_lib import data
-from cifar_lib.data import ImageSet
+from cifar_lib.data import Channels, ImageSet
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import Channels
 from cifar_lib.files import write_atomically
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
