@@ -15,7 +15,7 @@ from PIL import Image
 
 from cifar_lib import __version__, evaluate, hardware, kaggle, ranks, shift
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
-from cifar_lib.errors import InputError, behind, explained, printable
+from cifar_lib.errors import InputError, explained, printable
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.model import PRETRAINED, ResNet, load_model
@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
         return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
-    except BaseException as error:
-        if behind(error, KeyboardInterrupt) is None:  # inside C code it can end as a SystemError
+    except (KeyboardInterrupt, SystemError) as error:  # inside C code one can end as the other
+        if KeyboardInterrupt not in map(type, (error, error.__cause__, error.__context__)):
             raise
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
         return 130

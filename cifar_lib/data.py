@@ -61,12 +61,9 @@ class ImageSet:
         """The images at `index` (positions, a mask, or a slice), labels and ids with them."""
         positions = torch.arange(len(self))[index]
         on_device = positions.to(self.images.device, non_blocking=True)
-        return replace(
-            self,
-            images=self.images[on_device],
-            labels=None if self.labels is None else self.labels[on_device],
-            ids=None if self.ids is None else tuple(self.ids[i] for i in positions.tolist()),
-        )
+        labels = None if self.labels is None else self.labels[on_device]
+        ids = None if self.ids is None else tuple(self.ids[i] for i in positions.tolist())
+        return ImageSet(self.images[on_device], labels, ids, self.source)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         labels = None if self.labels is None else self.labels.to(device)

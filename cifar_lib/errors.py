@@ -28,10 +28,3 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
         # Pillow's ends with a buffer, pydantic's with a link; torch takes several lines.
         text = text.partition(" <_io")[0].partition("\n    For further")[0]
         raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error
-
-
-def behind(error: BaseException | None, kinds: type | tuple[type, ...]) -> BaseException | None:
-    """The error of these kinds that `error` is or comes from, if any."""
-    while error is not None and not isinstance(error, kinds):
-        error = error.__cause__ or error.__context__
-    return error

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -25,10 +25,9 @@ PRECISIONS = ("auto", *DTYPES)
 
 def choose_device(name: str = "auto") -> torch.device:
     """`auto`: a CUDA or Apple GPU if there is one, else the CPU; InputError for one not here."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto":
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        name = next((kind for kind in found if found[kind]), "cpu")
     what = f"device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; got {name!r}"
     kinds = (RuntimeError, AssertionError, ImportError)
     with explained(what, "use --device auto or cpu", *kinds):
@@ -111,8 +110,7 @@ def _cpuinfo(field: str) -> str:
 
 def _commit() -> str | None:
     """The commit this package is checked out at, `+changes` if it differs; None elsewhere."""
-    root, options = Path(__file__).parents[1], ("--always", "--abbrev=40", "--exclude=*")
-    command = ["git", "describe", *options, "--dirty=+changes"]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
+    root = Path(__file__).parents[1]
+    command = "git describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null"
+    found = subprocess.getoutput(f"cd {shlex.quote(str(root))} && {command}")
+    return ((root / ".git").exists() and found) or None

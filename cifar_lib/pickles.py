@@ -33,9 +33,8 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
     """The dict of a pickle of any protocol, 0 to 5, written by Python 2 or 3 and numpy 1 or 2.
 
     Its values: plain data, and arrays of numbers, truth values or strings (read-only; those inside
-    of lists and deeper dicts stay inert). Scalars of numpy come as Python's, bytearrays as bytes,
-    Python 2's strings as latin1. Raises InputError where the file is broken, too long, or wants
-    anything else.
+    of lists and deeper dicts stay inert). numpy's scalars come as Python's, bytearrays as bytes,
+    Python 2's strings as latin1. InputError where it is broken, too long, or wants anything else.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"it has over {MAX_BYTES:,} bytes")

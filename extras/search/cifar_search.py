@@ -10,7 +10,7 @@ from pathlib import Path
 
 import optuna
 from cifar_lib.data import ImageSet
-from cifar_lib.errors import InputError, behind
+from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import resolve, split
 from cifar_lib.hardware import choose_device, prepare
@@ -210,9 +210,9 @@ def _told(where: str, *errors: type[Exception]) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        error = behind(error, errors)  # Optuna's own handling of one can end in another
-        if error is None:
-            raise
+        while not isinstance(error, errors):  # Optuna's own handling of one can end in another
+            if (error := error.__cause__ or error.__context__) is None:
+                raise
         kind, is_url, _ = where.partition("://")
         reason = str(error.__cause__ or error).partition("\n")[0][:200] or type(error).__name__
         if is_url and isinstance(error, (ArgumentError, ValueError)):
