@@ -42,7 +42,6 @@ class TrainConfig:
     momentum: Fraction = 0.9  # not 0 with nesterov
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    decay_all: bool = True  # False: no weight decay on biases and batch normalisation
     # the report's s: s / 9 on each wrong class
     label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(data.CLASSES))] = 0.05
     half_size_epochs: Count = 0  # first epochs, never the last, at 16x16: a quarter of the cost
@@ -86,7 +85,6 @@ QUICK = replace(
     batch_size=32,
     learning_rate=0.05,
     warmup_epochs=1,
-    decay_all=False,
     label_smoothing=0.05,
     half_size_epochs=3,
     policy=Policy(ops="none", erasing=0.0),

@@ -43,12 +43,9 @@ class State:
             model = ResNet(config.blocks, config.channels, len(CLASSES))
         self.model = model.to(device, memory_format=torch.channels_last)
         parameters = list(self.model.parameters())
-        groups = [{"params": [p for p in parameters if config.decay_all or p.ndim > 1]}]
-        if not config.decay_all:
-            groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
         with explained("the optimizer's settings", "nesterov needs a momentum above 0", ValueError):
             self.optimizer = torch.optim.SGD(
-                groups,
+                parameters,
                 lr=config.learning_rate,
                 momentum=config.momentum,
                 nesterov=config.nesterov,

@@ -17,6 +17,7 @@ import os
 import shutil
 import statistics
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from cifar_lib.evaluate import (
 )
 from cifar_lib.hardware import choose_device, choose_precision
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
+from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
 from session import GIVE_UP_AFTER, SHIFT, SHIPPED_RUN
 from shifts import shifted
@@ -124,9 +126,10 @@ def _unused(path: Path) -> Path:
 
 
 def _config(folder: Path) -> dict:
-    """A run's config.json, less its empty fields: versions differ in which they have."""
+    """A run's config.json, less what later versions have no setting for."""
+    known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
     config = json.loads((folder / "config.json").read_text())
-    return {name: value for name, value in config.items() if value is not None}
+    return {name: value for name, value in config.items() if name in known}
 
 
 def score(

@@ -31,7 +31,7 @@ from cifar_lib.train import (
 CPU = torch.device("cpu")
 TINY = {"blocks": "1,1", "channels": "16,16", "batch_size": 16, "epochs": 3, "warmup_epochs": 1}
 TINY |= {"precision": "fp32", "compile": "false"}
-RICH = {"decay_all": False, "nesterov": True, "validation_size": 20}
+RICH = {"nesterov": True, "validation_size": 20}
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 REPRODUCIBLE = (*CHECKPOINTS, "history.csv", "metrics.json", "model.safetensors")
 
@@ -178,8 +178,8 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_step_is_sgd_with_momentum_and_decay_but_of_norms_and_biases(stand_in, nesterov):
-    config = tiny(batch_size=60, weight_decay=0.1, nesterov=nesterov, decay_all=not nesterov)
+def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
+    config = tiny(batch_size=60, weight_decay=0.1, nesterov=nesterov)
     state, reference = State(config, CPU), State(config, CPU).model
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     for epoch in (1, 2):  # one step each
@@ -191,7 +191,7 @@ def test_a_step_is_sgd_with_momentum_and_decay_but_of_norms_and_biases(stand_in,
         gradients = torch.autograd.grad(loss, list(reference.parameters()))
         with torch.no_grad():
             for p, v, g in zip(reference.parameters(), velocity, gradients, strict=True):
-                g = g + 0.1 * p * (config.decay_all or p.ndim > 1)
+                g = g + 0.1 * p
                 v.mul_(0.9).add_(g)
                 p.sub_(learning_rates(config)[epoch] * (g + 0.9 * v if nesterov else v))
     ours, theirs = list(state.model.parameters()), list(reference.parameters())
