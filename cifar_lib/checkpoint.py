@@ -36,19 +36,21 @@ class RunDirectory:
         self.path = Path(path)
 
     def __enter__(self) -> "RunDirectory":
-        with explained(f"run directory: can't write into {self.path}", "choose another", OSError):
+        where = f"run directory: {self.path}"
+        with explained(f"{where} can't be written", "choose another", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._check_ours()
+            found = {p.name for p in self.path.iterdir() if not p.match(SCRATCH)} - {".lock"}
+            if found and "recipe" not in (self.read_json("config.json") or {}):
+                raise InputError(f"{where} holds {min(found)!r}, no config.json: choose another")
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
         except BlockingIOError as error:
             os.close(self._lock)
-            what = f"run directory: another process trains in {self.path}"
-            raise InputError(f"{what}: wait, or choose another") from error
+            raise InputError(f"{where}: another process trains in it: wait for it") from error
         except OSError as error:  # a mounted Drive, say, has no locks
-            reason = f"{self.path} can't be locked ({error.strerror})"
-            warnings.warn(f"{reason}: start only one training in it", stacklevel=2)
+            reason = f"{where} can't be locked ({error.strerror}): start only one training in it"
+            warnings.warn(reason, stacklevel=2)
         for scratch in self.path.glob(SCRATCH):  # what a killed process was writing
             if scratch.is_file():
                 scratch.unlink()
@@ -56,13 +58,6 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._lock)
-
-    def _check_ours(self) -> None:
-        """A run's folder or an empty one, so that nothing of anybody else's is written over."""
-        found = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
-        if found and "recipe" not in (self.read_json("config.json") or {}):
-            what = f"run directory: {self.path} holds {min(found)!r} and no config.json of a run"
-            raise InputError(f"{what}: choose a new or an empty folder")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object that `name` holds, or None where it isn't there."""
@@ -96,8 +91,8 @@ class RunDirectory:
     def load(self) -> dict | None:
         """The newest whole checkpoint, on the CPU; None where there is none yet.
 
-        A damaged one is passed over for the one before, with a warning, and set aside as
-        checkpoint.damaged.pt. Raises InputError where no other is left.
+        A damaged one is set aside as checkpoint.damaged.pt for the one before, with a warning;
+        InputError where no other is left.
         """
         damage: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):

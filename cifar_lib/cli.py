@@ -219,8 +219,8 @@ def _predict(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> None:
     test = kaggle.read_test_file(options.test)
     model, info, precision = _load(options)
-    normalisation = info["mean"], info["std"]
-    model, mean, std = shift.adapt(options.adapt, model, test.images, *normalisation, precision)
+    how = info["mean"], info["std"], precision
+    model, mean, std = shift.adapt(options.adapt, model, test.images, *how)
     logits = evaluate.predict(model, test.images, mean, std, precision, options.tta)
     if not logits.isfinite().all():
         raise InputError("weights: their outputs are not finite: use others, or --precision fp32")

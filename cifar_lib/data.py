@@ -138,10 +138,8 @@ def channel_histogram(images: Tensor) -> Tensor:
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each channel over all n pixels, in [0, 1], float64 (3,) each.
-
-    mean = S1 / n, variance = S2 / n - mean^2, of the whole numbers S1 = sum of x, S2 = sum of x^2.
-    """
+    """Mean and standard deviation of each channel over all pixels, in [0, 1], float64 (3,) each:
+    S1 / n and sqrt(S2 / n - mean^2), of the whole numbers S1 = sum of x, S2 = sum of x^2."""
     counts = channel_histogram(images).numpy()
     values = np.arange(256)
     n, s1, s2 = counts.sum(1), counts @ values, counts @ values**2

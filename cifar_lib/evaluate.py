@@ -30,9 +30,7 @@ def predict(
     tta: str = "none",
 ) -> Tensor:
     """Logits float32 (N, 10) on the CPU for uint8 images (N, 3, 32, 32) normalised by `mean` and
-    `std`; the model computes in evaluation mode, where its weights lie.
-
-    `tta`: the mean over test-time views, a key of TTA.
+    `std`, as a mean over the views of `tta`; the model computes in evaluation mode, where it lies.
     """
     was_training = model.training
     model.eval()
@@ -107,10 +105,9 @@ def most_confident_mistakes(
     confidence, guess = logits.softmax(1).max(1)
     labels = labels.cpu()
     wrong = guess != labels
-    if true is not None:
-        wrong &= labels == true
-    if predicted is not None:
-        wrong &= guess == predicted
+    for classes, wanted in ((labels, true), (guess, predicted)):
+        if wanted is not None:
+            wrong &= classes == wanted
     order = confidence.argsort(descending=True, stable=True)
     return order[wrong[order]]
 

@@ -14,8 +14,7 @@ from cifar_lib.model import ResNet
 def grad_cam(
     model: ResNet, images: Tensor, targets: Tensor, mean: Channels, std: Channels
 ) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last stage's output: what speaks
-    for `targets`, in a map of 8x8 enlarged.
+    """Grad-CAM (arXiv:1610.02391) of the last stage: what speaks for `targets`, enlarged from 8x8.
 
     images uint8 (N, 3, 32, 32), targets int64 (N,) -> heat float32 (N, 32, 32) in [0, 1] on the
     CPU, each scaled by its own maximum (all 0 where nothing speaks for the class).

@@ -50,10 +50,8 @@ class BasicBlock(nn.Module):
 
 class ResNet(nn.Module):
     """3x3 stem, one stage per entry of `blocks` (each after the first halves the image), average
-    pooling, linear: normalised float images (N, 3, H, W) -> logits (N, num_classes).
-
-    Raises InputError for a malformed shape or for more than `budget` parameters.
-    """
+    pooling, linear: normalised float images (N, 3, H, W) -> logits (N, num_classes). InputError for
+    a malformed shape or for more than `budget` parameters."""
 
     def __init__(
         self,

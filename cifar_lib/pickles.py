@@ -151,10 +151,8 @@ class _Array:
 
 
 def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    """A view of the bytes, which must be as many as the shape says.
-
-    Order K, from numpy 2.3 on: the bytes are in order C, and the axes are exchanged afterwards.
-    """
+    """A view of the bytes, which must be as many as the shape says. Order K, from numpy 2.3 on: the
+    bytes are in order C, and the axes are exchanged afterwards."""
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
     array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)  # checks the shape

@@ -10,16 +10,11 @@ import torch.distributed as dist
 
 from cifar_lib.errors import explained
 
-PATIENCE = timedelta(hours=3)  # how long the others may have to wait for the first one's download
-
 
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Within it this process is one of those that torchrun started, if it did; its device.
-
-    Raises InputError where torchrun's environment variables are incomplete, the others can't be
-    met, or one of them goes away.
-    """
+    """Within it this process is one of those that torchrun started, if it did; gives its device.
+    InputError where torchrun's variables are incomplete, or the others can't be met or stop."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
@@ -29,7 +24,8 @@ def joined(device: str) -> Iterator[str]:
         if device in ("auto", "cuda") and torch.cuda.is_available():
             device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=PATIENCE)
+        patience = timedelta(hours=3)  # the first one may have to download the data
+        dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=patience)
     try:
         with explained("ranks: one of them stopped", "start the same command again", RuntimeError):
             yield device

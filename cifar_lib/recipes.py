@@ -21,8 +21,7 @@ Positive = Annotated[int, Field(ge=1, lt=10**6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Mean = Annotated[tuple[float, float, float], Split]
 Std = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=3, max_length=3), Split]
-# Below 16, oneDNN's 1x1 convolutions with a stride write past their memory
-# (uxlfoundation/oneDNN#6035).
+# Below 16, oneDNN's 1x1 convolutions write past their memory (uxlfoundation/oneDNN#6035).
 Width = Annotated[int, Field(ge=16)]
 
 

@@ -29,8 +29,7 @@ def adapt(
     none: as they come. normalize: the images' own channel statistics, as the report does.
     batchnorm: a copy of the network with batch-norm statistics of these images, mixed with the
     training ones (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779).
-    All but `none` look at the whole set at once: transductive. Raises InputError for another
-    method, and where these images have no statistics of their own.
+    All but `none` look at the whole set at once. InputError for another, or a constant channel.
     """
     if method not in ADAPTATIONS:
         raise InputError(f"adapt: expected one of {', '.join(ADAPTATIONS)}; got {method!r}")
@@ -60,9 +59,8 @@ def rebase_batch_norm(
 ) -> nn.Module:
     """A copy that computes the same, its batch norms written around these uint8 images' statistics.
 
-    Training leaves those of augmented images, from which others deviate (no erased boxes, no
-    padding), as the weights expect. `adapt` would take that deviation away with the shift; after
-    rebasing on training images without augmentation only the shift is left.
+    Training leaves those of augmented images, from which others deviate as the weights expect.
+    `adapt` would take that away with the shift; rebased on plain ones, only the shift is left.
     """
     model = copy.deepcopy(model).eval()
     moments: dict[nn.Module, list[Tensor]] = {layer: [] for layer in _batch_norms(model)}

@@ -99,10 +99,8 @@ class Step:
         self.fast = self._compiled() if config.compile else self.loss
 
     def __call__(self, images: Tensor, labels: Tensor, rate: float, half_size: bool) -> None:
-        """One update from uint8 images (b, 3, 32, 32) and labels int64 (b,), both on the device.
-
-        `half_size`: the images are averaged down to 16x16.
-        """
+        """One update from uint8 images (b, 3, 32, 32), averaged down to 16x16 if `half_size`, and
+        labels int64 (b,), both on the device."""
         optimizer, scaler = self.state.optimizer, self.state.scaler
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -126,15 +124,14 @@ class Step:
         return loss, (logits.detach().argmax(1) == labels).sum()
 
     def _compiled(self) -> Callable:
-        """`loss` compiled for whole batches, tried by passes that change nothing; as it is written,
-        and a message, where that doesn't work."""
+        """`loss` compiled for whole batches; as written, with a message, where that fails."""
         self.log("compiling the training step, which takes a minute or two")
         # On a GPU this mode captures CUDA graphs: launching a kernel takes longer than most run.
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         fast = torch.compile(self.loss, mode=mode, dynamic=False, fullgraph=True)
-        shape = (self.config.batch_size, 3, 32, 32)
-        images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        labels = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        n = self.config.batch_size
+        images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(n, dtype=torch.int64, device=self.device)
         state_dict = copy.deepcopy(self.state.model.state_dict())
         try:
             for half_size in {self.state.epoch < self.config.half_size_epochs, False}:
@@ -149,8 +146,7 @@ class Step:
         return fast
 
     def check(self, i: int) -> tuple[float, float]:
-        """Mean loss and accuracy over the epoch's images so far, up to step i; waits for the
-        device. Raises InputError where the loss is not finite."""
+        """Mean loss and accuracy of the epoch up to step i; InputError where it isn't finite."""
         loss, right, images = self.totals.tolist()
         if not math.isfinite(loss):
             when = f"at epoch {self.state.epoch}, step {i}; the last checkpoint stays"
@@ -180,10 +176,8 @@ def epoch_batches(
 
 
 def train_one_epoch(step: Step, train: ImageSet, plan: Plan, bar: tqdm) -> tuple[float, float]:
-    """One pass over `train`; returns the mean loss and the accuracy over its augmented images.
-
-    Raises InputError when the loss is not finite, on a GPU up to CHECK_EVERY steps later.
-    """
+    """One pass over `train`: the mean loss and the accuracy over its augmented images; InputError
+    when the loss is not finite, on a GPU up to CHECK_EVERY steps later."""
     state, config = step.state, step.config
     steps = math.ceil(len(train) / config.batch_size)
     half_size = state.epoch < min(config.half_size_epochs, config.epochs - 1)

@@ -176,7 +176,7 @@ WRONG = [
     (f"{TRAIN} --set ranks=2", "ranks: set by torchrun (1), got 2"),
     ("tune --study s.db --trials 1 --set ranks=2", "ranks: set by torchrun (1), got 2"),
     (f"{TRAIN} --device toaster", "device: expected auto, cpu, cuda, cuda:N or mps"),
-    (f"{TRAIN} --run blocked/run", "run directory: can't write into"),
+    (f"{TRAIN} --run blocked/run", "run directory: blocked/run can't be written"),
     ("evaluate --weights a\nb\u2028c", "weights: a\\nb\\u2028c"),
     ("evaluate a\nb", "unrecognized arguments: a\\nb"),
     ("evaluate --weights blocked", "weights: blocked is no file of this package's weights"),
