@@ -200,22 +200,24 @@ def epoch_curves(
     title: str,
     zoom: tuple[float, float] | None = None,
 ) -> Figure:
-    """A line over the epochs for each name, told apart by colour and dashes.
+    """A line over the epochs for each name, told apart by colour and dashes; accuracies in percent.
 
-    `zoom`: the values are fractions, and an inset shows those between these two larger.
+    `zoom`: an inset shows the second half of the epochs between these two values.
     """
     figure, axes = _figure(size=(7.5, 5 if zoom else 4))
     ax, longest = axes[0, 0], max(len(values) for values in series.values())
     ax.set(xlabel="epoch, counted from 0", ylabel=ylabel, title=title)
     panels = [ax]
     if zoom:
-        inset = ax.inset_axes((0.34, 0.11, 0.64, 0.54), ylim=zoom, xlim=(longest / 4, longest))
+        first, *_, last = next(iter(series.values()))
+        place = (0.34, 0.11 if first < last else 0.38, 0.64, 0.54)  # where the lines are not
+        inset = ax.inset_axes(place, ylim=zoom, xlim=(longest / 2, longest))
         panels.append(inset)
     for panel in panels:
         dashes = itertools.cycle(("-", "--", "-.", ":"))
         for name, values in series.items():
             panel.plot(range(len(values)), values, next(dashes), label=name, linewidth=1.6)
-        if zoom:
+        if ylabel == "accuracy":
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if zoom:
         ax.indicate_inset_zoom(inset, edgecolor="black")
@@ -260,7 +262,7 @@ def network_diagram(parts: Mapping[str, Sequence[int]], title: str) -> Figure:
     """A network's parts from left to right: {text of its box: shape that leaves it}."""
     lines = [max(map(len, text.splitlines())) for text in parts]
     widths = [0.07 * characters + 0.2 for characters in lines]
-    arrow = 0.45
+    arrow = 0.55
     size = (sum(widths) + arrow * len(parts) + 0.5, 1.5)
     figure, axes = _figure(size=size)
     figure.suptitle(title)

@@ -216,7 +216,7 @@ class Session:
         reasons = {
             "parameters": "",
             "multiply-adds (M)": "",
-            "size (MB)": "",
+            "estimated size (MB)": "",
             "epochs": shorter,
             "training images": shorter,
             "last train accuracy": chance,

@@ -250,7 +250,7 @@ def killed_runs(folder: Path, precision: str, ranks: int, kills: int, dice: rand
     return Row(
         f"training killed, {precision}, {ranks} process{'es' if ranks > 1 else ''}: {where}",
         seen.total(),
-        "the same command goes on; weights, optimizer, average and history end as the same bytes",
+        "the same command goes on; weights, optimizer and history end as the same bytes",
         f"{runs} runs, each ended with the bytes of the uninterrupted one",
     )
 

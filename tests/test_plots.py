@@ -79,7 +79,7 @@ def test_lines_and_dots_go_through_the_numbers():
 
 
 def test_an_inset_repeats_the_lines_between_its_limits():
-    series = {"a": [0.1, 0.91], "b": [0.2, 0.95]}
+    series = {"a": [0.1, 0.5, 0.91], "b": [0.2, 0.3, 0.95]}
     (ax,) = figures.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
     (inset,) = ax.child_axes
     assert inset.get_ylim() == (0.9, 0.96)
