@@ -124,7 +124,7 @@ def _add_weights(add: Callable, tta: str) -> None:
     add("--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package")
     views = {"nargs": "?", "const": "flip", "default": tta, "choices": evaluate.TTA}
     add("--tta", **views, help="test-time views; default: %(default)s")
-    add("--precision", default="auto", metavar="P", help=f"one of {', '.join(hardware.PRECISIONS)}")
+    add("--precision", default="fp32", metavar="P", help=f"one of {', '.join(hardware.PRECISIONS)}")
     add("--device", **DEVICE)
 
 

@@ -38,7 +38,7 @@ from cifar_lib.evaluate import (
     summarize,
     wilson_interval,
 )
-from cifar_lib.hardware import choose_device, choose_precision
+from cifar_lib.hardware import choose_device, prepare
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
@@ -132,13 +132,11 @@ def _config(folder: Path) -> dict:
     return {name: value for name, value in config.items() if name in known}
 
 
-def score(
-    model: ResNet, info: dict, test: ImageSet, config: dict, precision: str = "fp32"
-) -> tuple[dict, Tensor]:
+def score(model: ResNet, info: dict, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
     """What the card and the README say of weights trained by `config`, and the logits (N, 10)
     without views."""
     plain, mirrored = (
-        predict(model, images, info["mean"], info["std"], precision)
+        predict(model, images, info["mean"], info["std"])
         for images in (test.images, test.images.flip(3))
     )
     scores = {}
@@ -149,7 +147,7 @@ def score(
         }
     scores["temperature"] = info["temperature"]
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
-    trained = predict(model, test.images, config["mean"], config["std"], precision)
+    trained = predict(model, test.images, config["mean"], config["std"])
     gained, lost, p = mcnemar(trained.argmax(1) == test.labels, plain.argmax(1) == test.labels)
     scores["training_normalisation"] = {
         "accuracy": accuracy(trained, test.labels),
@@ -180,10 +178,10 @@ def check() -> bool:
         print(f"The package's weights were not measured: {error}")
         return True
     device = choose_device()
+    prepare(device, "fp32")
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=torch.channels_last)
-    precision = choose_precision("auto", device)
-    scores, _ = score(model, info, test, _config(SHIPPED_RUN), precision)
+    scores, _ = score(model, info, test, _config(SHIPPED_RUN))
     recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
     place = f"results/{SHIPPED_RUN.name}"
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in {place})")
@@ -194,7 +192,7 @@ def check() -> bool:
             ("tta_flip", "accuracy, mirror image averaged in"),
             ("training_normalisation", "accuracy, normalised as in training"),
         )
-    } | on_custom_set(model, info, test, precision)
+    } | on_custom_set(model, info, test)
     for label, (now, then) in pairs.items():
         low, high = wilson_interval(round(now * len(test)), len(test))
         print(f"  {label:46} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
@@ -216,9 +214,7 @@ def check() -> bool:
     return all(abs(now - then) <= TOLERANCE for now, then in pairs.values())
 
 
-def on_custom_set(
-    model: ResNet, info: dict, test: ImageSet, precision: str
-) -> dict[str, tuple[float, float]]:
+def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[float, float]]:
     """Accuracy now and as recorded in results/shift, with the channel statistics of the published
     run's custom set: without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text())
@@ -229,8 +225,8 @@ def on_custom_set(
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
     pairs = {}
     for adaptation, tta in (("none", "none"), default):
-        network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"], precision)
-        now = accuracy(predict(network, images, mean, std, precision, tta), test.labels)
+        network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"])
+        now = accuracy(predict(network, images, mean, std, tta=tta), test.labels)
         pairs[f"custom set, {adaptation}, views {tta}"] = (
             now,
             verdict["custom"][f"{adaptation} + {tta}"]["accuracy"],
