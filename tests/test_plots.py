@@ -74,7 +74,8 @@ def test_lines_and_dots_go_through_the_numbers():
         assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
     figure = figures.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
     assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])
-    band = figure.axes[0].patches[0].get_bbox()
+    patch = figure.axes[0].patches[0]  # a Polygon before Matplotlib 3.9, then a Rectangle
+    band = patch.get_path().get_extents(patch.get_patch_transform())
     assert (band.y0, band.y1) == pytest.approx((0.48, 0.52))
 
 
