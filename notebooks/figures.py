@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -34,9 +35,10 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-_in_style = matplotlib.rc_context(
-    STYLE
-)  # a decorator: titles and legends take their look when they are made
+# A decorator, because titles and legends take their look when they are made. The style starts from
+# Matplotlib's defaults: a user's matplotlibrc may ask for LaTeX, which isn't everywhere, or for a
+# layout and colours that spoil the figures.
+_in_style = matplotlib.style.context(STYLE, after_reset=True)
 
 
 def _figure(

@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -202,3 +203,25 @@ def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
     note = np.abs(pixels - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
     assert note[-40:].sum() > 100 and not note[:-40].any()
+
+
+def test_a_users_matplotlibrc_changes_no_figure(tmp_path):
+    matplotlibrc = tmp_path / "matplotlibrc"
+    matplotlibrc.write_text(
+        "text.usetex: True\n"  # a traceback where there is no LaTeX
+        "font.size: 20\n"
+        "axes.facecolor: black\n"
+        "figure.autolayout: True\n"
+        "image.origin: lower\n"
+        "savefig.bbox: tight\n"
+        "savefig.facecolor: black\n",
+        encoding="utf-8",
+    )
+
+    def drawn() -> list[bytes]:
+        made = figures.image_grid(PICTURES[:1], 1), figures.curves({"a": ([0], [0])}, "x", "y", "T")
+        return [figures.to_png(figure) for figure in made]
+
+    expected = drawn()
+    with matplotlib.rc_context(fname=matplotlibrc):
+        assert drawn() == expected
