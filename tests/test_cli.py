@@ -50,6 +50,14 @@ def place(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in the foreground: a shell's background job ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def run(*words: str) -> int:
     """The exit code; a word with blanks stands for several, one in quotes for itself."""
     split = [w.strip("'") if w.startswith("'") else w.split(" ") for w in words]
@@ -241,7 +249,7 @@ def test_an_interrupt_inside_c_code_is_one_too(capsys, failing):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_training_keeps_its_epochs(place, monkeypatch, sent):
+def test_an_interrupted_training_keeps_its_epochs(place, monkeypatch, interruptible, sent):
     def interrupted(*arguments, **options):
         return fit(*arguments, **options, log=lambda line: signal.raise_signal(sent))
 
@@ -277,7 +285,7 @@ def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch, capsys):
     assert capsys.readouterr().out == "\\udcff.png\n"
 
 
-def test_an_interrupt_during_the_import_is_one_line(tmp_path):
+def test_an_interrupt_during_the_import_is_one_line(tmp_path, interruptible):
     (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     ended = subprocess.run(
         [sys.executable, "-m", "cifar_lib", "info"],
@@ -285,8 +293,6 @@ def test_an_interrupt_during_the_import_is_one_line(tmp_path):
         text=True,
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        # what a background job of a shell starts would ignore SIGINT
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     said = "\ninterrupted: the same command starts again\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", said)
