@@ -3,7 +3,10 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test colab full notebooks benchmarks reliability address clean
+FLOORS_PYTHON ?= python3.10
+FLOORS := .venv-floors/bin/python
+
+.PHONY: run test floors colab full notebooks benchmarks reliability address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
@@ -12,8 +15,16 @@ run: .venv/ready  ## the five notebooks as pages under runs/html, and the README
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q -n logical --dist loadgroup tests extras/search/tests extras/winograd/tests
-	$(PY) -m pytest -q --nbmake notebooks --durations=5
+	$(PY) -m pytest -q -n logical --dist loadgroup
+	$(PY) -m pytest -q --nbmake notebooks
+
+floors:  ## all lower bounds of requirements.txt together, with the lowest Python: unit tests and every notebook
+	$(FLOORS_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10) and "make floors FLOORS_PYTHON=... wants Python 3.10")'
+	$(FLOORS_PYTHON) -m venv --clear .venv-floors
+	$(FLOORS) -m pip install --quiet --disable-pip-version-check uv
+	$(FLOORS) -m uv pip install --quiet --resolution lowest-direct -r requirements.txt
+	$(FLOORS) -m pytest -q -n logical --dist loadgroup
+	$(FLOORS) -m pytest -q --nbmake notebooks
 
 colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an empty folder, a clone of the last commit
 	$(PY) tests/colab/run.py $(ARGS)
@@ -40,7 +51,7 @@ address:  ## make address TO=you/your-repository: the address in pyproject.toml,
 	sed -i "s#$$from#$(TO)#g" pyproject.toml README.md notebooks/*.ipynb
 
 clean:
-	rm -rf .venv .venv-colab runs
+	rm -rf .venv .venv-colab .venv-floors runs
 
 .venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml extras/winograd/winograd.cpp
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
