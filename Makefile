@@ -45,10 +45,8 @@ benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epo
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
 	$(PY) tests/reliability.py --notebooks --write
 
-address:  ## make address TO=you/your-repository: the address in pyproject.toml, and with it the badges everywhere
-	@test -n "$(TO)" || { echo "usage: make address TO=you/your-repository"; exit 2; }
-	from=$$(sed -n 's#^Repository = "https://github.com/\(.*\)"#\1#p' pyproject.toml); \
-	sed -i "s#$$from#$(TO)#g" pyproject.toml README.md notebooks/*.ipynb
+address:  ## make address TO=you/your-repository: where your copy is, into the badges and notebooks
+	@$(PYTHON) scripts/set_address.py "$(TO)"
 
 clean:
 	rm -rf .venv .venv-colab .venv-floors runs

@@ -15,7 +15,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from cifar_lib import pickles
+from cifar_lib import environment, pickles
 from cifar_lib.download import download_cifar10
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import read_regular
@@ -83,23 +83,35 @@ def load_cifar10(
     """
     folder = find_cifar10(root, home)
     if folder is None:
-        mirror = os.environ.get("CIFAR10_MIRROR") or None
+        mirror = environment.read("CIFAR10_MIRROR")
         folder = download_cifar10(home, mirror, give_up_after, archives)
     return _read(folder, CIFAR10.train_list), _read(folder, CIFAR10.test_list)
 
 
 def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
     """The folder with the batch files in `root`, else in `CIFAR10_ROOT`, else in `home`, else in
-    Kaggle's input folder; or None. InputError where one of the first two is named and has none."""
-    named = root or os.environ.get("CIFAR10_ROOT")
+    Kaggle's input folder; or None. A folder that lacks one of the files is passed over.
+
+    Raises InputError if `root` or `CIFAR10_ROOT` is named and there is no such folder in it.
+    """
+    named = root or environment.read("CIFAR10_ROOT")
     if not named:
+        # Kaggle mounts data sets at different depths: <name>/, or datasets/<user>/<name>/.
         found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
-        return next(filter(os.path.isdir, found), None)
-    for folder in (Path(named, FOLDER), Path(named)):
+        return next(filter(_has_all_batches, found), None)
+    places = [Path(named, FOLDER), Path(named)]
+    for folder in filter(_has_all_batches, places):
+        return folder
+    for folder in places:  # `_read` says which of its files is missing
         if folder.name == FOLDER and os.path.isdir(folder):
             return folder
     what = f"{'the given path' if root else 'CIFAR10_ROOT'}: expected {FOLDER}/ in {named}"
     raise InputError(f"{what}, found none: name the folder that holds {FOLDER}/")
+
+
+def _has_all_batches(folder: Path) -> bool:
+    files = CIFAR10.train_list + CIFAR10.test_list
+    return all(os.path.isfile(folder / name) for name, _ in files)
 
 
 def _read(folder: Path, files: list[list[str]]) -> ImageSet:

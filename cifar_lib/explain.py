@@ -4,9 +4,9 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerGradCam
 from torch import Tensor
 
+from cifar_lib import environment
 from cifar_lib.data import Channels, normalize
 from cifar_lib.model import ResNet
 
@@ -18,7 +18,12 @@ def grad_cam(
 
     images uint8 (N, 3, 32, 32), targets int64 (N,) -> heat float32 (N, 32, 32) in [0, 1] on the
     CPU, each scaled by its own maximum (all 0 where nothing speaks for the class).
+
+    Raises InputError if the package captum isn't installed.
     """
+    environment.require("captum", "Grad-CAM")
+    from captum.attr import LayerGradCam  # here: not everybody who imports this module needs it
+
     device = next(model.parameters()).device
     layer = LayerGradCam(model, model.stages[-1])
     inputs, targets = normalize(images.to(device), mean, std), targets.to(device)

@@ -20,6 +20,11 @@ from nbconvert.preprocessors import ExecutePreprocessor
 from traitlets.config import Config
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from cifar_lib import environment
+from cifar_lib.errors import InputError
+
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PAGES = HERE.parent / "runs" / "html"
 
@@ -33,6 +38,12 @@ def main() -> int:
         "names", nargs="*", metavar="NAME", help="how their names begin; default: all"
     )
     options = parser.parse_args()
+    # Kernels start in notebooks/, but a relative path means relative to where this was typed.
+    try:
+        environment.make_absolute(Path.cwd())
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     in_place = options.in_place
     paths = [
         path

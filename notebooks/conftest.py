@@ -4,12 +4,24 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+from cifar_lib import environment
+from cifar_lib.errors import InputError
 from nbmake.nb_run import NotebookRun
 
 # Kernels inherit these. JUPYTER_PATH comes before every other place for kernels: without it the
 # "python3" of another interpreter in the user's folder would run the notebooks (jupyter_client#35).
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels start in notebooks/, but a relative path means relative to where this was typed."""
+    try:
+        environment.make_absolute(config.invocation_params.dir)
+    except InputError as error:
+        raise pytest.UsageError(str(error)) from error
+
 
 _execute = NotebookRun.execute
 

@@ -1,18 +1,19 @@
 """What the five notebooks share: the profile, the data it gets, the run it trains, how figures and
 tables are shown."""
 
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
-import os
 import sqlite3
+import tempfile
 import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-_NEEDED = ("captum", "cleanlab", "optuna", "pydantic", "safetensors", "sklearn")
-_NEEDED += ("torchinfo", "tqdm")
+# What every notebook needs; what only a section needs is asked for there (environment.require).
+_NEEDED = ("pydantic", "safetensors", "sklearn", "torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
     raise ImportError(f"missing: {', '.join(_MISSING)}: pip install -r requirements.txt, restart")
@@ -21,9 +22,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchinfo
-from cifar_lib import evaluate, explain
+from cifar_lib import environment, evaluate, explain
 from cifar_lib.data import (
     CLASSES,
+    FOLDER,
     REAL,
     STAND_IN,
     ImageSet,
@@ -44,7 +46,6 @@ from pandas.io.formats.style import Styler
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
-from sqlalchemy.pool import NullPool
 from torch import Tensor
 
 from figures import inspection, save_figure
@@ -57,6 +58,7 @@ SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
 SHIPPED_RUN = ROOT / "results" / "report-seed42"  # the records of the package's weights
 SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
 LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
+KAGGLE_OUTPUT = Path("/kaggle/working")  # on Kaggle the place for results
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
 SYSTEM = {  # what environment.json calls it: its name, and what the report says
@@ -90,23 +92,22 @@ class Session:
 
     @classmethod
     def open(cls) -> "Session":
-        """The session of `CIFAR_PROFILE` (quick or full; default quick)."""
-        profile = os.environ.get("CIFAR_PROFILE", "quick")
-        if profile not in ("quick", "full"):
-            raise InputError(
-                f"CIFAR_PROFILE: expected quick or full, got {profile!r}: unset it for quick"
-            )
-        prepare(choose_device(), "auto")
-        places = {"home": ROOT / "data", "archives": _named_folder()}
+        """The session of `CIFAR_PROFILE` (quick or full; default quick).
+
+        Raises InputError if a variable is wrong, results can't be written, or the data is missing.
+        """
+        profile = _variable("CIFAR_PROFILE") or "quick"
+        prepare(_device(), "auto")
+        places = {"home": _data_folder(), "archives": _results_folder()}
         if profile == "full":
             train, test = load_cifar10(**places)
             test = replace(test, ids=tuple(range(len(test))))
-            name = "quick" if choose_device().type == "cpu" else "report"
+            name = "quick" if _device().type == "cpu" else "report"
             return cls(profile, train, test, test, recipe(name))
         try:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
-            if os.environ.get("CIFAR10_ROOT"):
+            if _variable("CIFAR10_ROOT"):
                 raise  # a place was named: going on without it would hide the mistake
             print(
                 f"{error}\nGoing on with generated stand-in data; every figure and table says so."
@@ -127,8 +128,8 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where this session writes what is no figure: <profile> or <profile>-stand-in under runs/,
-        or in the folder that `CIFAR_RUNS` names."""
+        """Where this session writes everything but figures: <profile> or <profile>-stand-in, under
+        runs/ or in the folder that `CIFAR_RUNS` names."""
         return runs_folder() / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
 
     @property
@@ -145,7 +146,7 @@ class Session:
     def fit(self) -> dict:
         """Train this session's configuration, or go on with it, or read what it came to; returns
         its metrics."""
-        return fit(self.config, self.run, self.train, self.scored)
+        return fit(self.config, self.run, self.train, self.scored, device=str(self.device))
 
     def trained_model(self) -> tuple[ResNet, dict]:
         """The network that is looked at, on the best device, and its `info`.
@@ -154,7 +155,7 @@ class Session:
         on CIFAR-10; or `trained`, the default on stand-in data: this session's own run, trained now
         if it isn't yet.
         """
-        named = os.environ.get("CIFAR_WEIGHTS") or ("trained" if self.stand_in else PRETRAINED)
+        named = _variable("CIFAR_WEIGHTS") or ("trained" if self.stand_in else PRETRAINED)
         if named == "trained":
             if not (self.run / "metrics.json").exists():
                 print("No trained network yet: training one as in notebook 3.")
@@ -164,7 +165,8 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        return choose_device()
+        """The one that `CIFAR_DEVICE` names, else the best one here."""
+        return _device()
 
     @property
     def precision(self) -> str:
@@ -174,7 +176,7 @@ class Session:
     def test_file(self) -> Path:
         """The competition's file: the one that `CIFAR_TEST_FILE` names, else the generated one of
         `custom_test`."""
-        named = os.environ.get("CIFAR_TEST_FILE")
+        named = _variable("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
     def custom_test(self) -> ImageSet:
@@ -182,7 +184,7 @@ class Session:
 
         Where none is named it is generated from the scored test images; only then there are labels.
         """
-        if os.environ.get("CIFAR_TEST_FILE"):
+        if _variable("CIFAR_TEST_FILE"):
             return read_test_file(self.test_file)
         known = generate_test_file(self.test_file, self.scored)
         return replace(read_test_file(self.test_file), labels=known.labels)
@@ -253,7 +255,7 @@ class Session:
         """
         folder = self.folder / "figures"
         if self.profile == "full":
-            folder = (_named_folder() or ROOT) / "figures"
+            folder = (_results_folder() or ROOT) / "figures"
         png = save_figure(figure, folder / f"{name}.png", self.note)
         display(Image(png, metadata={"alt": alt}))  # as `alt=`, which Colab's IPython 7 lacks
 
@@ -318,25 +320,67 @@ class Inspector:
         )
 
 
-def _named_folder() -> Path | None:
-    """The folder that `CIFAR_RUNS` names, say on a mounted Drive: what a lost machine must not take
-    along goes there."""
-    named = os.environ.get("CIFAR_RUNS")
-    if not named:
-        return None
-    folder = Path(named)
+def _variable(name: str) -> str | None:
+    """An environment variable. Kernels start in notebooks/, which nobody means by a relative path:
+    it is taken as relative to the repository, unless `make run` has made it absolute before."""
+    environment.make_absolute(ROOT)
+    return environment.read(name)
+
+
+def _device() -> torch.device:
+    named = _variable("CIFAR_DEVICE")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return choose_device(named or "auto")
+    except InputError as error:
+        raise InputError(f"CIFAR_DEVICE: {error}") from error
+
+
+def _results_folder() -> Path | None:
+    """The folder that `CIFAR_RUNS` names, say on a mounted Drive: what a lost machine must not take
+    along goes there. None: results go into the repository.
+
+    On Kaggle an attached repository can't be written, so results go to Kaggle's folder for them.
+    Raises InputError if there is no folder that can be written.
+    """
+    named = _variable("CIFAR_RUNS")
+    try:
+        if named:
+            return _writable(Path(named))
+        runs = ROOT / "runs"
+        _writable(runs if runs.exists() else ROOT)
+        return None
     except OSError as error:
+        if not named and KAGGLE_OUTPUT.is_dir():
+            return KAGGLE_OUTPUT
+        remedy = "name another one" if named else "set CIFAR_RUNS to one, and start again"
         raise InputError(
-            f"CIFAR_RUNS: expected a folder that can be written to, got {named!r} "
-            f"({error.strerror}): mount it first, or unset it"
+            f"CIFAR_RUNS: expected a folder that can be written to, got {named or ROOT} "
+            f"({error.strerror}): {remedy}"
         ) from error
+
+
+@functools.cache  # of the folders that can be written; the others are tried again
+def _writable(folder: Path) -> Path:
+    """The folder, made if need be; raises OSError if no file can be written in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell
     return folder
 
 
+def _data_folder() -> Path:
+    """Where CIFAR-10 is, or is downloaded to: data/ of the repository, or of the results' folder if
+    the repository can't be written."""
+    data = ROOT / "data"
+    try:
+        if not (data / FOLDER).is_dir():
+            _writable(ROOT)
+        return data
+    except OSError:
+        return _results_folder() / "data"
+
+
 def runs_folder() -> Path:
-    return _named_folder() or ROOT / "runs"
+    return _results_folder() or ROOT / "runs"
 
 
 def _trained(run: Path) -> tuple[str, ...]:
@@ -373,10 +417,12 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
     The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
     state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
     2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError where the file
-    is missing or holds no search.
+    is missing or holds no search, or where optuna isn't installed.
     """
+    environment.require("optuna", "A search's trials")
     import optuna  # here, as it takes a second
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from sqlalchemy.pool import NullPool  # comes with optuna
 
     try:
         database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # a look changes nothing

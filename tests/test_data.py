@@ -43,8 +43,11 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def place(folder: Path) -> Path:
+def place(folder: Path, whole: bool = False) -> Path:
+    """CIFAR-10's folder in `folder`: without a file, or with all of them, each empty."""
     (folder / FOLDER).mkdir(parents=True)
+    for name, _ in CIFAR10.train_list + CIFAR10.test_list if whole else ():
+        (folder / FOLDER / name).touch()
     return folder / FOLDER
 
 
@@ -53,16 +56,27 @@ def place(folder: Path) -> Path:
 
 def test_places_are_searched_in_order(nowhere, monkeypatch):
     assert find_cifar10() is None
-    kaggle = place(nowhere / "kaggle" / "some-dataset" / "deep")
+    kaggle = place(nowhere / "kaggle" / "datasets" / "somebody" / "some-dataset", whole=True)
     assert find_cifar10() == kaggle
-    place(nowhere / "work" / "data")
+    place(nowhere / "work" / "data", whole=True)
     assert find_cifar10() == Path("data") / FOLDER
-    variable = place(nowhere / "variable")
+    variable = place(nowhere / "variable", whole=True)
     monkeypatch.setenv("CIFAR10_ROOT", str(variable.parent))
     assert find_cifar10() == variable
-    explicit = place(nowhere / "explicit")
+    explicit = place(nowhere / "explicit", whole=True)
     assert find_cifar10(explicit.parent) == explicit
     assert find_cifar10(str(explicit)) == explicit  # the folder itself may be named too
+
+
+def test_a_folder_that_lacks_files_does_not_hide_a_whole_one(nowhere):
+    place(nowhere / "work" / "data")
+    place(nowhere / "kaggle" / "a")
+    half = place(nowhere / "kaggle" / "b", whole=True)
+    (half / "test_batch").unlink()
+    assert find_cifar10() is None
+    assert find_cifar10(nowhere / "kaggle" / "b") == half  # named: reading it says what is missing
+    whole = place(nowhere / "kaggle" / "c", whole=True)
+    assert find_cifar10() == whole
 
 
 def test_a_named_place_without_it_is_an_error_even_if_another_has_it(nowhere, monkeypatch):

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
+import torch
 from nbclient import NotebookClient
 from session import (
     LABEL_CHECKS,
@@ -92,28 +95,107 @@ def test_every_exercise_has_its_solution():
     assert max(len(cell.source.splitlines()) for cell in cells(SOLUTIONS, "code")[1:]) <= 20
 
 
-def test_a_clone_that_failed_is_one_line_with_the_address(tmp_path, monkeypatch):
-    lines = cells(NAMES[0], "code")[0].source.splitlines()
-    plain = "\n".join(
-        line.replace("    !", "    #").replace("    %", "    pass  #") for line in lines
-    )
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssertionError, match=f"no cifar_lib here: .*{ADDRESS}"):
-        exec(plain, {})
+@pytest.fixture
+def set_up(tmp_path, monkeypatch) -> Callable[[], Path]:
+    """Run the first cell in an empty folder, without pip; returns the repository that it finds."""
+    source = cells(NAMES[0], "code")[0].source.replace("    %pip", "    pass  # %pip")
+    source = source.replace("/kaggle/input", (tmp_path / "kaggle").as_posix())
+    (tmp_path / "content").mkdir()
+    monkeypatch.chdir(tmp_path / "content")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(address: str | None = None) -> Path:
+        code = (
+            source if address is None else source.replace(f"https://github.com/{ADDRESS}", address)
+        )
+        found = {}
+        exec(code, found)
+        return found["home"]
+
+    return run
+
+
+@pytest.fixture
+def colab(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+
+
+def test_without_a_repository_set_up_is_one_line_with_the_address(set_up):
+    with pytest.raises(AssertionError, match=f"^no cifar_lib here: .*{ADDRESS}[^\n]*$"):
+        set_up()
+
+
+def test_set_up_finds_a_repository_attached_on_kaggle_at_any_depth(set_up, tmp_path):
+    attached = tmp_path / "kaggle" / "datasets" / "somebody" / "some-name" / "cifar-lib-main"
+    (attached / "cifar_lib").mkdir(parents=True)
+    (tmp_path / "kaggle" / "another-data-set").mkdir()
+    assert set_up() == attached.resolve()
+
+
+def test_set_up_clones_on_colab_also_where_a_clone_broke_off(set_up, colab, tmp_path):
+    origin = tmp_path / "origin"
+    (origin / "cifar_lib").mkdir(parents=True)
+    (origin / "cifar_lib" / "__init__.py").touch()
+    git = ["git", "-C", str(origin), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    broken = tmp_path / "content" / "cifar-lib" / ".git"
+    broken.mkdir(parents=True)
+    home = set_up(origin.as_uri())
+    assert home == broken.parent.resolve() and (home / "cifar_lib" / "__init__.py").exists()
+    (home / "kept").touch()
+    assert set_up("file:///nowhere") == home and (home / "kept").exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("fatal: could not read Username for 'https://...'", "no repository is there"),
+        ("fatal: repository 'https://...' not found", "no repository is there"),
+        ("fatal: unable to access: Could not resolve host", "it can't be reached"),
+    ],
+)
+def test_set_up_tells_a_missing_address_from_an_unreachable_one(
+    set_up, colab, monkeypatch, said, message
+):
+    def git(command, env, **_):
+        assert command[0] == "git" and env["GIT_TERMINAL_PROMPT"] == "0"
+        return SimpleNamespace(stderr=f"{said}\n")
+
+    monkeypatch.setattr(subprocess, "run", git)
+    with pytest.raises(AssertionError, match=f"{ADDRESS}: {message}.* \\({said}\\)$"):
+        set_up()
+
+
+def without(package: str, code: str) -> str:
+    """The last line that Python says to `code` where `package` isn't installed."""
+    missing = f"import importlib.util as u; real = u.find_spec; missing = {package!r}\n"
+    missing += "u.find_spec = lambda name, *rest: None if name == missing else real(name, *rest)\n"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-c", missing + code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return (done.stderr.splitlines() or [""])[-1]
 
 
 def test_a_missing_package_is_one_line_with_the_remedy():
-    code = "import importlib.util as u; real = u.find_spec; "
-    code += "u.find_spec = lambda name: None if name == 'captum' else real(name); import session"
+    last = without("torchinfo", "import session")
+    assert last == "ImportError: missing: torchinfo: pip install -r requirements.txt, restart"
+
+
+def test_a_package_of_one_section_is_asked_for_there():
+    code = "import session, sys; print(set(sys.modules) & set(session.environment.OPTIONAL))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    last = done.stderr.splitlines()[-1]
-    assert last == "ImportError: missing: captum: pip install -r requirements.txt, restart"
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
+    assert subprocess.check_output(command, env=environment, text=True).strip() == "set()"
+    last = without("optuna", "import session; session.trials_table()")
+    assert "expected the package optuna" in last and "pip install" in last
+
+
+def test_notebook_4_asks_for_cleanlab_right_before_it_imports_it():
+    (section,) = [c.source for c in cells(NAMES[3], "code") if "import find_label" in c.source]
+    asked, imported, *_ = section.splitlines()
+    assert asked.startswith('environment.require("cleanlab"') and "cleanlab" in imported
 
 
 @pytest.mark.parametrize("name", [*NAMES, SOLUTIONS])
@@ -205,6 +287,57 @@ def test_runs_archive_and_figures_go_to_the_folder_that_is_named(offline, monkey
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="CIFAR_RUNS: expected a folder"):
+        Session.open()
+
+
+def test_a_read_only_repository_needs_one_line_or_kaggles_folder(offline, monkeypatch, tmp_path):
+    def writable(folder: Path) -> Path:
+        if folder == tmp_path:
+            raise OSError(30, "Read-only file system")
+        return folder
+
+    asked = {}
+
+    def load(**places):
+        asked.update(places)
+        return generate_stand_in(1200, 1100)
+
+    monkeypatch.setattr("session._writable", writable)
+    monkeypatch.setattr("session.load_cifar10", load)
+    monkeypatch.setattr("session.KAGGLE_OUTPUT", tmp_path / "working")
+    with pytest.raises(InputError, match="^CIFAR_RUNS: expected .*Read-only[^\n]*set CIFAR_RUNS"):
+        Session.open()
+    (tmp_path / "working").mkdir()
+    assert tmp_path / "working" in Session.open().folder.parents
+    assert asked["home"] == tmp_path / "working" / "data"
+    monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "named"))
+    assert tmp_path / "named" in Session.open().folder.parents
+
+
+def test_relative_paths_mean_the_repository_in_a_kernel(offline, monkeypatch, tmp_path):
+    monkeypatch.setattr("session.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    (tmp_path / "own.pkl").touch()
+    monkeypatch.setenv("CIFAR_TEST_FILE", "own.pkl")
+    monkeypatch.setenv("CIFAR_RUNS", "myruns")
+    session = Session.open()
+    assert session.test_file == tmp_path / "own.pkl"
+    assert tmp_path / "myruns" in session.folder.parents
+    assert not list((tmp_path / "notebooks").iterdir())
+
+
+def test_the_device_that_is_named_is_used(offline, monkeypatch):
+    monkeypatch.setattr("session.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
+    monkeypatch.setattr("session.choose_device", lambda name: torch.device("meta", len(name)))
+    monkeypatch.setattr("session.prepare", lambda device, _: None)
+    monkeypatch.setenv("CIFAR_DEVICE", "cpu")
+    assert Session.open().device == torch.device("meta", 3)
+    monkeypatch.delenv("CIFAR_DEVICE")
+    assert Session.open().device == torch.device("meta", 4)  # auto
+    monkeypatch.undo()
+    monkeypatch.setenv("CIFAR_DEVICE", "abacus")
+    with pytest.raises(InputError, match="^CIFAR_DEVICE: "):
         Session.open()
 
 

@@ -66,8 +66,8 @@ def clone(place: Path, name: str | None) -> str:
     subprocess.run(["git", "clone", "--quiet", ROOT, place], check=True)
     if name is not None:
         git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
-        make = ["make", "address", f"TO=someone/{name}"]
-        subprocess.run(make, cwd=place, check=True, capture_output=True)
+        change = [sys.executable, place / "scripts" / "set_address.py", f"someone/{name}"]
+        subprocess.run(change, check=True, capture_output=True)
         subprocess.run([*git, "commit", "--quiet", "-am", "address"], cwd=place, check=True)
     lines = (place / "pyproject.toml").read_text().splitlines()
     return next(line.split('"')[1] for line in lines if line.startswith("Repository"))
