@@ -22,15 +22,16 @@ LONGEST = 200  # characters of an id
 PLANES, PIXELS = "plane after plane", "pixel after pixel"
 SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}  # and what each promises
 # A file in another order than its shape promises is smoother in that other order. The larger mean
-# step to the next pixel, across or down, of the right order is this multiple of the wrong one's:
-# 0.30 (pixels) and 0.46 (planes) over CIFAR-10's test images, at most 0.85 over those of every
-# family of notebooks/shifts.py at its highest severity. Of 90,000 such images taken as files of
-# one, a wrong order got below 0.9 in none: that much is asked for before a shape is contradicted.
+# step to the next pixel, across or down, in the right order is this multiple of the wrong order's:
+# 0.45 (planes) and 0.29 (pixels) over CIFAR-10's test images; at most 0.71 over those of any family
+# of notebooks/shifts.py at its highest severity. Of these 90,000 images, each taken as a file of
+# one, none got below 0.9 in the wrong order, so that much is asked for to contradict a shape.
+# Without a promise, 6 of them would be read wrongly, all of them grey.
 CONTRADICTION = 0.9
 # The mean step to the next pixel, over the mean step between any two pixels of the same image:
-# 0.26 for CIFAR-10, at most 0.51 for the families above (noise), 1.00 for noise without an image
-# below it and for images cut out of the file at wrong places. Alone, an image of a family can come
-# to 0.98, and one of noise differs from 1.00 by 0.015 (a standard deviation).
+# 0.26 for CIFAR-10, at most 0.51 for a family above and 0.60 for 20 images of one (noise); 1.00
+# for noise, at least 0.99 for 20 images of it. A single image of a family gets up to 0.98, and a
+# single one of noise 1.00 with a standard deviation of 0.014.
 GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20  # the second holds for files of fewer images than FEW
 
 # What is mistaken for a pickle: how it begins, what it is, what to do.
