@@ -200,10 +200,12 @@ def _predict(options: argparse.Namespace) -> None:
     model, info, precision = _load(options)
     logits = evaluate.predict(model, images, info["mean"], info["std"], precision, options.tta)
     probabilities = (logits / info.get("temperature", 1.0)).softmax(1)
+    # Weights that were trained without a validation part have no temperature.
+    note = "" if "temperature" in info else " (uncalibrated)"
     for path, row in zip(options.images, probabilities, strict=True):
         best = row.topk(3)
         guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}")
+        print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}{note}")
     if options.grad_cam is None:
         return
     from cifar_lib.explain import beside_heat, grad_cam  # here: captum takes a second to import

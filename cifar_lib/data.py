@@ -184,7 +184,7 @@ def read_picture(path: str | os.PathLike) -> Tensor:
     anti-aliasing, on white; the first frame of an animation. Values of 12, 16 or 32 bits are scaled
     by what the file says is white.
 
-    Raises InputError for what is no picture, is too large, or doesn't say how bright its values are.
+    Raises InputError for what is no picture, what is too large, and values of unknown brightness.
     """
     remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
     # Whatever Pillow stumbles over in a broken file; the error says what its warnings do.
@@ -205,7 +205,7 @@ def read_picture(path: str | os.PathLike) -> Tensor:
 
 
 def _open_picture(content: bytes) -> Image.Image:
-    """The picture, not yet decoded; a large JPEG is going to be decoded at an eighth of its size."""
+    """The picture, not yet decoded; a large JPEG will be decoded at an eighth of its size."""
     try:
         file = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
     except Image.DecompressionBombError as error:

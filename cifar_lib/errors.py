@@ -19,8 +19,8 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, or OSError and ValueError, become an InputError that says why, and what
-    to do: the error's own `remedy`, if it has one."""
+    """Errors of these kinds, or OSError and ValueError, become an InputError that says why, and
+    what to do: the error's own `remedy`, if it has one."""
     kinds = kinds or (OSError, ValueError)
     try:
         yield

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,15 @@ import cifar_lib
 from cifar_lib import cli
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
-from cifar_lib.fit import fit
+from cifar_lib.evaluate import fit_temperature, predict
+from cifar_lib.fit import fit, split
 from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.recipes import recipe
 from cifar_lib.shift import ADAPTATIONS
 
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {TINY} --device cpu"
+SPLIT = {"train_size": 120, "validation_size": 40}
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
@@ -118,6 +122,30 @@ def test_probabilities_are_calibrated_by_the_temperature_in_the_weights(place, c
     save_model(Path("warm"), model, info | {"temperature": 20.0})
     assert run("predict --weights warm", "'bild ä.png'") == 0
     assert capsys.readouterr().out.count(" 10.") == 3
+
+
+def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_held_out(
+    place, capsys
+):
+    predict_picture = "predict --weights run/model.safetensors", "'bild ä.png'"
+    # Enough steps that the network tells classes apart, and its temperature is well defined.
+    changed = "--set std=0.3,0.3,0.3 --set half_size_epochs=0 --set batch_size=10 --epochs 3"
+    assert run(f"{TRAIN} {changed} --set validation_size=40") == 0
+    model, info = load_model("run/model.safetensors")
+    assert info["train_mean"] == list(CIFAR10_MEAN) and info["train_std"] == [0.3] * 3
+    assert (info["mean"], info["std"]) == (list(CIFAR10_MEAN), list(CIFAR10_STD))
+    _, held_out = split(generate_stand_in(200, 100)[0], recipe("quick", **SPLIT))
+    logits = predict(model, held_out.images, info["mean"], info["std"])
+    fitted = fit_temperature(logits, held_out.labels)
+    assert info["temperature"] == pytest.approx(fitted, rel=0.02) and not 0.9 < fitted < 1.1
+    capsys.readouterr()
+    assert run(*predict_picture) == 0 and "uncalibrated" not in capsys.readouterr().out
+
+    shutil.rmtree("run")
+    assert run(f"{TRAIN} {changed}") == 0
+    assert "temperature" not in load_model("run/model.safetensors")[1]
+    capsys.readouterr()
+    assert run(*predict_picture) == 0 and "% (uncalibrated)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("adapt", ADAPTATIONS)

@@ -157,7 +157,7 @@ def order_of(source: str) -> str:
 
 
 def layouts(images: torch.Tensor) -> dict[str, np.ndarray]:
-    """Every way in which the same images get into a file, the wrong shape for the order included."""
+    """The same images in both orders and all shapes, those for another order included."""
     planes, pixels = images.contiguous(), images.permute(0, 2, 3, 1).contiguous()
     shapes = {"(N, 3072)": (3072,), "(N, 32, 32, 3)": (32, 32, 3), "(N, 3, 32, 32)": (3, 32, 32)}
     return {
