@@ -14,7 +14,7 @@ import torch
 from cifar_lib import pickles
 from cifar_lib.data import CLASSES, ImageSet
 from cifar_lib.errors import InputError, explained
-from cifar_lib.files import read_regular, write_atomically
+from cifar_lib.files import output_file, read_regular, write_atomically
 
 LONGEST = 200  # characters of an id
 
@@ -198,4 +198,4 @@ def write_submission(
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
     else:
-        write_atomically(Path(path), content, inputs)
+        write_atomically(output_file(path), content, inputs)

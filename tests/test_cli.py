@@ -157,6 +157,11 @@ def test_submit_writes_a_row_an_image(place, adapt):
     assert [row.split(",")[0] for row in rows] == [str(i) for i in range(20)]
 
 
+def test_submit_says_in_which_order_it_read_the_values(place, capsys):
+    assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
+    assert "images of test.pkl, pixel after pixel\n" in capsys.readouterr().out
+
+
 def test_submit_to_standard_output_keeps_its_summary_out_of_it(place, capsys):
     assert run("submit --weights tiny.safetensors --test test.pkl --out -") == 0
     out, err = capsys.readouterr()
@@ -212,6 +217,9 @@ WRONG = [
     ("predict --weights tiny.safetensors blocked", "picture: blocked can't be read"),
     (f"{SUBMIT} --test blocked --out o", "test file: blocked can't be read (no pickle of arrays"),
     (f"{SUBMIT} --test test.pkl --out blocked/o", "can't write blocked/o"),
+    (f"{SUBMIT} --test test.pkl --out results/", "can't write results/: it is a folder: name a"),
+    (f"{SUBMIT} --test test.pkl --out .", "can't write .: it is a folder: name a file in it"),
+    ("tune --trials 1 --study studies/", "can't write studies/: it is a folder: name a file in it"),
     (f"{SUBMIT} --test test.pkl --out {300 * 'x'}", "(File name too long)"),
     (f"{SUBMIT} --test test.pkl --out test.pkl", "it is an input of this command"),
     (f"{SUBMIT} --test test.pkl --out tiny.safetensors", "it is an input of this command"),

@@ -263,6 +263,13 @@ def test_submission_has_the_files_ids_in_order(tmp_path):
     assert (tmp_path / "s.csv").read_text() == 'ID,Category\n"a,b",1\n'
 
 
+def test_a_folder_is_no_place_for_a_submission(tmp_path):
+    for name in (f"{tmp_path}/results/", tmp_path):
+        with pytest.raises(InputError, match=": it is a folder: name a file in it$"):
+            write_submission(name, IDS, [3, 5, 0, 9])
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_submission_can_go_to_standard_output(capfdbinary, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_submission("-", ["é"], [3])
