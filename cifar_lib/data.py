@@ -42,8 +42,8 @@ MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
 # JPEG can be decoded at an eighth of its size, so that it may be larger: a phone's 108 megapixels.
 # One of several scans (progressive) is held whole, 6 bytes per pixel, and each scan goes over it.
 MAX_JPEG_PIXELS, MAX_BUFFERED_PIXELS, MAX_SCANS = 150_000_000, 64_000_000, 20
-# A picture of 16 bits uses its upper three quarters of the range, or it isn't one: 8, 10, 12 or 14
-# bits, as cameras and scanners give them, were put into 16 without being scaled.
+# The brightest value of a picture of 16 bits is at least this: a quarter of the range. With less,
+# 8, 10, 12 or 14 bits, as cameras and scanners give them, were put into 16 without being scaled.
 DIMMEST_16_BIT_WHITE = 1 << 14
 
 
