@@ -16,7 +16,7 @@ from PIL import Image
 from cifar_lib import __version__, evaluate, hardware, kaggle, ranks, shift
 from cifar_lib.data import CLASSES, load_cifar10, read_picture
 from cifar_lib.errors import InputError, explained, printable
-from cifar_lib.files import write_atomically
+from cifar_lib.files import output_file, write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "search for Table 1's values, by any number of workers"
     add = command(_tune, text, "goes on; the trial waits to be run again")
-    add("--study", required=True, metavar="FILE_OR_URL", help="SQLite's file, or a database")
+    study = {"metavar": "FILE_OR_URL", "help": "SQLite's file, or a database"}
+    add("--study", required=True, type=_output, **study)
     add("--trials", required=True, type=int, metavar="N", help="of the study")
     add("--seed", type=int, metavar="N", help="of the sampler; another one each worker")
     _add_recipe(add, default="report")
@@ -100,13 +101,23 @@ def _parser() -> argparse.ArgumentParser:
 
     add = command(_submit, "label a competition's .pkl", "starts again")
     add("--test", required=True, metavar="FILE.pkl")
-    add("--out", required=True, metavar="FILE.csv", help="- is standard output")
+    add("--out", required=True, type=_output, metavar="FILE.csv", help="- is standard output")
     chosen = "normalize+batchnorm"  # this and the views by results/shift/verdict.json
     use = "what of the file's own statistics is used; default: %(default)s"
     add("--adapt", choices=shift.ADAPTATIONS, default=chosen, help=use)
     add("--label-column", default="Labels", help="the report's file has Category")
     _add_weights(add, tta="flip")
     return parser
+
+
+def _output(text: str) -> str:
+    """What an option names as its output, refused before any work is done for it."""
+    try:
+        if "://" not in text:
+            output_file(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _add_recipe(add: Callable, *fields: str, **given: object) -> None:
@@ -200,10 +211,12 @@ def _predict(options: argparse.Namespace) -> None:
     model, info, precision = _load(options)
     logits = evaluate.predict(model, images, info["mean"], info["std"], precision, options.tta)
     probabilities = (logits / info.get("temperature", 1.0)).softmax(1)
+    # Weights that were trained without a validation part have no temperature.
+    note = "" if "temperature" in info else " (uncalibrated)"
     for path, row in zip(options.images, probabilities, strict=True):
         best = row.topk(3)
         guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}")
+        print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}{note}")
     if options.grad_cam is None:
         return
     from cifar_lib.explain import beside_heat, grad_cam  # here: captum takes a second to import
@@ -229,4 +242,5 @@ def _submit(options: argparse.Namespace) -> None:
     kaggle.write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
     how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
     aside = sys.stderr if options.out == "-" else sys.stdout
+    print(f"images of {test.source}", file=aside)
     print(f"{len(labels)} labels in {options.out} ({how})", file=aside)

@@ -19,7 +19,8 @@ def printable(text: str) -> str:
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, or OSError and ValueError, become an InputError that says why."""
+    """Errors of these kinds, or OSError and ValueError, become an InputError that says why, and
+    what to do: the error's own `remedy`, if it has one."""
     kinds = kinds or (OSError, ValueError)
     try:
         yield
@@ -27,4 +28,5 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
         # Pillow's ends with a buffer, pydantic's with a link; torch takes several lines.
         text = text.partition(" <_io")[0].partition("\n    For further")[0]
+        remedy = getattr(error, "remedy", remedy)
         raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error

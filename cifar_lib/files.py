@@ -16,6 +16,15 @@ from cifar_lib.errors import InputError, explained
 SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
 
 
+def output_file(path: str | os.PathLike) -> Path:
+    """The file that is to be written. A folder is none, whether it is there or only named with a
+    slash at its end, which `Path` would drop. Raises InputError for one."""
+    text = os.fspath(path)
+    if text.endswith(("/", os.sep)) or os.path.isdir(text):
+        raise InputError(f"can't write {text}: it is a folder: name a file in it")
+    return Path(path)
+
+
 def write_atomically(
     path: Path, content: bytes, inputs: Iterable[str | os.PathLike] = (), keep: Path | None = None
 ) -> None:

@@ -17,7 +17,7 @@ from cifar_lib import ranks
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import ImageSet, stratified_split
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import accuracy, predict, summarize
+from cifar_lib.evaluate import accuracy, fit_temperature, predict, summarize
 from cifar_lib.hardware import choose_device, choose_precision, describe, prepare
 from cifar_lib.model import save_model
 from cifar_lib.recipes import REPORT, TrainConfig, learning_rate
@@ -71,7 +71,7 @@ def fit(
         step = Step(state, config, log)
         watched = {"validation": validation, "test": test.to(target) if config.watch_test else None}
         _train_epochs(step, run, part, watched)
-        return _finish(run, step, part, test, train.source) if first else {}
+        return _finish(run, step, part, validation, test, train.source) if first else {}
 
 
 def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -199,13 +199,25 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
     return "  ".join([*parts, f"{images_per_second:.0f} img/s"])
 
 
-def _finish(run: RunDirectory, step: Step, train: ImageSet, test: ImageSet, source: str) -> dict:
-    """Evaluate and keep the final weights; returns metrics.json."""
+def _finish(
+    run: RunDirectory,
+    step: Step,
+    train: ImageSet,
+    validation: ImageSet | None,
+    test: ImageSet,
+    source: str,
+) -> dict:
+    """Evaluate and keep the final weights, with all that is needed to use them; returns
+    metrics.json."""
     state, config = step.state, step.config
     how = config.test_mean, config.test_std, config.precision
     run.write_rows("history.csv", state.history)  # a kill may have left it a row short
     info = {"recipe": config.recipe, "seed": config.seed, "data": source, "epochs": config.epochs}
     info |= {"mean": config.test_mean, "std": config.test_std}
+    info |= {"train_mean": config.mean, "train_std": config.std}
+    if validation is not None:  # other images than those of training, on which it is too sure
+        held_out = predict(state.model, validation.images, *how)
+        info["temperature"] = round(fit_temperature(held_out, validation.labels), 4)
     score = summarize(predict(state.model, test.images, *how), test.labels)
     model = rebase_batch_norm(state.model, train.images[:REBASED_ON], *how)
     save_model(run.path / "model.safetensors", model, info)

@@ -11,7 +11,7 @@ from typing import Annotated
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -102,12 +102,41 @@ def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-class Info(BaseModel, strict=True):
-    """Without the normalisation that a network was trained with, its guesses would be wrong."""
+Mean = Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], Field(min_length=3, max_length=3)]
+Std = Annotated[list[Annotated[float, Field(ge=1e-3, le=1e3)]], Field(min_length=3, max_length=3)]
 
-    mean: list[Annotated[float, Field(ge=-1e3, le=1e3)]] = Field(min_length=3, max_length=3)
-    std: list[Annotated[float, Field(ge=1e-3, le=1e3)]] = Field(min_length=3, max_length=3)
+
+class Info(BaseModel, strict=True):
+    """What must be known to use weights: with another normalisation the guesses would be wrong.
+
+    mean, std: by which images are normalised to predict them; train_mean, train_std: by which they
+    were in training, None in files of older versions; temperature: what logits are divided by
+    before probabilities are made of them, absent where none was fitted.
+    """
+
+    mean: Mean
+    std: Std
+    train_mean: Mean | None = None
+    train_std: Std | None = None
     temperature: float = Field(1.0, ge=math.exp(-3), le=math.exp(3))
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> "Info":
+        if (self.train_mean is None) != (self.train_std is None):
+            raise ValueError("of train_mean and train_std, one is missing")
+        return self
+
+
+def training_normalization(info: dict) -> tuple[list[float], list[float]]:
+    """Mean and std by which images were normalised when weights with this `info` were trained.
+
+    The recipe's name doesn't tell: its fields can be changed. Raises InputError where the file
+    doesn't say, as older ones don't.
+    """
+    if info.get("train_mean") is None:
+        what = "expected the mean and std of the training (train_mean, train_std), found none"
+        raise InputError(f"weights: {what}: use `pretrained`, or train them again")
+    return info["train_mean"], info["train_std"]
 
 
 def save_model(path: Path, model: ResNet, info: dict) -> None:

@@ -33,8 +33,9 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
     """The dict of a pickle of any protocol, 0 to 5, written by Python 2 or 3 and numpy 1 or 2.
 
     Its values: plain data, and arrays of numbers, truth values or strings (read-only; those inside
-    of lists and deeper dicts stay inert). numpy's scalars come as Python's, bytearrays as bytes,
-    Python 2's strings as latin1. InputError where it is broken, too long, or wants anything else.
+    of lists and deeper dicts stay inert). numpy's scalars come as Python's, a flat array of objects
+    as a list of them, bytearrays as bytes, Python 2's strings as latin1. InputError where it is
+    broken, too long, or wants anything else.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"it has over {MAX_BYTES:,} bytes")
@@ -131,9 +132,9 @@ class _DType:
     """An array's type: the call gives kind and size, BUILD the byte order."""
 
     def __init__(self, code: str, align: Any, copy: Any):
-        if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}", code):
+        if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}|O[48]", code):
             raise InputError(f"it holds an array of {code[:20]!r}, neither numbers nor names")
-        self.dtype = np.dtype(code)
+        self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 
     def build(self, state: tuple) -> None:
         self.dtype = self.dtype.newbyteorder(state[1])
@@ -142,7 +143,7 @@ class _DType:
 class _Array:
     """An array, without values where BUILD has yet to fill it."""
 
-    def __init__(self, values: np.ndarray | None = None):
+    def __init__(self, values: np.ndarray | list | None = None):
         self.values = values
 
     def build(self, state: tuple) -> None:
@@ -150,9 +151,16 @@ class _Array:
         self.values = _values(content, kind, shape, "F" if fortran else "C")
 
 
-def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
-    """A view of the bytes, which must be as many as the shape says. Order K, from numpy 2.3 on: the
-    bytes are in order C, and the axes are exchanged afterwards."""
+def _values(
+    content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
+) -> np.ndarray | list:
+    """A view of the bytes, which must be as many as the shape says; of objects, which are names or
+    numbers in a list, that list. Order K, from numpy 2.3 on: the bytes are in order C, and the axes
+    are exchanged afterwards."""
+    if kind.dtype.kind == "O":  # never a view: bytes would be taken for addresses
+        if not isinstance(content, list) or shape != (len(content),):
+            raise InputError("it holds an array of objects that isn't a plain list of them")
+        return content
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
     array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)  # checks the shape
@@ -163,9 +171,19 @@ def _values(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
     return array.transpose(axes) if order == "K" else array
 
 
+def _range(*numbers: int) -> range:
+    """Takes no room, however long; Python writes `range(N)` as a call."""
+    counted = range(*numbers)
+    if len(counted) > MAX_INSTRUCTIONS:
+        raise InputError(f"it counts to over {MAX_INSTRUCTIONS:,}")
+    return counted
+
+
 _NAMES = {
     ("numpy", "ndarray"): None,  # only an argument of `_reconstruct`
     ("numpy", "dtype"): _DType,
+    ("builtins", "range"): _range,
+    ("__builtin__", "xrange"): _range,
     ("numpy.core.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
     ("numpy.core.multiarray", "scalar"): lambda kind, raw: _values(raw, kind, (), "C").item(),
     ("numpy.core.numeric", "_frombuffer"): lambda *arguments: _Array(_values(*arguments)),

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,12 +25,15 @@ import cifar_lib
 from cifar_lib import cli
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
-from cifar_lib.fit import fit
+from cifar_lib.evaluate import fit_temperature, predict
+from cifar_lib.fit import fit, split
 from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.recipes import recipe
 from cifar_lib.shift import ADAPTATIONS
 
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {TINY} --device cpu"
+SPLIT = {"train_size": 120, "validation_size": 40}
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 
@@ -128,6 +132,30 @@ def test_probabilities_are_calibrated_by_the_temperature_in_the_weights(place, c
     assert capsys.readouterr().out.count(" 10.") == 3
 
 
+def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_held_out(
+    place, capsys
+):
+    predict_picture = "predict --weights run/model.safetensors", "'bild ä.png'"
+    # Enough steps that the network tells classes apart, and its temperature is well defined.
+    changed = "--set std=0.3,0.3,0.3 --set half_size_epochs=0 --set batch_size=10 --epochs 3"
+    assert run(f"{TRAIN} {changed} --set validation_size=40") == 0
+    model, info = load_model("run/model.safetensors")
+    assert info["train_mean"] == list(CIFAR10_MEAN) and info["train_std"] == [0.3] * 3
+    assert (info["mean"], info["std"]) == (list(CIFAR10_MEAN), list(CIFAR10_STD))
+    _, held_out = split(generate_stand_in(200, 100)[0], recipe("quick", **SPLIT))
+    logits = predict(model, held_out.images, info["mean"], info["std"])
+    fitted = fit_temperature(logits, held_out.labels)
+    assert info["temperature"] == pytest.approx(fitted, rel=0.02) and not 0.9 < fitted < 1.1
+    capsys.readouterr()
+    assert run(*predict_picture) == 0 and "uncalibrated" not in capsys.readouterr().out
+
+    shutil.rmtree("run")
+    assert run(f"{TRAIN} {changed}") == 0
+    assert "temperature" not in load_model("run/model.safetensors")[1]
+    capsys.readouterr()
+    assert run(*predict_picture) == 0 and "% (uncalibrated)\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("adapt", ADAPTATIONS)
 def test_submit_writes_a_row_an_image(place, adapt):
     submit = f"submit --weights tiny.safetensors --test test.pkl --adapt {adapt} --tta"
@@ -135,6 +163,11 @@ def test_submit_writes_a_row_an_image(place, adapt):
     header, *rows = Path("neuer Ordner/ü.csv").read_text().splitlines()
     assert header == "ID,Category"
     assert [row.split(",")[0] for row in rows] == [str(i) for i in range(20)]
+
+
+def test_submit_says_in_which_order_it_read_the_values(place, capsys):
+    assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
+    assert "images of test.pkl, pixel after pixel\n" in capsys.readouterr().out
 
 
 def test_submit_to_standard_output_keeps_its_summary_out_of_it(place, capsys):
@@ -192,6 +225,9 @@ WRONG = [
     ("predict --weights tiny.safetensors blocked", "picture: blocked can't be read"),
     (f"{SUBMIT} --test blocked --out o", "test file: blocked can't be read (no pickle of arrays"),
     (f"{SUBMIT} --test test.pkl --out blocked/o", "can't write blocked/o"),
+    (f"{SUBMIT} --test test.pkl --out results/", "can't write results/: it is a folder: name a"),
+    (f"{SUBMIT} --test test.pkl --out .", "can't write .: it is a folder: name a file in it"),
+    ("tune --trials 1 --study studies/", "can't write studies/: it is a folder: name a file in it"),
     (f"{SUBMIT} --test test.pkl --out {300 * 'x'}", "(File name too long)"),
     (f"{SUBMIT} --test test.pkl --out test.pkl", "it is an input of this command"),
     (f"{SUBMIT} --test test.pkl --out tiny.safetensors", "it is an input of this command"),

@@ -1,6 +1,8 @@
 import hashlib
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -272,12 +274,133 @@ def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path, suffix):
     assert image[:, 0].tolist() == [np.linspace(0, 255, 32).round().tolist()] * 3
 
 
+GREYS = np.tile(np.linspace(0, 1, 32), (32, 1))  # (32, 32), black to white
+RAMP = np.linspace(0, 255, 32).round()
+
+
+def tiff_of(values: np.ndarray, bits: int, **tags: int) -> bytes:
+    """An uncompressed grey TIFF (32, 32) as a camera's or a scanner's program writes it."""
+    numbers = {"width": 256, "height": 257, "bits": 258, "photometric": 262, "maximum": 281}
+    numbers |= {"strip": 273, "rows": 278, "size": 279, "sample_format": 339}
+    tags = {"width": 32, "height": 32, "bits": bits, "photometric": 1, "rows": 32} | tags
+    pixels = values.tobytes()
+    if bits == 12:  # two values in three bytes
+        high, low = values.ravel()[::2].astype(int), values.ravel()[1::2].astype(int)
+        triples = [high >> 4, (high & 15) << 4 | low >> 8, low & 255]
+        pixels = np.stack(triples, 1).astype(np.uint8).tobytes()
+    tags |= {"size": len(pixels), "strip": 8 + 2 + 12 * (len(tags) + 2) + 4}
+    entries = sorted((numbers[name], value) for name, value in tags.items())
+    directory = b"".join(struct.pack("<HHII", number, 4, 1, value) for number, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + pixels
+
+
+def png_of(values: np.ndarray, significant_bits: int | None = None) -> bytes:
+    """A PNG of 16 bits per value, uint16 (H, W) or (H, W, 3), with or without a chunk sBIT."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    height, width, *colours = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2 if colours else 0, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = [chunk(b"IHDR", header)]
+    if significant_bits:
+        parts += [chunk(b"sBIT", bytes([significant_bits] * (3 if colours else 1)))]
+    parts += [chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def greys(white: int, kind: type = np.uint16) -> np.ndarray:
+    return (GREYS * white).round().astype(kind)
+
+
+IN_COLOUR = np.repeat(greys(65535)[..., None], 3, axis=2)
+DEPTHS = {
+    "TIFF, 12 bits packed": tiff_of(greys(4095), 12),
+    "TIFF, 12 bits in 16, maximum stated": tiff_of(greys(4095), 16, maximum=4095),
+    "TIFF, 8 bits in 16, maximum stated": tiff_of(greys(255), 16, maximum=255),
+    "TIFF, 16 bits": tiff_of(greys(65535), 16),
+    "TIFF, 16 bits, white is zero": tiff_of(greys(65535)[:, ::-1], 16, photometric=0),
+    "TIFF, 32 bits, maximum stated": tiff_of(greys(10**6, np.uint32), 32, maximum=10**6),
+    "PNG, 12 bits in 16, stated": png_of(greys(4095), significant_bits=12),
+    "PNG, 12 bits scaled to 16, stated": png_of(greys(4095) * 16 + greys(4095) // 256, 12),
+    "PNG, 16 bits": png_of(greys(65535)),
+    "PNG, 16 bits, colours": png_of(IN_COLOUR),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_a_picture_of_any_depth_is_scaled_by_what_its_file_says(tmp_path, name):
+    (tmp_path / "ramp").write_bytes(DEPTHS[name])
+    image = read_picture(tmp_path / "ramp")
+    cut_off = 1 if "colours" in name else 0  # Pillow keeps the upper 8 of 16 bits of a colour
+    assert np.abs(image[:, 7].numpy() - RAMP).max() <= cut_off
+
+
+UNKNOWN_WHITE = {
+    "TIFF, 8 bits in 16": (tiff_of(greys(255), 16), "up to 255, and says no maximum"),
+    "TIFF, 12 bits in 16": (tiff_of(greys(4095), 16), "up to 4,095, and says no maximum"),
+    "TIFF, 14 bits in 16": (tiff_of(greys(16383), 16), "up to 16,383, and says no maximum"),
+    "TIFF, 32 bits": (tiff_of(greys(10**6, np.uint32), 32), "32 bits per value and says no"),
+    "TIFF, 16 bits, signed": (tiff_of(greys(9999), 16, sample_format=2), "are signed numbers"),
+    "TIFF, 8 bits, signed": (tiff_of(greys(99, np.int8), 8, sample_format=2), "signed numbers"),
+    "TIFF, wrong maximum": (tiff_of(greys(9999), 16, maximum=255), "outside of 0 to 255"),
+    "PNG, 8 bits in 16": (png_of(greys(255)), "up to 255, and says no maximum"),
+    "PNG, 12 bits in 16": (png_of(greys(4095)), "up to 4,095, and says no maximum"),
+    "PNG, 12 bits in 16, colours": (png_of(IN_COLOUR >> 4), "of 16 bits per value it uses only"),
+    "PNG, 12 bits in 16, colours, stated": (png_of(IN_COLOUR >> 4, 12), "white is 4,095"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_WHITE)
+def test_values_of_unknown_brightness_are_refused(tmp_path, name):
+    content, reason = UNKNOWN_WHITE[name]
+    (tmp_path / "ramp").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_picture(tmp_path / "ramp")
+    said = str(caught.value)
+    assert reason in said and said.endswith("save it with 8 bits per value")
+
+
+def test_a_black_picture_of_16_bits_is_black(tmp_path):
+    (tmp_path / "night.png").write_bytes(png_of(greys(0)))
+    assert read_picture(tmp_path / "night.png").max() == 0
+
+
+def test_a_large_jpeg_is_decoded_scaled_down(tmp_path, monkeypatch):
+    across, down = np.meshgrid(np.linspace(0, 255, 1200), np.linspace(0, 255, 800))
+    picture = Image.fromarray(np.stack([across, down, 255 - across], 2).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "phone.jpg"
+    for progressive in (False, True):
+        picture.save(path, quality=95, exif=exif, progressive=progressive)
+        monkeypatch.setattr(data, "MAX_PIXELS", 10**6)
+        whole = read_picture(path).int()
+        monkeypatch.setattr(data, "MAX_PIXELS", 10**5)
+        assert (read_picture(path).int() - whole).abs().max() <= 2
+    scans = path.read_bytes().count(b"\xff\xda")
+    for name, value, reason in (
+        ("MAX_SCANS", scans - 1, f"1200 x 800 pixels in {scans} scans"),
+        ("MAX_BUFFERED_PIXELS", 900_000, "1200 x 800 pixels, over 900,000"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, name, value)
+            with pytest.raises(InputError, match=f"{reason}.*: scale it down$"):
+                read_picture(path)
+    picture.save(path)
+    monkeypatch.setattr(data, "MAX_JPEG_PIXELS", 900_000)
+    with pytest.raises(InputError, match="1200 x 800 pixels, over 900,000.*: scale it down$"):
+        read_picture(path)
+
+
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.jpg"
 
-    def refused(reason: str) -> None:
-        message = rf"^picture: [^\n]*{reason}[^\n]*: give a file of one of PNG, JPEG[^\n]*$"
+    def refused(reason: str, remedy: str = "give a file of one of PNG, JPEG") -> None:
+        message = rf"^picture: [^\n]*{reason}[^\n]*: {remedy}[^\n]*$"
         with pytest.raises(InputError, match=message):
             read_picture(path)
 
@@ -290,9 +413,11 @@ def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
         path.write_bytes(content)
         refused("cannot identify image file\\)" if content == eps else "")
     Image.fromarray(np.zeros((8, 8), np.float32)).save(path, format="TIFF")
-    refused("its greys are floating-point numbers")
+    refused("its values are floating-point numbers", "save it with 8 bits per value")
     Image.new("1", (13_300, 13_300)).save(path, format="PNG")  # 22 kB
-    refused("13300 x 13300 pixels, over 50,000,000")
+    refused("13300 x 13300 pixels, over 50,000,000", "scale it down")
+    Image.new("1", (13_400, 13_400)).save(path, format="PNG")  # Pillow's own limit
+    refused("exceeds limit of", "scale it down")
     path.unlink()
     os.mkfifo(path)
     refused("no regular file")

@@ -1,22 +1,43 @@
 """The untrusted pickle in, the submission out."""
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from shifts import generate_test_file
+from shifts import FAMILIES, generate_test_file, shifted
+from stand_in import generate_stand_in
 
+from cifar_lib import kaggle
 from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.files import parse_object
 from cifar_lib.kaggle import read_test_file, write_submission
 
 N = 4
-IMAGES = torch.arange(N * 3072).remainder(251).to(torch.uint8).view(N, 3, 32, 32)
+IMAGES = generate_stand_in(N, 0)[0].images
 HWC = IMAGES.permute(0, 2, 3, 1).contiguous().numpy()
 IDS = [7, 3, 11, 0]
+
+
+def zipfile_of(content: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("test.pkl", content)
+    return file.getvalue()
+
+
+def array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def written(tmp_path, content):
@@ -25,7 +46,11 @@ def written(tmp_path, content):
     return path
 
 
-@pytest.mark.parametrize("data", [HWC, IMAGES.flatten(1).numpy()], ids=["hwc", "flat"])
+@pytest.mark.parametrize(
+    "data",
+    [HWC, IMAGES.flatten(1).numpy(), IMAGES.numpy(), HWC.reshape(N, 3072)],
+    ids=["hwc", "planes", "chw", "pixels"],
+)
 @pytest.mark.parametrize("keys", [("data", "ids"), (b"data", b"ids")], ids=["str", "bytes"])
 @pytest.mark.parametrize("ids", [IDS, tuple(IDS), np.array(IDS), list(np.array(IDS))])
 def test_every_honest_variant_reads_the_same(tmp_path, data, keys, ids):
@@ -33,7 +58,32 @@ def test_every_honest_variant_reads_the_same(tmp_path, data, keys, ids):
     assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS) and read.labels is None
 
 
-@pytest.mark.parametrize("ids", [[b"a", "b", "c", "d"], np.array(["a", "b", "c", "d"])])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        range(10, 14),
+        *(np.arange(10, 14, dtype=kind) for kind in ("u1", "i2", "<u4", ">u4", "u8", "f4", "f8")),
+        np.arange(10, 14)[:, None],
+        np.array([10, np.int32(11), 12.0, np.uint8(13)], dtype=object),
+    ],
+    ids=lambda ids: str(getattr(ids, "dtype", "range")),
+)
+@pytest.mark.parametrize("protocol", range(6))
+def test_whatever_counts_images_is_an_id(tmp_path, protocol, ids):
+    content = pickle.dumps({"data": HWC, "ids": ids}, protocol)
+    read = read_test_file(written(tmp_path, content)).ids
+    assert read == (10, 11, 12, 13) and all(type(i) is int for i in read)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [b"a", "b", "c", "d"],
+        np.array(["a", "b", "c", "d"]),
+        np.array([b"a", b"b", b"c", b"d"]),
+        np.array(["a", "b", "c", "d"], dtype=object),
+    ],
+)
 def test_names_as_ids_are_carried(tmp_path, ids):
     assert read_test_file(written(tmp_path, {"data": HWC, "ids": ids})).ids == tuple("abcd")
 
@@ -69,6 +119,17 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
         ({"data": HWC}, "data and ids, found ['data']"),
         ({"data": HWC.astype(np.int64), "ids": IDS}, "array of uint8, got int64"),
         ({"data": HWC.tolist(), "ids": IDS}, "uint8, got list"),
+        (
+            {"data": HWC, "ids": np.array([1, 2, 3, None], dtype=object)},
+            "names of 1 to 200 letters",
+        ),
+        ({"data": HWC, "ids": np.array([1, 2, 3, np.nan])}, "numbers or names of 1 to 200 letters"),
+        ({"data": HWC, "ids": np.array([[1, 2], [3, 4]], dtype=object)}, "a plain list of them"),
+        ({"data": HWC, "ids": np.ones((4, 2))}, "a list or a flat array, got (4, 2)"),
+        ({"data": HWC, "ids": range(5)}, "one for each of 4 images, got 5"),
+        ({"data": HWC, "ids": range(10**9)}, "it counts to over 1,000,000"),
+        ({"data": HWC.astype(object), "ids": IDS}, "a plain list of them"),
+        ({"data": HWC.transpose(1, 2, 3, 0), "ids": IDS}, "(N, 3072), got (32, 32, 3, 4)"),
         ({"data": HWC[:0], "ids": []}, "(N, 3072), got (0, 32, 32, 3)"),
         ({"data": np.array(5, np.uint8), "ids": [1]}, "(N, 3072), got ()"),
         ({"data": HWC, "ids": IDS[:3]}, "one for each of 4 images, got 3"),
@@ -77,7 +138,7 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
         ({"data": HWC, "ids": ["a", "b", "c", "d\n"]}, "got 'd\\n'"),
         ({"data": HWC, "ids": ["a", "b", "c", "d" * 201]}, "got 'dddd"),
         ({"data": HWC, "ids": "abcd"}, "a flat array, got str"),
-        ({"data": HWC, "ids": np.array(5)}, "a flat array, got ndarray"),
+        ({"data": HWC, "ids": np.array(5)}, "a flat array, got ()"),
         ({"data": HWC, "ids": [1, 2, 3, 10**20]}, "whole numbers or names"),
         (pickle.dumps({"data": HWC, "ids": IDS})[:-1], "no pickle of arrays"),
     ],
@@ -89,6 +150,93 @@ def test_a_wrong_content_is_named_with_its_remedy(tmp_path, content, message):
     said = str(caught.value)
     assert said.startswith(f"test file: {path} can't be read (") and message in said
     assert said.endswith(" a dict with data (N, 32, 32, 3) and ids")
+
+
+def order_of(source: str) -> str:
+    return source.partition(", ")[2]
+
+
+def layouts(images: torch.Tensor) -> dict[str, np.ndarray]:
+    """The same images in both orders and all shapes, those for another order included."""
+    planes, pixels = images.contiguous(), images.permute(0, 2, 3, 1).contiguous()
+    shapes = {"(N, 3072)": (3072,), "(N, 32, 32, 3)": (32, 32, 3), "(N, 3, 32, 32)": (3, 32, 32)}
+    return {
+        f"{order} as {name}": values.reshape(-1, *shape).numpy()
+        for order, values in (("plane after plane", planes), ("pixel after pixel", pixels))
+        for name, shape in shapes.items()
+    }
+
+
+def check_layouts(path, images: torch.Tensor) -> None:
+    for name, data in layouts(images).items():
+        read = read_test_file(written(path, {"data": data, "ids": list(range(len(data)))}))
+        assert torch.equal(read.images, images), name
+        assert order_of(read.source) == name.partition(" as ")[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_the_order_of_the_values_is_told_by_smoothness(tmp_path, count):
+    check_layouts(tmp_path, generate_stand_in(count, 0, seed=5)[0].images)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shifted_real_images_are_read_in_the_right_order(tmp_path, family, cifar10):
+    check_layouts(tmp_path, shifted(cifar10[1].images[:300], family, 5))
+    check_layouts(tmp_path, shifted(cifar10[1].images[:300], family, 5)[:1])
+
+
+def test_flat_and_grey_images_keep_the_order_that_their_shape_says(tmp_path):
+    flat = torch.tensor([[200, 30, 90], [7, 7, 7]], dtype=torch.uint8)
+    data = {"data": flat[:, None, None].expand(2, 32, 32, 3).numpy(), "ids": [0, 1]}
+    assert torch.equal(read_test_file(written(tmp_path, data)).images[:, :, 5, 9], flat)
+    grey = generate_stand_in(50, 0)[0].images[:, :1].expand(-1, 3, -1, -1)
+    check_layouts(tmp_path, grey)
+
+
+def test_images_that_are_noise_are_refused(tmp_path):
+    generator = np.random.default_rng(0)
+    images = generate_stand_in(60, 0)[0].images.permute(0, 2, 3, 1).numpy()
+    noise = generator.integers(0, 256, images.shape, dtype=np.uint8)
+    places = generator.permuted(images.reshape(60, 1024, 3), axis=1).reshape(images.shape)
+    across_images = images.transpose(1, 2, 3, 0).reshape(images.shape)
+    for data in (noise, places, across_images, noise.reshape(60, 3072)):
+        path = written(tmp_path, {"data": data, "ids": list(range(60))})
+        with pytest.raises(InputError, match="expected images, got noise.*: write data .* anew"):
+            read_test_file(path)
+
+
+def test_the_thresholds_are_those_of_real_images(cifar10):
+    across, down, anywhere = kaggle._steps(cifar10[1].images)
+    assert (across + down) / 2 / anywhere == pytest.approx(0.26, abs=0.005)
+    noisy = kaggle._steps(shifted(cifar10[1].images[:2000], "noise", 5))
+    assert (noisy[0] + noisy[1]) / 2 / noisy[2] == pytest.approx(0.51, abs=0.015)
+    values = cifar10[1].images[:2000]
+    planes_as_pixels = values.reshape(-1, 32, 32, 3).permute(0, 3, 1, 2)
+    pixels_as_planes = values.permute(0, 2, 3, 1).reshape(-1, 3, 32, 32)
+    for wrong, expected in ((planes_as_pixels, 0.45), (pixels_as_planes, 0.29)):
+        ratio = max(kaggle._steps(values)[:2]) / max(kaggle._steps(wrong)[:2])
+        assert ratio == pytest.approx(expected, abs=0.015)
+
+
+STRANGERS = {
+    "a zip archive": zipfile_of(b"content"),
+    "gzip-compressed": gzip.compress(b"content"),
+    "bzip2-compressed": bz2.compress(b"content"),
+    "xz-compressed": lzma.compress(b"content"),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html><body>404</body></html>",
+    "JSON": b'{"data": [], "ids": []}',
+    "a safetensors file": safetensors.torch.save({"weight": torch.zeros(3)}),
+    "a NumPy .npy file": array_file(HWC),
+    "a CSV table": b"ID,Labels\n0,3\n1,5\n",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, kind):
+    with pytest.raises(InputError) as caught:
+        read_test_file(written(tmp_path, STRANGERS[kind]))
+    assert f"can't be read (it is {kind}" in str(caught.value)
 
 
 def test_what_is_no_file_is_named(tmp_path):
@@ -113,6 +261,13 @@ def test_submission_has_the_files_ids_in_order(tmp_path):
     assert (tmp_path / "s.csv").read_text() == "ID,Labels\n7,3\n3,5\n11,0\n0,9\n"
     write_submission(tmp_path / "s.csv", ["a,b"], [1], label_column="Category")
     assert (tmp_path / "s.csv").read_text() == 'ID,Category\n"a,b",1\n'
+
+
+def test_a_folder_is_no_place_for_a_submission(tmp_path):
+    for name in (f"{tmp_path}/results/", tmp_path):
+        with pytest.raises(InputError, match=": it is a folder: name a file in it$"):
+            write_submission(name, IDS, [3, 5, 0, 9])
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_submission_can_go_to_standard_output(capfdbinary, tmp_path, monkeypatch):

@@ -14,7 +14,14 @@ from session import SHIFT, SHIPPED_RUN
 from cifar_lib.data import stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict, wilson_interval
-from cifar_lib.model import SHIPPED, ResNet, count_parameters, load_model, save_model
+from cifar_lib.model import (
+    SHIPPED,
+    ResNet,
+    count_parameters,
+    load_model,
+    save_model,
+    training_normalization,
+)
 
 PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
 INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
@@ -120,12 +127,22 @@ INSANE = [
     ("mean", value) for value in (0.5, None, [0.5, 0.4, "0.3"], [0, 0, math.nan], [0, 0, -1001])
 ]
 INSANE += [("std", value) for value in ([0.2] * 4, [1, 1, 1e-300], [1, 1, 1001], [1, 1, 10**400])]
+INSANE += [("train_mean", [0.5] * 3), ("train_std", [0.2] * 3), ("train_std", [0, 0, 0])]
 INSANE += [("temperature", value) for value in ("warm", None, 1e-300, 20.1, math.nan)]
 
 
 @pytest.mark.parametrize(("name", "value"), INSANE)
 def test_weights_without_a_sane_normalisation_or_temperature_are_refused(tmp_path, name, value):
     refusal(saved(tmp_path / "m", **{name: value}))
+
+
+def test_the_normalisation_of_the_training_is_the_weights_own_not_the_recipes(tmp_path):
+    changed = {"train_mean": [0.1, 0.2, 0.3], "train_std": [0.3] * 3}
+    _, info = load_model(saved(tmp_path / "m", **changed))
+    assert training_normalization(info) == ([0.1, 0.2, 0.3], [0.3] * 3)
+    _, info = load_model(saved(tmp_path / "older"))  # its recipe's name proves nothing
+    with pytest.raises(InputError, match="expected the mean and std of the training.*found none"):
+        training_normalization(info)
 
 
 NOT_FINITE = [("linear.bias", math.nan), ("bn1.running_mean", math.inf)]  # ReLU hides the second
@@ -186,6 +203,21 @@ def test_the_packages_weights_are_the_reports_network_and_hold_what_their_run_sa
     assert SHIPPED.stat().st_size == metrics["half_precision"]["bytes"] <= 10e6
     verdict = json.loads((SHIFT / "verdict.json").read_text())  # was measured with these weights
     assert verdict["weights"]["sha256"] == hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("recipe", ["report", "best"])
+def test_the_packages_weights_say_how_their_run_normalised(recipe):
+    weights = SHIPPED.with_name(f"{recipe}.safetensors")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    listed = SHIPPED.with_name("SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    assert f"{digest}  {weights.name}" in listed
+    run = SHIPPED_RUN.with_name(f"{recipe}-seed42")
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    _, info = load_model(weights)
+    assert training_normalization(info) == (config["mean"], config["std"])
+    assert (info["mean"], info["std"]) == (config["test_mean"], config["test_std"])
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert weights.stat().st_size == metrics["half_precision"]["bytes"]
 
 
 def test_the_packages_weights_score_what_their_card_and_the_readme_say(cifar10):

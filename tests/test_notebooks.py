@@ -15,6 +15,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from nbclient import NotebookClient
 from session import (
     LABEL_CHECKS,
@@ -29,7 +30,7 @@ from stand_in import generate_stand_in
 
 import figures
 from cifar_lib import evaluate
-from cifar_lib.data import CLASSES, REAL, STAND_IN
+from cifar_lib.data import CAT, CLASSES, DOG, REAL, STAND_IN
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
@@ -426,6 +427,39 @@ def test_any_test_image_can_be_inspected(stand_in):
     assert f"labelled {CLASSES[test.labels[9]]}" in figure.get_suptitle()
     with pytest.raises(InputError, match="expected 0 to"):
         inspector.figure(len(test))
+
+
+@pytest.mark.parametrize("mistakes", [(1, 0), (0, 1), (0, 0)])
+def test_notebook_4_shows_one_mistake_of_a_kind_and_none(mistakes, stand_in, monkeypatch):
+    """A NumPy array takes a tensor of one index for a number, and loses an axis."""
+    train, test = stand_in
+    test = replace(test, ids=tuple(range(len(test))))
+    config = recipe("report", blocks="1", channels="16")
+    session = Session("quick", train, test, test, config)
+    shown = []
+    monkeypatch.setattr(Session, "show", lambda self, figure, name, alt: shown.append(name))
+    model = ResNet(config.blocks, config.channels).eval()
+    info = {"recipe": "report", "epochs": 1, "data": STAND_IN, "mean": (0.5,) * 3, "std": (1,) * 3}
+    monkeypatch.setattr(Session, "trained_model", lambda self: (model, info))
+    # Sure and right about every image but the first cats or dogs.
+    answers = test.labels.clone()
+    for true, guess, count in ((CAT, DOG, mistakes[0]), (DOG, CAT, mistakes[1])):
+        answers[(test.labels == true).nonzero()[:count, 0]] = guess
+    answers[(test.labels == 0).nonzero()[:1, 0]] = 8
+    logits = 4 * F.one_hot(answers, 10) + test.labels[:, None] / 100
+
+    monkeypatch.setattr(evaluate, "predict", lambda *_: logits)
+    monkeypatch.setattr(Inspector, "features", lambda self, images: images[:, 0, 0].float())
+    names = {"session": session}
+    for cell in cells("04_error_analysis", "code")[1:]:
+        if cell.source.startswith("show("):
+            continue  # of test images that this set doesn't have
+        source = cell.source.replace("session = Session.open()", "")
+        source = source.replace("compared = 500", "compared = 20")
+        exec(compile(source, "notebook 4", "exec"), names)
+    assert names["mistaken"].shape == (sum(mistakes),)
+    assert len(names["worst"]) == 1 + sum(mistakes)
+    assert {"04_cats_and_dogs", "04_most_confident", "04_label_issues"} <= set(shown)
 
 
 def test_people_found_54_labels_wrong():

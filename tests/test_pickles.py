@@ -164,6 +164,34 @@ def test_what_is_no_dict_of_images_and_ids_is_refused_in_one_line(name, tmp_path
     assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(path))
 
 
+class Made:
+    """Pickled as a call of `function`, and what its result is built with."""
+
+    def __init__(self, function, arguments, *state):
+        self.parts = function, arguments, *state
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_bytes_are_never_taken_for_the_addresses_of_objects():
+    """numpy would follow them, and crash or worse."""
+    objects, empty = np.dtype("O"), (np.ndarray, (0,), b"b")
+    reconstruct, _, _ = np.array(["a"], dtype=object).__reduce__()
+    buffer, _ = np.arange(2).__reduce_ex__(5)
+    scalar, _ = np.int64(1).__reduce__()
+    addresses = bytes(range(16))
+    for made in (
+        Made(reconstruct, empty, (1, (2,), objects, False, addresses)),
+        Made(reconstruct, empty, (1, (3,), objects, False, [1, 2])),
+        Made(reconstruct, empty, (1, (1, 2), objects, False, [1, 2])),
+        Made(buffer, (addresses, objects, (2,), "C")),
+        Made(scalar, (objects, addresses[:8])),
+    ):
+        with pytest.raises(InputError, match="that isn't a plain list of them"):
+            read(pickle.dumps({"data": DATA, "ids": made}, 4))
+
+
 def test_a_name_is_refused_where_it_is_named():
     for name, content in gadgets().items():
         with pytest.raises(InputError) as caught:
