@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run test colab full notebooks benchmarks reliability address clean
+.PHONY: run test colab full notebooks benchmarks reliability mutants address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
@@ -33,6 +33,9 @@ benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epo
 
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
 	$(PY) tests/reliability.py --notebooks --write
+
+mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
+	$(PY) scripts/mutants.py --named scripts/named_mutants.json $(ARGS)
 
 address:  ## make address TO=you/your-repository: the address in pyproject.toml, and with it the badges everywhere
 	@test -n "$(TO)" || { echo "usage: make address TO=you/your-repository"; exit 2; }
