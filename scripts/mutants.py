@@ -35,6 +35,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "runs" / "mutants"
+JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new), and why they may
 HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
 HEAVY += " matplotlib.pyplot captum.attr optuna torch._dynamo PIL.Image"
 SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
@@ -44,7 +45,19 @@ SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.
 OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OPPOSITE |= {ast.FloorDiv: ast.Mult}
 # What changes no result: words for people, and speed. A line that holds one of these is left alone.
-NO_MEANING = ("help=", "unit=", "stacklevel", ".log(", "log(", "print(", "remedy", "BLOCK", "desc")
+NO_MEANING = (
+    "help=",
+    "unit=",
+    "stacklevel",
+    ".log(",
+    "log(",
+    "print(",
+    "remedy",
+    "BLOCK",
+    "set_desc",
+)
+# Keywords that say how fast or where, or repeat the default.
+NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners")
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ def _call_changes(node: ast.Call):
         swapped = ast.Call(node.func, [second, first, *rest], node.keywords)
         yield "arguments swapped", ast.unparse(swapped)
     for dropped in node.keywords:
-        if dropped.arg not in (None, "stacklevel", "dtype", "device", "leave", "refresh"):
+        if dropped.arg not in (None, "frozen", *NEUTRAL):
             kept = [keyword for keyword in node.keywords if keyword is not dropped]
             yield "keyword dropped", ast.unparse(ast.Call(node.func, node.args, kept))
 
@@ -322,8 +335,10 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> st
 
 
 def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
-    """The table by module, and the survivors."""
+    """The table by module, and the survivors, with what JUDGED says of them."""
     rows, survivors = [], []
+    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
+    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
     pairs = list(zip(mutants, verdicts, strict=True))
     for module in sorted({mutant.module for mutant in mutants}):
         here = [verdict for mutant, verdict in pairs if mutant.module == module]
@@ -334,7 +349,8 @@ def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
         if verdict == "survived":
             old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
             where = f"cifar_lib/{mutant.module}.py:{mutant.line}"
-            survivors.append(f"- {where} ({mutant.kind}): `{old}` became `{new}`")
+            why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
+            survivors.append(f"- {where} ({mutant.kind}): `{old}` became `{new}`: {why}")
     return "\n".join(
         [
             "# Mutants",
