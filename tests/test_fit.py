@@ -83,3 +83,14 @@ def test_the_runs_seed_draws_the_training_part_and_the_validation_part(stand_in)
         parts = [split(train, tiny(seed=seed, **changes)) for seed in (0, 1, 1)]
         ids = [[part.ids for part in pair if part is not None] for pair in parts]
         assert ids[0] != ids[1] == ids[2]
+
+
+@pytest.mark.parametrize("unlabelled", [0, 1])
+def test_images_without_labels_are_refused_for_training_and_for_the_score(
+    stand_in, tmp_path, unlabelled
+):
+    data = list(stand_in)
+    data[unlabelled] = replace(data[unlabelled], labels=None)
+    with pytest.raises(InputError, match="fit: expected labels"):
+        fit(tiny(), tmp_path / "run", *data, device="cpu")
+    assert not (tmp_path / "run").exists()
