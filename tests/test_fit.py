@@ -1,11 +1,13 @@
 """A run's promises: it stops when it can't write, its seed decides its parts, it resumes whole."""
 
 import csv
+import io
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from cifar_lib import files
 from cifar_lib import fit as fitting
@@ -13,7 +15,7 @@ from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.errors import InputError
 from cifar_lib.fit import fit, split
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.train import State, Step
+from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -94,3 +96,11 @@ def test_images_without_labels_are_refused_for_training_and_for_the_score(
     with pytest.raises(InputError, match="fit: expected labels"):
         fit(tiny(), tmp_path / "run", *data, device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_counts_every_image_of_an_epoch(stand_in):
+    state = State(tiny(batch_size=25), CPU)
+    with tqdm(file=io.StringIO()) as bar:
+        plan = epoch_plan(tiny(), 60, 0)
+        train_one_epoch(Step(state, tiny(batch_size=25)), stand_in[0], plan, bar)
+    assert bar.n == 60

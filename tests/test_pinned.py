@@ -32,6 +32,14 @@ def test_best_is_the_recipe_of_the_published_weights():
     )
 
 
+def test_quick_is_best_made_short_without_cutout():
+    changes = {"recipe": "quick", "epochs": 4, "batch_size": 32, "learning_rate": 0.05}
+    changes |= {"warmup_epochs": 1, "label_smoothing": 0.05, "half_size_epochs": 3}
+    changes |= {"train_size": 1200, "validation_size": 200}
+    policy = asdict(recipe("best").policy) | {"cutout": 0}
+    assert asdict(recipe("quick")) == asdict(recipe("best")) | changes | {"policy": policy}
+
+
 @pytest.mark.parametrize("run", ["report-seed42", "report-seed0", "best-seed42", "best-seed0"])
 def test_a_recorded_run_is_of_the_recipe_that_it_names(run):
     recorded = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))
