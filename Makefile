@@ -6,7 +6,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 FLOORS_PYTHON ?= python3.10
 FLOORS := .venv-floors/bin/python
 
-.PHONY: run test floors colab full notebooks benchmarks reliability address clean
+.PHONY: run test floors colab full notebooks benchmarks reliability mutants address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
 	$(PY) notebooks/build.py
@@ -45,13 +45,16 @@ benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epo
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
 	$(PY) tests/reliability.py --notebooks --write
 
+mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
+	$(PY) scripts/mutants.py --named scripts/named_mutants.json $(ARGS)
+
 address:  ## make address TO=you/your-repository: where your copy is, into the badges and notebooks
 	@$(PYTHON) scripts/set_address.py "$(TO)"
 
 clean:
 	rm -rf .venv .venv-colab .venv-floors runs
 
-.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml extras/winograd/winograd.cpp
+.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml $(wildcard extras/winograd/*.py extras/winograd/*.cpp)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt

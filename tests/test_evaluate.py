@@ -146,6 +146,13 @@ def test_the_temperature_undoes_a_network_that_is_too_sure():
         assert evaluate.fit_temperature(factor * logits, labels) == pytest.approx(factor, rel=0.03)
 
 
+def test_the_temperature_stays_in_its_range_where_nothing_is_wrong_or_all():
+    timid, bold = 0.1 * torch.eye(10), 10 * torch.eye(10)
+    right, wrong = torch.arange(10), (torch.arange(10) + 1) % 10
+    assert evaluate.fit_temperature(timid, right) == pytest.approx(math.exp(-3), rel=0.01)
+    assert evaluate.fit_temperature(bold, wrong) == pytest.approx(math.exp(3), rel=0.01)
+
+
 def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():
     reference = np.array([True] * 50 + [False] * 50)
     right = np.array([True] * 40 + [False] * 10 + [True] * 30 + [False] * 20)

@@ -1,0 +1,427 @@
+"""Do the tests notice a wrong line? Small changes to the package, one at a time, and who fails.
+
+    python scripts/mutants.py                  200 changes, drawn by a seed, into results/mutants.md
+    python scripts/mutants.py --count 40 --only train fit       some modules, and no report
+    python scripts/mutants.py --count 0 --named scripts/named_mutants.json   those written by hand
+
+Every change is made in a copy of the working tree, so the tree itself never changes, and commands
+that tests start as child processes see the change too. Each mutant gets a process that is forked
+after the heavy imports, runs the tests that reach its line, the fastest first, and stops at the
+first failure; one that runs out of time counts as killed. Verdicts are kept in runs/mutants/ as
+they come: a run that was stopped goes on. Why not mutmut or cosmic-ray: both start Python for each
+mutant, and importing torch alone takes longer than most of the tests that decide.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STORE = ROOT / "runs" / "mutants"
+JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new), and why they may
+HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
+HEAVY += " matplotlib.pyplot captum.attr optuna torch._dynamo PIL.Image"
+SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
+COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in"}
+COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
+SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.FloorDiv: " // "}
+OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+OPPOSITE |= {ast.FloorDiv: ast.Mult}
+# What changes no result: words for people, and speed. A line that holds one of these is left alone.
+NO_MEANING = (
+    "help=",
+    "unit=",
+    "stacklevel",
+    ".log(",
+    "log(",
+    "print(",
+    "remedy",
+    "BLOCK",
+    "set_desc",
+)
+# Keywords that say how fast or where, or repeat the default.
+NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, at `start` in the module's text, becomes `new`."""
+
+    module: str
+    line: int
+    kind: str
+    start: int
+    old: str
+    new: str
+
+    def key(self, source: str) -> str:
+        digest = hashlib.sha256(source.encode()).hexdigest()[:12]
+        return f"{self.module}:{self.start}:{self.old}:{self.new}:{digest}"
+
+    def applied(self, source: str) -> str:
+        return source[: self.start] + self.new + source[self.start + len(self.old) :]
+
+
+# From source to mutants
+
+
+def mutants_of(module: str, source: str) -> list[Mutant]:
+    """All changes this script can make to a module."""
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    found: list[Mutant] = []
+
+    def offset(line: int, column: int) -> int:
+        # ast counts columns in bytes of UTF-8
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    def add(kind: str, node: ast.AST, new: str) -> None:
+        start = offset(node.lineno, node.col_offset)
+        old = source[start : offset(node.end_lineno, node.end_col_offset)]
+        text = "".join(lines[node.lineno - 1 : node.end_lineno])
+        if not any(word in text for word in NO_MEANING):
+            found.append(Mutant(module, node.lineno, kind, start, old, new))
+
+    for node in _meaningful(ast.parse(source)):
+        for kind, new in _changes(node):
+            add(kind, node, new)
+    whole = {mutant: mutant.applied(source) for mutant in found}
+    return [mutant for mutant, text in whole.items() if text != source and _compiles(text)]
+
+
+def _compiles(source: str) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def _meaningful(node: ast.AST):
+    """The nodes below, without annotations, messages and docstrings."""
+    yield node
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            message = isinstance(child, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom))
+            docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+            if isinstance(child, ast.AST) and not message and not docstring:
+                yield from _meaningful(child)
+
+
+def _changes(node: ast.AST):
+    """(kind, new text) for each way in which this node can be wrong."""
+    match node:
+        case ast.Compare(ops=[operator]):
+            left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
+            symbol = ast.unparse(ast.Compare(ast.Name("a"), [operator], [ast.Name("b")]))[2:-2]
+            yield "comparison", f"{left} {COMPARISONS[symbol]} {right}"
+        case ast.Constant(value=bool()):
+            yield "constant", str(not node.value)
+        case ast.Constant(value=int() | float()):
+            yield "constant", repr(node.value + 1 if node.value in (0, 1, -1) else node.value * 2)
+        case ast.BinOp(op=operator) if type(operator) in OPPOSITE:
+            symbol = SYMBOLS[OPPOSITE[type(operator)]]
+            yield "arithmetic", f"({ast.unparse(node.left)}{symbol}{ast.unparse(node.right)})"
+        case ast.BoolOp(op=operator):
+            word = " and " if isinstance(operator, ast.Or) else " or "
+            yield "and/or", f"({word.join(f'({ast.unparse(part)})' for part in node.values)})"
+        case ast.UnaryOp(op=ast.Not()):
+            yield "not removed", f"bool({ast.unparse(node.operand)})"
+        case ast.Expr(value=ast.Call()) | ast.AugAssign():
+            yield "statement dropped", "pass"
+        case ast.Subscript(slice=ast.Constant(value=str() as name)):
+            yield "key", f"{ast.unparse(node.value)}[{name + '_'!r}]"
+        case ast.Call():
+            yield from _call_changes(node)
+
+
+def _call_changes(node: ast.Call):
+    if len(node.args) >= 2 and all(isinstance(a, (ast.Name, ast.Attribute)) for a in node.args[:2]):
+        first, second, *rest = node.args
+        swapped = ast.Call(node.func, [second, first, *rest], node.keywords)
+        yield "arguments swapped", ast.unparse(swapped)
+    for dropped in node.keywords:
+        if dropped.arg not in (None, "frozen", *NEUTRAL):
+            kept = [keyword for keyword in node.keywords if keyword is not dropped]
+            yield "keyword dropped", ast.unparse(ast.Call(node.func, node.args, kept))
+
+
+def chosen(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
+    """`count` mutants, spread over the modules by their lines and over the kinds alike."""
+    dice, picked = random.Random(seed), []
+    lines = {name: len(source.splitlines()) for name, source in sources.items()}
+    for name, source in sources.items():
+        kinds = defaultdict(list)
+        for mutant in mutants_of(name, source):
+            kinds[mutant.kind].append(mutant)
+        for group in kinds.values():
+            dice.shuffle(group)
+        wanted, here = round(count * lines[name] / sum(lines.values())), []
+        while len(here) < wanted and any(kinds.values()):
+            for group in kinds.values():
+                if group and len(here) < wanted:
+                    here.append(group.pop())
+        picked += here
+    return picked
+
+
+def named(path: Path, sources: dict[str, str]) -> list[Mutant]:
+    """Those written by hand: a list of objects with module, old (found once) and new."""
+    result = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        module, old, new = entry["module"], entry["old"], entry["new"]
+        if sources.get(module, "").count(old) != 1:
+            print(f"not found once, write it anew: {module}: {old!r}")
+            continue
+        start = sources[module].index(old)
+        line = sources[module].count("\n", 0, start) + 1
+        result.append(Mutant(module, line, "by hand", start, old, new))
+    return result
+
+
+# From mutants to verdicts
+
+
+class Reach:
+    """A pytest plugin that notes which lines of the package each test runs, and its seconds."""
+
+    def __init__(self, package: str):
+        self.package, self.tests, self.hits = package, {}, set()
+
+    def _trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(self.package):
+            return None
+        if event in ("line", "call"):
+            self.hits.add(f"{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}")
+        return self._trace
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        self.hits, self.shared, began = set(), set(), time.perf_counter()
+        self.failed = False
+        sys.settrace(self._trace)
+        threading.settrace(self._trace)
+        try:
+            return (yield)
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+            seconds = time.perf_counter() - began
+            entry = {"seconds": seconds, "lines": sorted(self.hits), "shared": sorted(self.shared)}
+            self.tests[item.nodeid] = entry | {"failed": self.failed}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item):
+        result = yield
+        self.shared = set(self.hits)  # fixtures of a module run in its first test only
+        return result
+
+    def pytest_runtest_logreport(self, report):
+        self.failed |= not report.passed
+
+
+def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int:
+    """pytest's exit code, in this (forked) process, with the package of `tree`."""
+    os.chdir(tree)
+    sys.path[0] = str(tree)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(tree)]
+    return int(pytest.main([*options, *arguments], plugins=plugins))
+
+
+def forked(call, limit: float) -> int | None:
+    """The exit code of `call` in a process of its own; None where it took too long."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        code = 3
+        try:
+            code = call()
+        finally:
+            os._exit(code)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)  # with the commands that it started
+    os.waitpid(child, 0)
+    return None
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the working tree: what git tracks, and what is new and not ignored."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True).stdout
+    for name in filter(None, names.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def reach(tree: Path) -> dict[str, dict]:
+    """What each test reaches; measured once for a state of package and tests, then read."""
+    digest = hashlib.sha256()
+    for path in sorted([*tree.glob("cifar_lib/*.py"), *tree.glob("tests/*.py")]):
+        digest.update(path.read_bytes())
+    stored = STORE / f"reach-{digest.hexdigest()[:12]}.json"
+    if not stored.exists():
+        print("which test reaches which line: the tests run once, traced", flush=True)
+        plugin = Reach(str(tree / "cifar_lib"))
+
+        def measure() -> int:
+            # Notebooks take minutes, and the reliability runs test themselves.
+            skipped = ["--ignore=tests/test_notebooks.py", "--ignore=tests/test_reliability.py"]
+            arguments = ["--maxfail=1000", *skipped, "tests"]
+            code = run_tests(tree, arguments, [plugin], STORE / "reach.log")
+            stored.write_text(json.dumps(plugin.tests), encoding="utf-8")
+            return code
+
+        forked(measure, limit=3600)
+    return json.loads(stored.read_text(encoding="utf-8"))
+
+
+def deciding(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
+    """The tests that can notice, the fastest first."""
+    sound = {name: t for name, t in tests.items() if not t["failed"] and t["seconds"] < SLOWEST}
+    wanted = {f"{mutant.module}:{mutant.line + i}" for i in range(mutant.old.count("\n") + 1)}
+    direct = {name for name, t in sound.items() if wanted & set(t["lines"])}
+    files = {name.split("::")[0] for name in direct if wanted & set(sound[name]["shared"])}
+    names = direct | {name for name in sound if name.split("::")[0] in files}
+    # It runs when the module is imported, or only in child processes: anyone may notice.
+    names = names or set(sound)
+    return sorted(names, key=lambda name: sound[name]["seconds"])
+
+
+def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> str:
+    """killed, timeout or survived."""
+    names = deciding(mutant, tests)
+    if not names:
+        return "survived"
+    target = tree / "cifar_lib" / f"{mutant.module}.py"
+    target.write_text(mutant.applied(source), encoding="utf-8")
+    limit = 30 + 4 * sum(tests[name]["seconds"] for name in names)
+    log = STORE / f"{tree.name}.log"
+    code = forked(lambda: run_tests(tree, names, [], log), limit)
+    target.write_text(source, encoding="utf-8")
+    return {None: "timeout", 0: "survived"}.get(code, "killed")
+
+
+def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
+    """The table by module, and the survivors, with what JUDGED says of them."""
+    rows, survivors = [], []
+    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
+    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
+    pairs = list(zip(mutants, verdicts, strict=True))
+    for module in sorted({mutant.module for mutant in mutants}):
+        here = [verdict for mutant, verdict in pairs if mutant.module == module]
+        killed = sum(verdict != "survived" for verdict in here)
+        rows.append(f"| {module} | {len(here)} | {killed} |")
+    killed = sum(verdict != "survived" for verdict in verdicts)
+    for mutant, verdict in pairs:
+        if verdict == "survived":
+            old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
+            where = f"cifar_lib/{mutant.module}.py:{mutant.line}"
+            why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
+            survivors.append(f"- {where} ({mutant.kind}): `{old}` became `{new}`: {why}")
+    return "\n".join(
+        [
+            "# Mutants",
+            "",
+            f"Written by scripts/mutants.py (seed {seed}). Of {len(mutants)} small changes to the",
+            f"package, the tests notice {killed}: {killed / max(len(mutants), 1):.1%}.",
+            "",
+            "| module | tried | killed |",
+            "| --- | ---: | ---: |",
+            *rows,
+            "",
+            "## Survivors",
+            "",
+            *(survivors or ["None."]),
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names of modules; the report isn't written then")
+    parser.add_argument("--named", type=Path, help="a JSON list of mutants written by hand")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # else a file changed twice a second looks the same
+    sys.dont_write_bytecode = True
+    STORE.mkdir(parents=True, exist_ok=True)
+    paths = sorted((ROOT / "cifar_lib").glob("[!_]*.py"))
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    wanted = {k: v for k, v in sources.items() if not options.only or k in options.only}
+    mutants = chosen(wanted, options.count, options.seed)
+    mutants += named(options.named, sources) if options.named else []
+
+    for name in HEAVY.split():
+        importlib.import_module(name)
+    kept = STORE / "verdicts.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    known = {entry["key"]: entry["verdict"] for entry in map(json.loads, lines)}
+    with tempfile.TemporaryDirectory() as folder:
+        trees = [copied(Path(folder, f"tree-{i}")) for i in range(options.workers)]
+        tests = reach(trees[0])
+        control = ["--collect-only", *tests]
+        if forked(lambda: run_tests(trees[0], control, [], STORE / "control.log"), 300) != 0:
+            sys.exit("the tests can't be named one by one: see runs/mutants/control.log")
+        lock = threading.Lock()
+
+        def verdict_on(mutant: Mutant) -> str:
+            key = mutant.key(sources[mutant.module])
+            # A survivor is tried again: new tests may notice it.
+            if known.get(key, "survived") != "survived":
+                return known[key]
+            with lock:
+                tree = trees.pop()
+            verdict = judge(mutant, sources[mutant.module], tree, tests)
+            with lock:
+                trees.append(tree)
+                with kept.open("a", encoding="utf-8") as file:
+                    row = {"key": key, "verdict": verdict, **asdict(mutant)}
+                    file.write(json.dumps(row) + "\n")
+                old, new = mutant.old[:50], mutant.new[:50]
+                print(f"{verdict:9} {mutant.module}:{mutant.line} {old!r} -> {new!r}", flush=True)
+            return verdict
+
+        with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+            verdicts = list(pool.map(verdict_on, mutants))
+    text = report(mutants, verdicts, options.seed)
+    print(text)
+    if not options.only and options.count >= 100:
+        (ROOT / "results" / "mutants.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
