@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from torch import Tensor
 
 from cifar_lib.errors import InputError, explained
 
@@ -18,6 +19,8 @@ try:
 except ImportError:
     cifar_winograd = None
 
+APPLE_GPU = "mps"  # the type of torch's device for it
+DEVICE_TYPES = ("cpu", "cuda", APPLE_GPU)
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
@@ -33,11 +36,30 @@ def choose_device(name: str = "auto") -> torch.device:
     with explained(what, "use --device auto or cpu", *kinds):
         device = torch.device(name)
         torch.empty(1, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if device.type not in DEVICE_TYPES:
             raise RuntimeError("not supported")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     return device
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order in memory of images and weights on `device`, for all that goes through the network.
+
+    Channels-last is the fast one on CPUs and CUDA GPUs. On an Apple GPU the backward pass of batch
+    normalisation gives wrong gradients for it, without a word (macOS 14), or an error (macOS 26):
+    pytorch/pytorch#175189 and #181411, mended by #188371 after torch 2.12.
+    """
+    return torch.contiguous_format if device.type == APPLE_GPU else torch.channels_last
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """`values` of the CPU on `device`. A CUDA GPU goes on meanwhile, its host doesn't wait.
+
+    An Apple GPU would read them after they may have been freed, and compute with what lies there by
+    then: pytorch/pytorch#139550 and #189690. There the host waits.
+    """
+    return values.to(device, non_blocking=device.type != APPLE_GPU)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
