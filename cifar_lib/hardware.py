@@ -2,17 +2,21 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import shlex
 import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from cifar_lib.errors import InputError, explained
+from cifar_lib.errors import InputError, explained, printable
 
 try:
     import cifar_winograd  # extras/winograd: optional, fast fp32 convolutions on CPUs
@@ -27,20 +31,66 @@ PRECISIONS = ("auto", *DTYPES)
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: a CUDA or Apple GPU if there is one, else the CPU; InputError for one not here."""
+    """The device of this name, once a small computation on it has given the right result.
+
+    `auto` is a CUDA GPU, else an Apple GPU, else the CPU. A GPU that is present and can't compute
+    is passed over then; one line on standard error, once in a process, says why.
+    Raises InputError if a device was named that is unknown, isn't here, or can't compute.
+    """
     if name == "auto":
-        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        name = next((kind for kind in found if found[kind]), "cpu")
-    what = f"device: expected auto, cpu, cuda, cuda:N or mps, present on this machine; got {name!r}"
+        return _first_that_computes()
+    what = f"device: expected auto, cpu, cuda, cuda:N or mps, working on this machine; got {name!r}"
     kinds = (RuntimeError, AssertionError, ImportError)
     with explained(what, "use --device auto or cpu", *kinds):
         device = torch.device(name)
-        torch.empty(1, device=device)
         if device.type not in DEVICE_TYPES:
             raise RuntimeError("not supported")
+        failure = _failure(device)
+        if failure is not None:
+            raise RuntimeError(failure)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     return device
+
+
+@functools.cache
+def _first_that_computes() -> torch.device:
+    """What `auto` stands for. As this is cached, the line about a broken GPU comes once."""
+    gpus = {"cuda": torch.cuda.is_available(), APPLE_GPU: torch.backends.mps.is_available()}
+    for kind in filter(gpus.get, gpus):  # those that are present
+        device = torch.device(kind)
+        failure = _failure(device)
+        if failure is None:
+            return device
+        line = f"device: {kind} is here but can't compute ({failure}): going on without it"
+        print(printable(line), file=sys.stderr)
+    return torch.device("cpu")
+
+
+@functools.cache
+def _failure(device: torch.device) -> str | None:
+    """Why nothing can be computed on `device`, in one line; None where it can.
+
+    Kaggle's P100 is a GPU that `torch.cuda.is_available` finds, and on which memory can be had. But
+    torch is no longer compiled for it: that shows when a kernel starts, or its result is read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of such a GPU in many lines
+            result = _small_computation(device)
+    except Exception as error:  # whatever a driver or a library raises
+        return _first_line(error)
+    return None if result == 10.0 else f"3 x 3 + 1 came out as {result}"
+
+
+def _small_computation(device: torch.device) -> float:
+    """A convolution over nine ones, and 1 added: 10 where kernels run."""
+    ones = torch.ones(1, 1, 3, 3, device=device)
+    return (F.conv2d(ones, ones) + 1).item()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
