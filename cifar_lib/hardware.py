@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import os
 import platform
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +20,13 @@ from torch import Tensor
 
 from cifar_lib.errors import InputError, explained, printable
 
-try:
-    import cifar_winograd  # extras/winograd: optional, fast fp32 convolutions on CPUs
-except ImportError:
-    cifar_winograd = None
-
 APPLE_GPU = "mps"  # the type of torch's device for it
 DEVICE_TYPES = ("cpu", "cuda", APPLE_GPU)
 CPUINFO = Path("/proc/cpuinfo")  # on Linux
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
+# Against the torch at hand, and without installing another torch first.
+REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ./extras/winograd"
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -126,13 +125,46 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def _load_winograd() -> tuple[ModuleType | None, str | None]:
+    """The optional fast fp32 convolutions for CPUs (extras/winograd), or None; and, where they are
+    installed and can't be used, why."""
+    if importlib.util.find_spec("cifar_winograd") is None:
+        return None, None
+    # It is compiled against one torch. Loaded into another one it may end the process, at once or
+    # in the middle of training: so its record of that torch is read first.
+    try:
+        from cifar_winograd_build import TORCH as built_with
+    except ImportError:
+        return None, "it doesn't say which torch it was built with"
+    if built_with != torch.__version__:
+        return None, f"it was built with torch {built_with}, this is torch {torch.__version__}"
+    try:
+        import cifar_winograd
+    except (ImportError, OSError, AttributeError) as error:
+        return None, f"it can't be loaded: {_first_line(error)}"
+    return cifar_winograd, None
+
+
+cifar_winograd, winograd_failure = _load_winograd()
+
+
+@functools.cache
+def _say_that_winograd_is_not_used(why: str) -> None:
+    """Once in a process: one line on standard error."""
+    line = f"extras/winograd isn't used, fp32 is slower without it ({why}): {REBUILD}"
+    print(printable(line), file=sys.stderr)
+
+
 def prepare(device: torch.device, precision: str) -> None:
     """Set this process up to compute fast on `device`.
 
     On a CPU glibc's malloc keeps the memory of large tensors for the next ones; getting it anew,
     page by page, takes a quarter of a training step. On CUDA cuDNN looks for its fastest kernels,
     and fp32 products may use TF32, as convolutions there do (NVIDIA_TF32_OVERRIDE=0: none).
+    Where extras/winograd would be used and can't be, a line on standard error says why.
     """
+    if device.type == "cpu" and winograd_failure and choose_precision(precision, device) == "fp32":
+        _say_that_winograd_is_not_used(winograd_failure)
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
