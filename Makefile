@@ -3,6 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
+WINOGRAD := $(addprefix extras/winograd/, cifar_winograd.py setup.py winograd.cpp)
 FLOORS_PYTHON ?= python3.10
 FLOORS := .venv-floors/bin/python
 
@@ -54,7 +55,7 @@ address:  ## make address TO=you/your-repository: where your copy is, into the b
 clean:
 	rm -rf .venv .venv-colab .venv-floors runs
 
-.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml $(wildcard extras/winograd/*.py extras/winograd/*.cpp)
+.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml $(WINOGRAD)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt

@@ -18,6 +18,8 @@ from torch import Tensor
 from torchvision.transforms import autoaugment as reference
 from torchvision.transforms.v2 import functional as kernels
 
+from cifar_lib import hardware
+
 SIZE = 32
 CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation
 # arXiv:1909.13719, arXiv:1805.09501 (its policies for CIFAR-10), arXiv:2103.10158 (its wide ranges)
@@ -216,7 +218,7 @@ def _smooth(images: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor) -> Tensor:
     """Each channel stretched to 0 to 255, unless it is flat; the brightest may be cut to 254."""
-    if images.device.type == "mps":  # which lacks the float64 that Pillow computes in
+    if images.device.type == hardware.APPLE_GPU:  # which lacks the float64 that Pillow computes in
         return _autocontrast(images.cpu()).to(images.device)
     dark, bright = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     flat = dark == bright
@@ -237,8 +239,8 @@ OWN_KERNELS = {  # where torchvision's for tensors isn't Pillow's, or is slow
 
 
 def _beside(images: Tensor, values: Tensor) -> Tensor:
-    """`values` where the images are; a GPU goes on meanwhile, its host doesn't wait."""
-    return values.to(images.device, non_blocking=True)
+    """`values` where the images are."""
+    return hardware.send(values, images.device)
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:

@@ -188,7 +188,8 @@ def _load(options: argparse.Namespace) -> tuple[ResNet, dict, str]:
     precision = hardware.choose_precision(options.precision, device)
     hardware.prepare(device, precision)
     model, info = load_model(options.weights)
-    return model.to(device, memory_format=torch.channels_last), info, precision
+    model = model.to(device, memory_format=hardware.memory_format(device))
+    return model, info, precision
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from cifar_lib import environment, pickles
 from cifar_lib.download import download_cifar10
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import read_regular
+from cifar_lib.hardware import memory_format, send
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CAT, DOG = CLASSES.index("cat"), CLASSES.index("dog")
@@ -67,7 +68,7 @@ class ImageSet:
     def __getitem__(self, index: Tensor | np.ndarray | slice) -> "ImageSet":
         """The images at `index` (positions, a mask, or a slice), labels and ids with them."""
         positions = torch.arange(len(self))[index]
-        on_device = positions.to(self.images.device, non_blocking=True)
+        on_device = send(positions, self.images.device)
         labels = None if self.labels is None else self.labels[on_device]
         ids = None if self.ids is None else tuple(self.ids[i] for i in positions.tolist())
         return ImageSet(self.images[on_device], labels, ids, self.source)
@@ -166,7 +167,8 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """(x / 255 - mean) / std per channel: uint8 (N, 3, H, W) -> float32, channels-last."""
+    """(x / 255 - mean) / std per channel: uint8 (N, 3, H, W) -> float32, in the
+    memory format of their device."""
     return apply_scale(images, *scale_and_shift(mean, std, images.device))
 
 
@@ -178,9 +180,10 @@ def scale_and_shift(mean: Channels, std: Channels, device: torch.device) -> tupl
 
 
 def apply_scale(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x scale - shift: uint8 (N, 3, H, W) -> float32, channels-last."""
-    # Channels last as the last step: on a CPU four times faster than as the first.
-    return images.float().mul_(scale).sub_(shift).contiguous(memory_format=torch.channels_last)
+    """x scale - shift: uint8 (N, 3, H, W) -> float32, in the memory format of their device."""
+    scaled = images.float().mul_(scale).sub_(shift)
+    # The format as the last step: channels-last on a CPU four times faster than as the first.
+    return scaled.contiguous(memory_format=memory_format(images.device))
 
 
 class _Unusable(ValueError):

@@ -16,7 +16,7 @@ from cifar_lib import ranks
 from cifar_lib.augment import Draws, augment, draw, random_stream
 from cifar_lib.data import CLASSES, ImageSet, apply_scale, scale_and_shift
 from cifar_lib.errors import InputError, explained
-from cifar_lib.hardware import computing
+from cifar_lib.hardware import computing, memory_format
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import TrainConfig, learning_rate
 
@@ -41,7 +41,7 @@ class State:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device, memory_format=memory_format(device))
         parameters = list(self.model.parameters())
         with explained("the optimizer's settings", "nesterov needs a momentum above 0", ValueError):
             self.optimizer = torch.optim.SGD(

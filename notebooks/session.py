@@ -36,7 +36,7 @@ from cifar_lib.errors import InputError
 from cifar_lib.evaluate import wilson_interval
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
-from cifar_lib.hardware import choose_device, choose_precision, prepare
+from cifar_lib.hardware import choose_device, choose_precision, memory_format, prepare
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import TrainConfig, recipe
@@ -161,7 +161,8 @@ class Session:
                 print("No trained network yet: training one as in notebook 3.")
             self.fit()
         model, info = load_model(self.run / "model.safetensors" if named == "trained" else named)
-        return model.to(self.device, memory_format=torch.channels_last), info
+        device = self.device
+        return model.to(device, memory_format=memory_format(device)), info
 
     @property
     def device(self) -> torch.device:

@@ -38,7 +38,7 @@ from cifar_lib.evaluate import (
     summarize,
     wilson_interval,
 )
-from cifar_lib.hardware import choose_device, prepare
+from cifar_lib.hardware import choose_device, memory_format, prepare
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
@@ -180,7 +180,7 @@ def check() -> bool:
     device = choose_device()
     prepare(device, "fp32")
     model, info = load_model(PRETRAINED)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=memory_format(device))
     scores, _ = score(model, info, test, _config(SHIPPED_RUN))
     recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
     place = f"results/{SHIPPED_RUN.name}"

@@ -20,7 +20,10 @@ TRANSFORM = torch.tensor(
         [0, 0, 1],
     ]
 )
-torch.ops.load_library(importlib.util.find_spec("_cifar_winograd").origin)
+_compiled = importlib.util.find_spec("_cifar_winograd")
+if _compiled is None:  # another Python's compiled part goes by another file name
+    raise ImportError("_cifar_winograd, its compiled part, isn't there for this Python")
+torch.ops.load_library(_compiled.origin)
 
 
 class Winograd(TorchFunctionMode):
