@@ -85,6 +85,7 @@ def test_files_are_read_as_channels_first_images(tiny):
     assert train.source == test.source == data.REAL
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(reason: str) -> None:
         message = f"^{path}[^\n]*{reason}[^\n]*: delete the folder to download it again"
@@ -258,6 +259,7 @@ def test_greys_of_16_bits_are_scaled_not_cut_off(tmp_path, suffix):
     assert image[:, 0].tolist() == [np.linspace(0, 255, 32).round().tolist()] * 3
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.jpg"

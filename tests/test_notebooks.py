@@ -41,7 +41,8 @@ NAMES = [
 ]
 SOLUTIONS = "solutions"
 ADDRESS = re.search(
-    r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text()
+    r'Repository = "https://github\.com/(.+)"',
+    (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
 )[1]
 
 
@@ -110,7 +111,7 @@ def test_a_missing_package_is_one_line_with_the_remedy():
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     last = done.stderr.splitlines()[-1]
     assert last == "ImportError: missing: captum: pip install -r requirements.txt, restart"
@@ -130,7 +131,7 @@ def test_committed_outputs_are_clean(name):
 
 
 def test_readme_has_the_address_and_every_notebook():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in NAMES:
         assert f"{ADDRESS}/blob/main/notebooks/{name}.ipynb" in readme
 
@@ -202,7 +203,7 @@ def test_runs_archive_and_figures_go_to_the_folder_that_is_named(offline, monkey
     assert (place.folder / "figures" / "f.png").is_file() and (
         drive / "figures" / "g.png"
     ).is_file()
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="CIFAR_RUNS: expected a folder"):
         Session.open()
@@ -303,7 +304,7 @@ def test_people_found_54_labels_wrong():
 
 
 def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "--run runs/$$recipe-seed$$seed" in makefile
     assert (
         Session("full", *stand_in, stand_in[1], recipe("report")).run
