@@ -1,7 +1,7 @@
 """Random files for every reader of files: python tests/fuzz.py [--seconds 60] [READER ...]
 
 Each file is read, or refused in one line, within 10 s and 1 GB. Anything else ends the campaign
-with the reader's name and the seed; `--seed` tries that again.
+with the reader's name and the seed; `--seed` tries that again. Needs a POSIX system.
 """
 
 import argparse
