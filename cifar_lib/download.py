@@ -55,10 +55,10 @@ def download_cifar10(
         archive.parent.mkdir(parents=True, exist_ok=True)
         lock = open_lock(archive.with_name(f".{archive.name}.lock"))
         with contextlib.ExitStack() as stack:
+            # Whoever waits for the lock finds the work done, so its file may go after the release.
+            stack.callback(_remove_if_done, Path(lock.lock_file), target)
             with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
                 stack.enter_context(lock)
-            # Whoever waited for the lock finds the work done, so the lock's file may go.
-            stack.callback(_remove_if_done, Path(lock.lock_file), target)
             if target.is_dir():  # another process has just put it there
                 return target
             # Windows neither deletes nor replaces a file that is open: it is closed before that.
@@ -75,7 +75,7 @@ def download_cifar10(
 
 def _remove_if_done(lock_file: Path, target: Path) -> None:
     if target.is_dir():
-        with contextlib.suppress(OSError):  # on Windows it is still open; filelock deletes it there
+        with contextlib.suppress(OSError):  # on Windows it can be open in a process that waits
             lock_file.unlink()
 
 
