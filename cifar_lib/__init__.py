@@ -11,5 +11,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
     getpass.getuser()
-except (KeyError, OSError):  # a container's user without a name: importing torch would fail
-    os.environ["USER"] = str(os.getuid())
+except (KeyError, OSError, ImportError):  # a user without a name: importing torch would fail
+    # A container's user has a number at least; Windows has neither the number nor the module pwd.
+    os.environ["USER"] = str(os.getuid()) if hasattr(os, "getuid") else "user"

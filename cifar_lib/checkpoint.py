@@ -10,7 +10,6 @@ model.safetensors       the final weights
 metrics.json            what they score
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -19,11 +18,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pandas as pd
 import torch
 
 from cifar_lib.errors import InputError, explained
-from cifar_lib.files import SCRATCH, parse_object, read_regular, write_atomically
+from cifar_lib.files import SCRATCH, open_lock, parse_object, read_regular, write_atomically
 
 FORMAT = 3  # of a checkpoint
 DIGEST_SIZE = hashlib.sha256().digest_size
@@ -42,14 +42,14 @@ class RunDirectory:
             found = {p.name for p in self.path.iterdir() if not p.match(SCRATCH)} - {".lock"}
             if found and "recipe" not in (self.read_json("config.json") or {}):
                 raise InputError(f"{where} holds {min(found)!r}, no config.json: choose another")
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._lock = open_lock(self.path / ".lock")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # undone when the process dies
-        except BlockingIOError as error:
-            os.close(self._lock)
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout as error:
             raise InputError(f"{where}: another process trains in it: wait for it") from error
-        except OSError as error:  # a mounted Drive, say, has no locks
-            reason = f"{where} can't be locked ({error.strerror}): start only one training in it"
+        except (OSError, NotImplementedError) as error:  # a mounted Drive, say, has no locks
+            why = getattr(error, "strerror", None) or error
+            reason = f"{where} can't be locked ({why}): start only one training in it"
             warnings.warn(reason, stacklevel=2)
         for scratch in self.path.glob(SCRATCH):  # what a killed process was writing
             if scratch.is_file():
@@ -57,7 +57,7 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
+        self._lock.release()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object that `name` holds, or None where it isn't there."""

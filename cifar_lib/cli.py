@@ -1,6 +1,7 @@
 """python -m cifar_lib: info, train, tune, evaluate, predict, submit."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -21,6 +22,9 @@ from cifar_lib.fit import fit
 from cifar_lib.model import PRETRAINED, ResNet, load_model
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 
+# A process that SIGPIPE ends has this exit code; Windows has no such signal.
+CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
+
 # Options of several commands.
 DEVICE = {"default": "auto", "metavar": "D", "help": "auto, cpu, cuda, cuda:N or mps"}
 DATA = {"metavar": "ROOT", "help": "the folder that holds cifar-10-batches-py"}
@@ -36,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         print(end="", flush=True)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        return 128 + signal.SIGPIPE
     except (InputError, OSError) as error:
+        if _is_closed_pipe(error):  # the reader of our output went away, as `head` does
+            return CLOSED_PIPE
         return _mistake(str(error))
     except torch.OutOfMemoryError as error:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
@@ -49,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\ninterrupted: {options.go_on}", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    """On Windows a closed pipe is an invalid argument, as a wrong file name is, but names none."""
+    invalid = os.name == "nt" and getattr(error, "errno", None) == errno.EINVAL
+    return isinstance(error, BrokenPipeError) or (invalid and error.filename is None)
 
 
 def _mistake(message: str) -> int:

@@ -1,7 +1,6 @@
 """The CIFAR-10 archive, from the first of several byte-identical sources that is fast enough."""
 
 import contextlib
-import fcntl
 import math
 import os
 import re
@@ -17,6 +16,7 @@ from torchvision.datasets.utils import check_integrity, extract_archive
 from tqdm.auto import tqdm
 
 from cifar_lib.errors import InputError, explained
+from cifar_lib.files import open_lock
 
 # The origin gives 55 to 85 kB/s since June 2026 (pytorch/vision#9536), so it comes last. The others
 # are in wide use, the first by anyscale/templates#927; whatever they send, its md5 must be right.
@@ -53,19 +53,30 @@ def download_cifar10(
     with explained(f"can't write CIFAR-10 into {root}", REMEDY, OSError):
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with open(archive, "a+b") as file:
-            with contextlib.suppress(OSError):  # a mounted Drive, say, has no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        lock = open_lock(archive.with_name(f".{archive.name}.lock"))
+        with contextlib.ExitStack() as stack:
+            # Whoever waits for the lock finds the work done, so its file may go after the release.
+            stack.callback(_remove_if_done, Path(lock.lock_file), target)
+            with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
+                stack.enter_context(lock)
             if target.is_dir():  # another process has just put it there
                 return target
-            if not check_integrity(archive, CIFAR10.tgz_md5):
-                _fetch(urls, file, deadline)
+            # Windows neither deletes nor replaces a file that is open: it is closed before that.
+            with open(archive, "a+b") as file:
+                if not check_integrity(archive, CIFAR10.tgz_md5):
+                    _fetch(urls, file, deadline)
             with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
                 extract_archive(archive, scratch)
                 os.replace(Path(scratch) / CIFAR10.base_folder, target)
             if archives is None:
                 archive.unlink()
     return target
+
+
+def _remove_if_done(lock_file: Path, target: Path) -> None:
+    if target.is_dir():
+        with contextlib.suppress(OSError):  # on Windows it can be open in a process that waits
+            lock_file.unlink()
 
 
 def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:

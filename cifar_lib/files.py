@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from cifar_lib.errors import InputError, explained
 
 SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
@@ -65,6 +67,18 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
     else:
         return
     raise InputError(f"can't write {path}: {reason}: name another file")
+
+
+def open_lock(path: Path) -> FileLock:
+    """A lock on the file `path`, which is made if it isn't there; `acquire` takes the lock.
+
+    The system undoes a lock when the process that holds it dies. Raises OSError if the file can't
+    be written or is a link: some versions of filelock would empty the file that a link points to.
+    """
+    if path.is_symlink():
+        raise OSError(f"{path.name} is a link")
+    open(path, "ab").close()
+    return FileLock(path)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

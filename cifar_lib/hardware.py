@@ -6,13 +6,13 @@ import functools
 import importlib.util
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
 
+import psutil
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -188,12 +188,12 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
 def describe(device: torch.device) -> dict[str, str | float | int | None]:
     """The machine and the versions, as the report's System Specifications; memory in GB (10^9)."""
     on_gpu = device.type == "cuda"
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # not on macOS
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # Linux only
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cpu_cores": len(affinity(0)),  # those that this process may use
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
-        "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 2),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 2),
         "device": str(device),
         "python": platform.python_version(),
         "cuda": torch.version.cuda if on_gpu else None,
@@ -207,7 +207,9 @@ def describe(device: torch.device) -> dict[str, str | float | int | None]:
 
 def _cpuinfo(field: str) -> str:
     """What Linux says of the first core."""
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    if not CPUINFO.exists():
+        return ""
+    lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     found = (line.partition(":")[2].strip() for line in lines if line.startswith(field))
     return next(found, "")
 
@@ -215,6 +217,13 @@ def _cpuinfo(field: str) -> str:
 def _commit() -> str | None:
     """The commit this package is checked out at, `+changes` if it differs; None elsewhere."""
     root = Path(__file__).parents[1]
-    command = "git describe --always --abbrev=40 --exclude='*' --dirty=+changes 2>/dev/null"
-    found = subprocess.getoutput(f"cd {shlex.quote(str(root))} && {command}")
-    return ((root / ".git").exists() and found) or None
+    if not (root / ".git").exists():
+        return None
+    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *describe], capture_output=True, encoding="utf-8"
+        )
+    except OSError:  # git isn't installed
+        return None
+    return done.stdout.strip() or None

@@ -162,7 +162,7 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, dict]:
     with explained(f"weights: {path} is no file of this package's weights", remedy, *known):
         content = read_regular(Path(path), LARGEST_FILE)
         if shipped:
-            listed = (SHIPPED.parent / "SHA256SUMS").read_text().splitlines()
+            listed = (SHIPPED.parent / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
             if f"{hashlib.sha256(content).hexdigest()}  {SHIPPED.name}" not in listed:
                 raise ValueError("its sha256 is not the one that SHA256SUMS beside it lists")
         return _parse(content)

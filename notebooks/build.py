@@ -44,6 +44,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may lack characters of tables
     in_place = options.in_place
     paths = [
         path
@@ -102,7 +103,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     for target in HERE.glob("*.ipynb"):  # the pages point at each other as the notebooks do
         page = page.replace(f'href="{target.name}"', f'href="{target.stem}.html"')
     page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
-    (PAGES / f"{name}.html").write_text(page)
+    (PAGES / f"{name}.html").write_text(page, encoding="utf-8")
 
 
 def _write_index() -> None:
@@ -115,7 +116,8 @@ def _write_index() -> None:
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'
     style = "<style>body{font:18px/1.6 sans-serif;max-width:40em;margin:3em auto}</style>"
     (PAGES / "index.html").write_text(
-        f"{head}{style}<h1>CIFAR-10 notebooks</h1><ul>{items}</ul></html>\n"
+        f"{head}{style}<h1>CIFAR-10 notebooks</h1><ul>{items}</ul></html>\n",
+        encoding="utf-8",
     )
 
 

@@ -244,7 +244,7 @@ class Session:
         runs = {"the package's weights": SHIPPED_RUN, "this run": self.run}
         columns = {"published": [published or "–" for _, published in SYSTEM.values()]}
         for name, run in runs.items():
-            found = json.loads((run / "environment.json").read_text())
+            found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
             columns[name] = [str(found.get(key) or "–") for key in SYSTEM]
         return pd.DataFrame(columns, index=[name for name, _ in SYSTEM.values()])
 
@@ -387,7 +387,7 @@ def runs_folder() -> Path:
 def _trained(run: Path) -> tuple[str, ...]:
     """Epochs, training images, last training accuracy, test accuracy, its interval, test images and
     data of a run."""
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
     counts = (str(metrics["epochs"]), f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")

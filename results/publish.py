@@ -59,7 +59,7 @@ def publish(run: Path) -> dict:
         raise InputError(
             f"publish: expected a finished run, found no metrics.json in {run}: train it to its end"
         )
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["data"] != REAL:
         raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
     _, test = load_cifar10()
@@ -80,7 +80,7 @@ def publish(run: Path) -> dict:
 
     folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
     if folder.is_dir() and _config(folder) != _config(run):  # another run's, which are kept
-        epochs = json.loads((folder / "metrics.json").read_text())["epochs"]
+        epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["epochs"]
         folder.rename(_unused(folder.with_name(f"{folder.name}-{epochs}-epochs")))
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
@@ -101,7 +101,8 @@ def over_seeds(recipe: str) -> str:
     configuration."""
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
-        config, metrics = _config(folder), json.loads((folder / "metrics.json").read_text())
+        config = _config(folder)
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         seed = config.pop("seed")
         groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"][
             "accuracy"
@@ -128,7 +129,7 @@ def _unused(path: Path) -> Path:
 def _config(folder: Path) -> dict:
     """A run's config.json, less what later versions have no setting for."""
     known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {name: value for name, value in config.items() if name in known}
 
 
@@ -182,7 +183,9 @@ def check() -> bool:
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=memory_format(device))
     scores, _ = score(model, info, test, _config(SHIPPED_RUN))
-    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text())["half_precision"]
+    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))[
+        "half_precision"
+    ]
     place = f"results/{SHIPPED_RUN.name}"
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in {place})")
     pairs = {
@@ -217,7 +220,7 @@ def check() -> bool:
 def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[float, float]]:
     """Accuracy now and as recorded in results/shift, with the channel statistics of the published
     run's custom set: without adaptation, and by the default of `submit`."""
-    verdict = json.loads((SHIFT / "verdict.json").read_text())
+    verdict = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
         print("  results/shift was measured with other weights: see results/ablation.py")
         return {}

@@ -1,7 +1,7 @@
 """Random files for every reader of files: python tests/fuzz.py [--seconds 60] [READER ...]
 
 Each file is read, or refused in one line, within 10 s and 1 GB. Anything else ends the campaign
-with the reader's name and the seed; `--seed` tries that again.
+with the reader's name and the seed; `--seed` tries that again. Needs a POSIX system.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def settings(dice: random.Random) -> bytes:
 
 
 def read_setting(path: Path) -> None:
-    name, _, value = path.read_text().partition("=")
+    name, _, value = path.read_text(encoding="utf-8").partition("=")
     recipe("report", **{name: value})
 
 
@@ -174,7 +174,10 @@ def campaign(name: str, seconds: float, seed: int) -> str:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     make, read = READERS[name]
-    loaded = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    loaded = (
+        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+        * resource.getpagesize()
+    )
     resource.setrlimit(resource.RLIMIT_AS, (loaded + ROOM, loaded + ROOM))
     dice, was_read, refused, slowest = random.Random(seed), 0, 0, 0.0
     end = time.monotonic() + seconds
@@ -200,7 +203,7 @@ def fuzz(name: str, seconds: float, seed: int | None = None) -> tuple[int, int, 
     """Files read, files refused, seconds of the slowest; RuntimeError where a bound was broken."""
     seed = time.time_ns() % 2**32 if seed is None else seed
     command = [sys.executable, __file__, "--here", name, "--seconds", str(seconds)]
-    done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, text=True)
+    done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise RuntimeError(f"{name}, seed {seed}: {done.returncode}: {done.stderr[-3000:]}")
     was_read, refused, slowest = done.stdout.split()

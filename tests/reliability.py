@@ -195,7 +195,7 @@ def train(
     if kill:
         kill_at(*kill)
     with (
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
@@ -501,7 +501,10 @@ def losses_that_are_not_finite(folder: Path, times: int, dice: random.Random) ->
                 "report", **dict(s.split("=") for s in SETTINGS.split()), precision="fp32"
             )
             expected = f"not finite at epoch {epoch}, step {step}"
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            with (
+                open(os.devnull, "w", encoding="utf-8") as nowhere,
+                contextlib.redirect_stderr(nowhere),
+            ):
                 refused(
                     lambda: cifar_lib.fit.fit(
                         config, path, *DATA, device="cpu", log=lambda _: None
@@ -589,7 +592,10 @@ def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def refused_command(words: list[str]) -> None:
     def run() -> int:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stderr(nowhere),
+        ):
             return cli.main(words)
 
     code = ended(forked(run))
@@ -603,8 +609,8 @@ def outputs(folder: Path) -> Row:
     generate_test_file("test.pkl", DATA[1])
     Image.fromarray(DATA[1].images[0].permute(1, 2, 0).numpy()).save("cat.png")
     os.link("cat.png", "cat.grad-cam.png")  # the picture itself, where its plot would go
-    Path("other.csv").write_text("somebody's")
-    Path("read-only.csv").write_text("somebody's")
+    Path("other.csv").write_text("somebody's", encoding="utf-8")
+    Path("read-only.csv").write_text("somebody's", encoding="utf-8")
     os.chmod("read-only.csv", 0o444)
     os.symlink("other.csv", "link.csv")
     os.mkfifo("fifo.csv")
@@ -697,7 +703,7 @@ def tests(fault: str, promised: str, *selection: str) -> Row:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout
     passed = int(done.stdout.rsplit(" passed", 1)[0].split()[-1])

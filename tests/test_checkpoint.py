@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.errors import InputError
@@ -90,6 +91,7 @@ def test_a_new_file_has_the_permissions_of_the_umask_and_a_replaced_one_keeps_it
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("new", "old")] == [0o640, 0o604]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_only_a_regular_file_that_is_no_input_is_written_over(tmp_path):
     (tmp_path / "file").write_bytes(b"old")
     (tmp_path / "hard").hardlink_to(tmp_path / "file")
@@ -110,7 +112,7 @@ def test_only_a_regular_file_that_is_no_input_is_written_over(tmp_path):
 
 def test_a_save_killed_between_its_renames_loses_no_epoch_and_leaves_nothing_behind(run):
     os.replace(run.path / "checkpoint.pt", run.path / "checkpoint.previous.pt")
-    (run.path / SCRATCH.replace("*", "0a")).write_text("half")
+    (run.path / SCRATCH.replace("*", "0a")).write_text("half", encoding="utf-8")
     with run:
         assert run.load()["epoch"] == 2
         run.save(state(3))
@@ -160,6 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_refused(run, damaged, m
 # The directory
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_run_held_by_another_process_is_refused_until_that_is_killed(run):
     ready, held = os.pipe()
@@ -187,14 +190,14 @@ def test_a_place_that_can_not_be_written_is_refused(tmp_path):
 
 
 def test_a_mounted_drive_without_locks_permissions_and_flushed_folders_will_do(run, monkeypatch):
-    def unsupported(*_: object) -> None:
+    def unsupported(*_: object, **__: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     def flush(file: int, real=os.fsync) -> None:
         unsupported() if os.path.isdir(f"/proc/self/fd/{file}") else real(file)
 
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    monkeypatch.setattr(os, "fchmod", unsupported)
+    monkeypatch.setattr(FileLock, "acquire", unsupported)
+    monkeypatch.setattr(os, "fchmod", unsupported, raising=False)
     monkeypatch.setattr(os, "fsync", flush)
     with pytest.warns(UserWarning, match="can't be locked .*: start only one training"), run:
         run.save(state(3))
@@ -203,7 +206,7 @@ def test_a_mounted_drive_without_locks_permissions_and_flushed_folders_will_do(r
 
 @pytest.mark.parametrize("theirs", ["model.safetensors", ".x.tmp", "config.json"])
 def test_the_folder_of_somebody_else_is_refused_untouched(tmp_path, theirs):
-    (tmp_path / theirs).write_text('{"architectures": ["ResNet"]}')
+    (tmp_path / theirs).write_text('{"architectures": ["ResNet"]}', encoding="utf-8")
     before = contents(tmp_path)
     with pytest.raises(InputError, match=rf"holds '{theirs}', no config.json"):
         RunDirectory(tmp_path).__enter__()
@@ -211,9 +214,9 @@ def test_the_folder_of_somebody_else_is_refused_untouched(tmp_path, theirs):
 
 
 def test_only_our_own_scratch_files_are_removed_and_no_link_is_followed(run, tmp_path):
-    (run.path / SCRATCH.replace("*", "0a")).write_text("half")
+    (run.path / SCRATCH.replace("*", "0a")).write_text("half", encoding="utf-8")
     (run.path / SCRATCH.replace("*", "folder")).mkdir()
-    (run.path / ".theirs.tmp").write_text("whole")
+    (run.path / ".theirs.tmp").write_text("whole", encoding="utf-8")
     with run:
         left = {path.name for path in run.path.glob(".*")}
     assert left == {".lock", ".theirs.tmp", SCRATCH.replace("*", "folder")}
@@ -225,6 +228,7 @@ def test_only_our_own_scratch_files_are_removed_and_no_link_is_followed(run, tmp
     assert (tmp_path / "victim").read_bytes() == b"old"
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("there", [b"", b"epoch,loss,test\n0,2.5,1\n", b"\xff\x00"])
 def test_rows_become_csv_and_go_below_whatever_is_there(run, there):
     rows = [{"epoch": 1, "loss": 0.1 + 0.2, "test": None}]

@@ -50,7 +50,7 @@ def place(tmp_path, monkeypatch) -> Path:
     noise = np.random.default_rng(1).integers(0, 256, (50, 80, 4), dtype=np.uint8)
     Image.fromarray(noise).save("bild ä.png")
     generate_test_file("test.pkl", generate_stand_in(0, 20)[1])
-    Path("blocked").write_text("a file")
+    Path("blocked").write_text("a file", encoding="utf-8")
     return folder
 
 
@@ -93,7 +93,7 @@ def test_info_gives_the_reports_table_and_learning_rates(capsys):
 def test_train_then_evaluate_agree(place, capsys):
     train = f"{TRAIN} --set half_size_epochs=0 --seed 3"
     assert run(train) == 0
-    config = json.loads(Path("run/config.json").read_text())
+    config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
     assert (config["seed"], config["epochs"], config["train_size"]) == (3, 1, 120)
     assert config["blocks"] == [1, 1] and config["precision"] == "fp32"
     capsys.readouterr()
@@ -101,11 +101,11 @@ def test_train_then_evaluate_agree(place, capsys):
     assert "epoch" not in capsys.readouterr().out
     assert run("evaluate --weights run/model.safetensors --json --precision fp32") == 0
     score = json.loads(capsys.readouterr().out)
-    trained = json.loads(Path("run/metrics.json").read_text())["test"]
+    trained = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))["test"]
     assert score["n"] == 100 and score["confusion_matrix"] == trained["confusion_matrix"]
     assert score["accuracy"] == trained["accuracy"] == np.trace(score["confusion_matrix"]) / 100
     for other in ("{}", "[1]", '{"epochs": 3}', '{"test": 5}', '{"test": {"n": 3}}'):
-        Path("run/metrics.json").write_text(other)
+        Path("run/metrics.json").write_text(other, encoding="utf-8")
         assert run(train) == 2
         assert re.fullmatch(
             r"error: run/metrics.json [^\n]*: restore[^\n]*\n", capsys.readouterr().err
@@ -160,7 +160,7 @@ def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_
 def test_submit_writes_a_row_an_image(place, adapt):
     submit = f"submit --weights tiny.safetensors --test test.pkl --adapt {adapt} --tta"
     assert run(f"{submit} --label-column Category --out", "'neuer Ordner/ü.csv'") == 0
-    header, *rows = Path("neuer Ordner/ü.csv").read_text().splitlines()
+    header, *rows = Path("neuer Ordner/ü.csv").read_text(encoding="utf-8").splitlines()
     assert header == "ID,Category"
     assert [row.split(",")[0] for row in rows] == [str(i) for i in range(20)]
 
@@ -186,7 +186,7 @@ def test_outputs_that_are_not_finite_make_no_submission(place, capsys):
 
 def test_submit_adapts_by_what_the_ablation_chose(place, capsys):
     assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
-    chosen = json.loads((SHIFT / "verdict.json").read_text())["default"]
+    chosen = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))["default"]
     how = f"(adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})"
     assert how in capsys.readouterr().out
 
@@ -267,7 +267,7 @@ def failing(place, monkeypatch):
 
 
 def test_errors_of_the_machine_are_one_line_and_those_of_the_program_are_not(capsys, failing):
-    assert failing(BrokenPipeError()) == 128 + signal.SIGPIPE
+    assert failing(BrokenPipeError()) == cli.CLOSED_PIPE
     assert capsys.readouterr().err == ""  # `head` had enough
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has")
     assert failing(full) == 2
@@ -309,7 +309,7 @@ def whole_process(monkeypatch, *words: str) -> int:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_standard_output_on_a_full_disk_is_one_line(monkeypatch, capsys):
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert whole_process(monkeypatch, "info") == 2
     assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
@@ -322,11 +322,13 @@ def test_a_name_that_is_not_utf_8_can_be_printed(monkeypatch, capsys):
 
 
 def test_an_interrupt_during_the_import_is_one_line(tmp_path, interruptible):
-    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    (tmp_path / "torch.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGINT)\n", encoding="utf-8"
+    )
     ended = subprocess.run(
         [sys.executable, "-m", "cifar_lib", "info"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
@@ -337,6 +339,9 @@ def test_an_interrupt_during_the_import_is_one_line(tmp_path, interruptible):
 def test_a_user_without_a_name_gets_one(monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError("no such uid")))
-    importlib.reload(cifar_lib)
-    assert os.environ.pop("USER") == str(os.getuid())
+    unknown = [KeyError("no such uid")]
+    unknown.append(ModuleNotFoundError("No module named 'pwd'"))  # what Windows says
+    for error in unknown:
+        monkeypatch.setattr("getpass.getuser", Mock(side_effect=error))
+        importlib.reload(cifar_lib)
+        assert os.environ.pop("USER") == (str(os.getuid()) if hasattr(os, "getuid") else "user")

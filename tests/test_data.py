@@ -101,6 +101,7 @@ def test_files_are_read_as_channels_first_images(tiny):
     assert train.source == test.source == data.REAL
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(reason: str) -> None:
         message = f"^{path}[^\n]*{reason}[^\n]*: delete the folder to download it again"
@@ -395,6 +396,7 @@ def test_a_large_jpeg_is_decoded_scaled_down(tmp_path, monkeypatch):
         read_picture(path)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.jpg"

@@ -184,7 +184,7 @@ def test_a_device_that_is_not_here_is_refused_in_one_line(name):
 def test_precision_is_what_the_hardware_is_good_for_or_is_taken_as_named(
     monkeypatch, tmp_path, device, flags, capability, chosen
 ):
-    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n", encoding="utf-8")
     monkeypatch.setattr("cifar_lib.hardware.CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
     assert choose_precision("auto", torch.device(device)) == chosen
@@ -197,7 +197,7 @@ def test_large_tensors_ask_for_huge_pages():
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("needs Linux with transparent huge pages")
     large = torch.ones(2**24)
-    areas = Path("/proc/self/smaps").read_text().splitlines()
+    areas = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines()
     flags = [line.split() for line in areas if line.startswith("VmFlags")]
     assert any("hg" in each for each in flags) and large[0] == 1
 

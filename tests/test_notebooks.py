@@ -45,7 +45,8 @@ NAMES = [
 ]
 SOLUTIONS = "solutions"
 ADDRESS = re.search(
-    r'Repository = "https://github\.com/(.+)"', (ROOT / "pyproject.toml").read_text()
+    r'Repository = "https://github\.com/(.+)"',
+    (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
 )[1]
 
 
@@ -188,7 +189,7 @@ def test_a_package_of_one_section_is_asked_for_there():
     code = "import session, sys; print(set(sys.modules) & set(session.environment.OPTIONAL))"
     path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
     command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
-    assert subprocess.check_output(command, env=environment, text=True).strip() == "set()"
+    assert subprocess.check_output(command, env=environment, encoding="utf-8").strip() == "set()"
     last = without("optuna", "import session; session.trials_table()")
     assert "expected the package optuna" in last and "pip install" in last
 
@@ -213,7 +214,7 @@ def test_committed_outputs_are_clean(name):
 
 
 def test_readme_has_the_address_and_every_notebook():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in NAMES:
         assert f"{ADDRESS}/blob/main/notebooks/{name}.ipynb" in readme
 
@@ -285,7 +286,7 @@ def test_runs_archive_and_figures_go_to_the_folder_that_is_named(offline, monkey
     assert (place.folder / "figures" / "f.png").is_file() and (
         drive / "figures" / "g.png"
     ).is_file()
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "file" / "below"))
     with pytest.raises(InputError, match="CIFAR_RUNS: expected a folder"):
         Session.open()
@@ -470,7 +471,7 @@ def test_people_found_54_labels_wrong():
 
 
 def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "--run runs/$$recipe-seed$$seed" in makefile
     assert (
         Session("full", *stand_in, stand_in[1], recipe("report")).run

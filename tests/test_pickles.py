@@ -225,7 +225,9 @@ def test_every_hostile_file_is_refused_in_a_gigabyte_and_ten_seconds_and_runs_no
     # The kernel holds a process of its own to the limit; an audit hook hears what it opens or runs.
     (tmp_path / "corpus.pkl").write_bytes(pickle.dumps(CORPUS))
     command = [sys.executable, "-c", BOUNDED]
-    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, encoding="utf-8"
+    )
     *lines, heard = done.stdout.splitlines()
     assert heard == "[]", done.stderr
     for name, line in zip(CORPUS, lines, strict=True):

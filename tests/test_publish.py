@@ -47,15 +47,19 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     metrics = script.publish(run)
     weights = script.WEIGHTS / "quick.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (script.WEIGHTS / "SHA256SUMS").read_text() == f"{digest}  quick.safetensors\n"
+    assert (script.WEIGHTS / "SHA256SUMS").read_text(
+        encoding="utf-8"
+    ) == f"{digest}  quick.safetensors\n"
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
     assert torch.equal(model.conv1.weight, whole.conv1.weight.half().float())
     assert info["temperature"] == metrics["half_precision"]["temperature"] > 0
     folder = script.RESULTS / "quick-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
-    assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
-    assert metrics["test"] == json.loads((run / "metrics.json").read_text())["test"]
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(metrics)
+    )
+    assert metrics["test"] == json.loads((run / "metrics.json").read_text(encoding="utf-8"))["test"]
 
 
 def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):
@@ -99,11 +103,11 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
     monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
     monkeypatch.setattr(script, "SHIFT", tmp_path)
     config = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}  # that of training
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     scores, _ = script.score(model, info, test, config)
     mirrored = predict(model, test.images, info["mean"], info["std"], tta="flip")
     assert scores["tta_flip"]["accuracy"] == accuracy(mirrored, test.labels)
-    (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}))
+    (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}), encoding="utf-8")
     moved = shifted(test.images, "statistics", 1)
     plain = accuracy(predict(model, moved, info["mean"], info["std"]), test.labels)
     normalized = accuracy(predict(model, moved, *channel_statistics(moved)), test.labels)
@@ -112,7 +116,7 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
         default = {"adapt": "normalize", "tta": "none"}
         verdict = {"default": default, "custom": ways, "weights": {"sha256": sha256}}
-        (tmp_path / "verdict.json").write_text(json.dumps(verdict))
+        (tmp_path / "verdict.json").write_text(json.dumps(verdict), encoding="utf-8")
         return script.check(), capsys.readouterr().out
 
     shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()

@@ -52,7 +52,7 @@ def config(**changes: str) -> TrainConfig:
 def together(tmp_path_factory) -> Path:
     """A run of two ranks that was interrupted and has gone on to its end."""
     folder = tmp_path_factory.mktemp("together")
-    (folder / "script.py").write_text(SCRIPT)
+    (folder / "script.py").write_text(SCRIPT, encoding="utf-8")
     torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2"
     # After --, as torchrun would read --run as the beginning of an option of its own.
     train = "-- script.py train --recipe report --run run --device cpu"
@@ -66,7 +66,7 @@ def together(tmp_path_factory) -> Path:
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/notebooks", "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -79,7 +79,7 @@ def test_two_ranks_train_to_nearly_what_one_process_does(together, tmp_path):
     ours, theirs = (torch.load(together / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     assert all(map(torch.equal, ours[0], theirs[0])) and ours[1] == theirs[1]
     alone = fit(config(), tmp_path / "run", *generate_stand_in(70, 31), device="cpu", log=str)
-    shared = json.loads((together / "run" / "metrics.json").read_text())
+    shared = json.loads((together / "run" / "metrics.json").read_text(encoding="utf-8"))
     # Batch normalisation over 7 images instead of 14 is the only difference but rounding.
     saved = (RunDirectory(path / "run").load() for path in (tmp_path, together))
     one, two = (json.loads(state["history"]) for state in saved)

@@ -195,7 +195,9 @@ def test_the_ablation_goes_on_only_with_the_same_weights_and_images(script, tmp_
     answers = np.ones((len(script.WAYS), 3), bool)
     np.savez(tmp_path / "right.npz", weights="abc", **{script.CLEAN: answers})
     # The second row was written before a kill, and its answers are missing.
-    (tmp_path / "measures.csv").write_text("family,severity,frechet\nclean,0,0\nnoise,1,2\n")
+    (tmp_path / "measures.csv").write_text(
+        "family,severity,frechet\nclean,0,0\nnoise,1,2\n", encoding="utf-8"
+    )
     right, measures = script.measured("abc", 3)
     assert list(right) == [script.CLEAN] and np.array_equal(right[script.CLEAN], answers)
     assert measures == [{"family": "clean", "severity": 0, "frechet": 0}]
@@ -208,7 +210,7 @@ def test_the_documented_table_is_what_was_measured():
     rows = pd.read_csv(SHIFT / "accuracy.csv")
     means = 100 * rows.groupby(["family", rows.adapt + " + " + rows.tta]).accuracy.mean()
     ways = [*(f"{name} + none" for name in shift.ADAPTATIONS), "normalize+batchnorm + flip"]
-    lines = (SHIFT.parents[1] / "docs" / "shift.md").read_text().splitlines()
+    lines = (SHIFT.parents[1] / "docs" / "shift.md").read_text(encoding="utf-8").splitlines()
     start = lines.index(HEADER) + 2
     for line in lines[start : start + 2 + len(shifts.FAMILIES)]:
         name, *said = line.strip("| ").split(" | ")

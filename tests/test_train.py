@@ -74,7 +74,7 @@ def reproducible(path: Path) -> dict[str, bytes]:
 
 
 def history(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((path / "history.csv").read_text().splitlines()))
+    return list(csv.DictReader((path / "history.csv").read_text(encoding="utf-8").splitlines()))
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +243,10 @@ def test_a_run_writes_all_its_files(stand_in, tmp_path):
     assert [float(row["learning_rate"]) for row in rows] == learning_rates(tiny())
     assert all(row["validation_loss"] == "" and float(row["test_loss"]) > 0 for row in rows)
     assert [line.partition("  ")[0] for line in lines] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8")) == metrics
     assert metrics["test"]["n"] == 30 and metrics["data"] == stand_in[1].source
     assert float(rows[-1]["test_accuracy"]) == metrics["test"]["accuracy"]
-    assert len((tmp_path / "timing.csv").read_text().splitlines()) == 4
+    assert len((tmp_path / "timing.csv").read_text(encoding="utf-8").splitlines()) == 4
 
 
 def test_the_last_weights_are_the_ones_evaluated_and_kept_with_rebased_statistics(stand_in, whole):
@@ -271,17 +271,19 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
     config = tiny(**RICH)
     fit_killed_after(1, config, tmp_path, stand_in)
     fit_killed_after(2, config, tmp_path, stand_in)
-    lines = (tmp_path / "history.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "history.csv").write_text("".join(lines[:-1]))  # as before the epoch's row
+    lines = (tmp_path / "history.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "history.csv").write_text(
+        "".join(lines[:-1]), encoding="utf-8"
+    )  # as before the epoch's row
     (tmp_path / "checkpoint.pt").write_bytes(b"half")  # costs an epoch
     with pytest.warns(UserWarning, match="going on from checkpoint.previous.pt"):
         fit_killed_after(3, config, tmp_path, stand_in)
-    (tmp_path / "history.csv").write_text("".join(lines))
+    (tmp_path / "history.csv").write_text("".join(lines), encoding="utf-8")
     said: list[str] = []
     fit_quietly(config, tmp_path, stand_in, log=said.append)
     assert [line.partition(" in")[0] for line in said] == ["going on from epoch 3 of 3"]
     assert reproducible(tmp_path) == reproducible(whole)
-    timing = (tmp_path / "timing.csv").read_text().splitlines()
+    timing = (tmp_path / "timing.csv").read_text(encoding="utf-8").splitlines()
     assert [row.partition(",")[0] for row in timing] == ["epoch", "0", "1", "1", "2"]
     before = content(tmp_path)
     metrics = fit_quietly(config, tmp_path, stand_in)  # finished: not trained again
@@ -314,11 +316,11 @@ def test_other_data_are_refused(stand_in, killed):
 
 
 def test_a_run_from_before_a_field_existed_counts_it_as_the_default(stand_in, started):
-    config = json.loads((started / "config.json").read_text())
+    config = json.loads((started / "config.json").read_text(encoding="utf-8"))
     del config["label_smoothing"]
-    (started / "config.json").write_text(json.dumps(config))
+    (started / "config.json").write_text(json.dumps(config), encoding="utf-8")
     fit_killed_after(2, tiny(**RICH), started, stand_in)
-    (started / "config.json").write_text(json.dumps(config | {"gone": 1}))
+    (started / "config.json").write_text(json.dumps(config | {"gone": 1}), encoding="utf-8")
     with pytest.raises(InputError, match=r"these differ: gone \(1, now None\):"):
         fit_quietly(tiny(**RICH), started, stand_in)
 

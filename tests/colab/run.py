@@ -37,7 +37,9 @@ sys.modules |= {"google": google, "google.colab": colab}
 def make_environment() -> None:
     """HOME, from nothing unless it was made with these pins."""
     made_with = HOME / "pins.txt"
-    if not made_with.exists() or made_with.read_text() != PINS.read_text():
+    if not made_with.exists() or made_with.read_text(encoding="utf-8") != PINS.read_text(
+        encoding="utf-8"
+    ):
         shutil.rmtree(HOME, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", HOME], check=True)
         pip = [HOME / "bin" / "python", "-m", "pip", "--quiet", "--disable-pip-version-check"]
@@ -58,7 +60,7 @@ def make_environment() -> None:
             if source.exists():
                 (lent / source.name).symlink_to(source)
     (packages,) = (HOME / "lib").glob("python3*/site-packages")
-    (packages / "lent.pth").write_text(f"{lent}\n")
+    (packages / "lent.pth").write_text(f"{lent}\n", encoding="utf-8")
 
 
 def clone(place: Path, name: str | None) -> str:
@@ -69,7 +71,7 @@ def clone(place: Path, name: str | None) -> str:
         change = [sys.executable, place / "scripts" / "set_address.py", f"someone/{name}"]
         subprocess.run(change, check=True, capture_output=True)
         subprocess.run([*git, "commit", "--quiet", "-am", "address"], cwd=place, check=True)
-    lines = (place / "pyproject.toml").read_text().splitlines()
+    lines = (place / "pyproject.toml").read_text(encoding="utf-8").splitlines()
     return next(line.split('"')[1] for line in lines if line.startswith("Repository"))
 
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import shutil
 import sqlite3
 import threading
@@ -26,7 +25,9 @@ import cifar_search as search
 from cifar_search import objective, open_search, own_trial, suggest, work
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-FORK = multiprocessing.get_context("fork")  # starts at once, where spawning imports torch anew
+# Forking starts at once, where spawning imports torch anew; Windows has only the latter.
+CAN_FORK = hasattr(os, "fork")
+FORK = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
 ROOT = Path(__file__).parents[3]
 FIELDS = {"precision": "fp32", "watch_test": False, "validation_size": 10, "schedule": "cosine"}
 BASE = recipe("report", epochs=2, **FIELDS)
@@ -137,6 +138,7 @@ def test_workers_draw_differently_and_one_alone_draws_the_same_again(tmp_path):
 
 
 def test_a_search_that_died_of_a_full_disk_goes_on(tmp_path, monkeypatch, capfd):
+    resource = pytest.importorskip("resource", reason="needs limits on a file's size")
     monkeypatch.setattr(search, "HEARTBEAT", 1)
     file = tmp_path / "s"
     study = open_search(str(file), BASE)
@@ -177,7 +179,7 @@ def worker(where, folder, name, trials):
     """Its trials say that they run, and end when the file `go` is there."""
 
     def run(trial):
-        (folder / f"{name}-{trial.number}").write_text(str(x(trial)))
+        (folder / f"{name}-{trial.number}").write_text(str(x(trial)), encoding="utf-8")
         while not (folder / "go").exists():
             time.sleep(0.05)
         return trial.params["x"]
@@ -214,7 +216,7 @@ def test_no_trial_is_lost_or_run_twice_where_workers_start_together_and_one_is_k
     finished = [t.params["x"] for t in study.trials if t.state == TrialState.COMPLETE]
     (lost,) = runs.glob("x-*")
     assert len(numbers) == len(set(numbers)) and len(finished) == 8
-    assert finished.count(float(lost.read_text())) == 1
+    assert finished.count(float(lost.read_text(encoding="utf-8"))) == 1
 
 
 def test_workers_that_start_together_make_one_study_and_share_its_first_trial_out(place):

@@ -1,0 +1,88 @@
+"""The tests' collection, the command line, a resumed training and the notebooks, with what Windows
+lacks taken away: python tests/windows/run.py [--without-notebooks]. Needs Linux (/proc).
+
+Prints a line for each; the first that fails ends the run with its output and exit code 1.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+COMMAND = str(HERE / "command.py")
+TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
+TRAIN = f"train --recipe quick --epochs 3 --train-size 120 {TINY} --device cpu --run"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--without-notebooks", action="store_true")
+    options = parser.parse_args()
+    folders = [HERE, ROOT, ROOT / "notebooks", ROOT / "extras" / "search"]
+    # The C locale without Python's own remedies: text that names no encoding is ASCII.
+    os.environ |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, folders))
+
+    with tempfile.TemporaryDirectory() as place:
+        _check_commands(Path(place))
+    step("all tests collected", "-m", "pytest", "-q", "--collect-only", "tests", "extras")
+    if not options.without_notebooks:
+        step("five notebooks run", "notebooks/build.py", "0")
+        _check_pages()
+    return 0
+
+
+def step(title: str, *words: str, expected: int = 0) -> None:
+    """Run Python with these words; print the title, or end with the output if it fails."""
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
+    if done.returncode != expected:
+        output = (done.stdout + done.stderr).decode("utf-8", "replace")
+        raise SystemExit(f"windows: FAILED: {title} (exit code {done.returncode})\n{output}")
+    print(f"windows: {title}", flush=True)
+
+
+def _check_commands(place: Path) -> None:
+    step("info", "-m", "cifar_lib", "info")
+    if "CIFAR10_ROOT" in os.environ:
+        step("evaluate on CIFAR-10", "-m", "cifar_lib", "evaluate")
+    else:
+        step("evaluate on stand-in data", COMMAND, "evaluate")
+
+    # A picture and a competition's file to predict.
+    made = "import sys; from PIL import Image; from shifts import generate_test_file\n"
+    made += "from stand_in import generate_stand_in; place = sys.argv[1]\n"
+    made += "Image.new('RGB', (40, 30), 'red').save(f'{place}/red.png')\n"
+    made += "generate_test_file(f'{place}/test.pkl', generate_stand_in(0, 20)[1])\n"
+    step("inputs made", "-c", made, str(place))
+    predict = ["-m", "cifar_lib", "predict", "--grad-cam", str(place), str(place / "red.png")]
+    step("predict with Grad-CAM", *predict)
+    submit = ["-m", "cifar_lib", "submit", "--test", str(place / "test.pkl"), "--out"]
+    step("submit", *submit, str(place / "submission.csv"))
+
+    # One training at a stretch, and one that is killed after its first epoch and resumed.
+    step("training", COMMAND, *TRAIN.split(), str(place / "whole"))
+    step("training killed", COMMAND, "--die", *TRAIN.split(), str(place / "killed"), expected=9)
+    step("training resumed", COMMAND, *TRAIN.split(), str(place / "killed"))
+    for name in ("history.csv", "model.safetensors"):
+        if (place / "whole" / name).read_bytes() != (place / "killed" / name).read_bytes():
+            raise SystemExit(f"windows: FAILED: {name} differs after the kill")
+    print("windows: the resumed training ends with the same bytes", flush=True)
+
+
+def _check_pages() -> None:
+    """Raises SystemExit unless every page is text in UTF-8 with pictures in it."""
+    for notebook in sorted((ROOT / "notebooks").glob("0*.ipynb")):
+        page = ROOT / "runs" / "html" / f"{notebook.stem}.html"
+        text = page.read_text(encoding="utf-8")
+        pictures = text.count("data:image/png;base64,")
+        if pictures == 0:
+            raise SystemExit(f"windows: FAILED: {page.name} has no pictures")
+        print(f"windows: {page.name}: {len(text):,} characters, {pictures} pictures", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
