@@ -1,13 +1,14 @@
-"""Augmentation, images a second: torchvision's transforms on PIL pictures one by one, and ours.
+"""Augmentation, in images per second: torchvision's transforms on single PIL pictures, and ours.
 
     python benchmarks/augment.py [--device cuda] [--json]
 
 Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both
-have one thread.
+have one thread; there each of our steps is also timed against its plain way (benchmarks/plain.py).
 """
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from bench import (
@@ -20,9 +21,11 @@ from bench import (
     synchronize,
     training_images,
 )
+import plain
 from published import Pictures
 
-from cifar_lib.augment import Policy, augment, draw
+from cifar_lib import augment as ours_by_step
+from cifar_lib.augment import Policy, augment, draw, op_table
 from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, normalize
 from cifar_lib.train import BLOCK
 
@@ -37,6 +40,34 @@ def ours(images: torch.Tensor, epoch: int) -> None:
         part = slice(start, start + chunk)
         for batch in augment(images[part], policy, draws[part]).split(BATCH):
             normalize(batch, CIFAR10_MEAN, PUBLISHED_STD)
+
+
+def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
+    """How many times as fast as its plain way each step is: the median of the rounds' ratios."""
+    policy = Policy()
+    draws, table = draw(len(images), policy, seed=42, epoch=0), op_table(policy)
+    arguments = {
+        "crop": (images, draws.offsets, policy.crop_padding),
+        "flip": (images, draws.mirrored),
+        "apply_ops": (images, table, draws.ops),
+        "erase": (images, draws.boxes),
+    }
+    found = {}
+    for name, given in arguments.items():
+        ways = [getattr(module, name) for module in (plain, ours_by_step)]
+        times = [[seconds(way, given) for way in ways] for _ in range(rounds + 1)][1:]
+        found[name] = statistics.median(theirs / ours for theirs, ours in times)
+    return found
+
+
+def seconds(step: Callable, arguments: tuple) -> float:
+    """The fastest of three calls."""
+    fastest = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        step(*arguments)
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest
 
 
 def main() -> None:
@@ -76,6 +107,8 @@ def main() -> None:
         "extra_memory_gb": extra,
         "rows": rows,
     }
+    if device.type == "cpu":
+        result["gains_over_plain"] = gains(images[: BLOCK["cpu"] * BATCH], arguments.rounds)
     publish(
         "augment",
         {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured},

@@ -3,6 +3,7 @@ from collections import Counter
 from functools import lru_cache
 
 import numpy as np
+import plain
 import pytest
 import torch
 from PIL import Image
@@ -12,8 +13,9 @@ from torchvision.transforms import autoaugment
 from torchvision.transforms import functional as pil
 
 from cifar_lib import augment as ours
-from cifar_lib.augment import Policy, augment_epoch, draw, operations
+from cifar_lib.augment import Policy, augment_epoch, draw, op_table
 from cifar_lib.data import CIFAR10_MEAN
+from cifar_lib.operations import apply_op
 
 N = 60_000
 BLACK = torch.zeros(3, 32, 32, dtype=torch.uint8)
@@ -40,7 +42,7 @@ def from_pil(images: list[Image.Image]) -> torch.Tensor:
 
 def every_pair(ops: str) -> set[tuple[str, float]]:
     """Each operation at each magnitude and sign."""
-    return set().union(*(operations(Policy(ops=ops, magnitude=m)) for m in range(31)))
+    return set().union(*(op_table(Policy(ops=ops, magnitude=m)) for m in range(31)))
 
 
 def assert_no_pixel_differs(images: torch.Tensor, pairs: set[tuple[str, float]]) -> None:
@@ -48,7 +50,7 @@ def assert_no_pixel_differs(images: torch.Tensor, pairs: set[tuple[str, float]])
     before = images.clone()
     for name, magnitude in sorted(pairs):
         expected = from_pil([with_pil(picture, name, magnitude) for picture in pictures])
-        differing = (ours.apply_op(images, name, magnitude) != expected).sum().item()
+        differing = (apply_op(images, name, magnitude) != expected).sum().item()
         assert differing == 0, f"{name} at {magnitude}: {differing} values"
     assert torch.equal(images, before)
 
@@ -61,7 +63,7 @@ def test_no_pixel_differs_from_pil_at_any_magnitude(ops, pictures):
 def test_no_pixel_of_a_real_image_differs_from_pil(cifar10):
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
     real = cifar10[0].images[order[:200]]
-    published = set(operations(Policy()))
+    published = set(op_table(Policy()))
     assert_no_pixel_differs(real, published)
     assert_no_pixel_differs(real[:12], set.union(*map(every_pair, THEIRS)) - published)
 
@@ -78,7 +80,7 @@ def test_operations_magnitudes_and_signs_are_drawn_as_torchvision_does(ops, monk
         called.clear()
         transform(image)
         theirs[tuple(op for op in called if op[0] != "Identity")] += 1
-    table = operations(Policy(ops=ops))
+    table = op_table(Policy(ops=ops))
     drawn = [[table[i] for i in row] for row in draw(N, Policy(ops=ops), 11, 2).ops.tolist()]
     our = Counter(tuple(op for op in row if op[0] != "Identity") for row in drawn)
     assert all(our[row] for row, n in theirs.items() if n >= 5)
@@ -133,7 +135,7 @@ def test_cutout_is_a_square_of_mean_colour_clipped_at_the_border(pictures):
 def test_the_same_draws_give_torchvisions_pixels(ops, pictures):
     images = pictures.repeat(10, 1, 1, 1)
     policy = Policy(ops=ops, num_ops=3, magnitude=20, erasing=0.7, cutout=6)
-    draws, table = draw(len(images), policy, seed=5, epoch=0), operations(policy)
+    draws, table = draw(len(images), policy, seed=5, epoch=0), op_table(policy)
     assert draws.ops.shape[1] == {"randaugment": 3, "autoaugment": 2, "trivialaugment": 1}[ops]
     expected = []
     for i, image in enumerate(images):
@@ -145,6 +147,22 @@ def test_the_same_draws_give_torchvisions_pixels(ops, pictures):
         expected.append(pil.erase(tensor, *draws.boxes[i].tolist(), v=torch.tensor(0)))
     expected = ours.erase(torch.stack(expected), draws.holes, ours.CUTOUT_FILL)
     assert torch.equal(ours.augment(images, policy, draws), expected)
+
+
+@pytest.mark.parametrize("ops", THEIRS)
+def test_each_step_is_the_plain_one_of_its_docstring(ops, pictures):
+    images = pictures.repeat(10, 1, 1, 1)
+    policy = Policy(ops=ops, erasing=0.7, cutout=16)
+    draws, table = draw(len(images), policy, seed=3, epoch=1), op_table(policy)
+    for padding, offsets in ((4, draws.offsets), (0, torch.zeros_like(draws.offsets))):
+        step = ours.crop(images, offsets, padding)
+        assert torch.equal(step, plain.crop(images, offsets, padding))
+    flipped = ours.flip(images, draws.mirrored)
+    assert torch.equal(flipped, plain.flip(images, draws.mirrored))
+    changed = ours.apply_ops(images, table, draws.ops)
+    assert torch.equal(changed, plain.apply_ops(images, table, draws.ops))
+    for boxes, fill in ((draws.boxes, (0, 0, 0)), (draws.holes, ours.CUTOUT_FILL)):
+        assert torch.equal(ours.erase(images, boxes, fill), plain.erase(images, boxes, fill))
 
 
 def statistics(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:

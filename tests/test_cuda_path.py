@@ -4,7 +4,7 @@ import pytest
 import torch
 from fakecuda import FakeCuda
 
-from cifar_lib.augment import OP_SETS, Policy, augment, draw
+from cifar_lib.augment import RULES, Policy, augment, draw
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
 from cifar_lib.evaluate import TTA, features, predict
 from cifar_lib.model import ResNet
@@ -46,7 +46,7 @@ def test_the_fake_device_finds_what_a_real_one_would(cuda):
     assert cuda.waits == [(40, 3, 32, 32), (7,)]
 
 
-@pytest.mark.parametrize("ops", OP_SETS)
+@pytest.mark.parametrize("ops", RULES)
 def test_augmentation_stays_on_the_device(cuda, ops):
     policy = Policy(ops=ops, cutout=8, num_ops=2)
     images = images_on(CUDA, 80)
