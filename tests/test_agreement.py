@@ -60,7 +60,8 @@ def test_submit_writes_the_labels_that_the_library_predicts(place, adapt):
     wanted = answers(images, mean, std, model, "flip").argmax(1).tolist()
     command = f"submit --weights weights --test test.pkl --device cpu --adapt {adapt} --tta flip"
     assert cli.main([*command.split(), "--out", "out.csv"]) == 0
-    rows = [line.split(",") for line in Path("out.csv").read_text().splitlines()[1:]]
+    written = Path("out.csv").read_text(encoding="utf-8")
+    rows = [line.split(",") for line in written.splitlines()[1:]]
     assert [int(label) for _, label in rows] == wanted
     assert len(set(wanted)) > 1
     if "normalize" in adapt:  # the statistics that aren't adapted would answer otherwise
