@@ -110,7 +110,7 @@ def session_of_pretrained(stand_in, monkeypatch):
     from session import Session
 
     monkeypatch.setenv("CIFAR_WEIGHTS", PRETRAINED)
-    monkeypatch.setattr("session.choose_device", lambda: CPU)
+    monkeypatch.setattr("session.choose_device", lambda name: CPU)
     train, test = stand_in
     return Session("quick", train, test, test, recipe("quick"))
 

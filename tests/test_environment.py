@@ -115,7 +115,7 @@ def test_notebooks_are_not_started_with_a_wrong_variable(command):
         cwd=ROOT,
         env={**os.environ, "CIFAR_WEIGHTS": "absent.safetensors"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     lines = [line for line in done.stderr.splitlines() if line]
     assert done.returncode in (2, 4) and len(lines) == 1

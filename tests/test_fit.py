@@ -74,7 +74,7 @@ def test_the_test_set_is_watched_only_where_the_recipe_says_so(
 
     monkeypatch.setattr(fitting, "predict", watch)
     fit(tiny(epochs=2, watch_test=watched), tmp_path, *stand_in, device="cpu", log=lambda _: None)
-    rows = list(csv.DictReader((tmp_path / "history.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()))
     assert [row["test_accuracy"] != "" for row in rows] == [watched, watched]
     assert len(seen) == (3 if watched else 1)  # at the end it is scored in any case
 

@@ -176,7 +176,7 @@ def without(package: str, code: str) -> str:
     path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", missing + code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     return (done.stderr.splitlines() or [""])[-1]
 
 

@@ -48,7 +48,7 @@ def make_environment() -> None:
         subprocess.run(kernel, check=True, capture_output=True)
         startup = HOME / "ipython" / "profile_default" / "startup"
         startup.mkdir(parents=True)
-        (startup / "colab.py").write_text(STUB)
+        (startup / "colab.py").write_text(STUB, encoding="utf-8")
         shutil.copy(PINS, made_with)
     lent = HOME / "lent"
     shutil.rmtree(lent, ignore_errors=True)

@@ -6,6 +6,7 @@ Prints a line for each; the first that fails ends the run with its output and ex
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+PAGES = ROOT / "runs" / "html"
 COMMAND = str(HERE / "command.py")
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --epochs 3 --train-size 120 {TINY} --device cpu --run"
@@ -31,16 +33,20 @@ def main() -> int:
         _check_commands(Path(place))
     step("all tests collected", "-m", "pytest", "-q", "--collect-only", "tests", "extras")
     if not options.without_notebooks:
+        shutil.rmtree(PAGES, ignore_errors=True)  # else an older page could pass for a new one
         step("five notebooks run", "notebooks/build.py", "0")
         _check_pages()
     return 0
 
 
-def step(title: str, *words: str, expected: int = 0) -> None:
-    """Run Python with these words; print the title, or end with the output if it fails."""
+def step(title: str, *words: str, expected: int = 0, says: str = "") -> None:
+    """Run Python with these words; print the title, or end with the output if it fails.
+
+    It fails with another exit code than `expected`, or if its output lacks what it `says`.
+    """
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
-    if done.returncode != expected:
-        output = (done.stdout + done.stderr).decode("utf-8", "replace")
+    output = (done.stdout + done.stderr).decode("utf-8", "replace")
+    if done.returncode != expected or says not in output:
         raise SystemExit(f"windows: FAILED: {title} (exit code {done.returncode})\n{output}")
     print(f"windows: {title}", flush=True)
 
@@ -63,10 +69,11 @@ def _check_commands(place: Path) -> None:
     submit = ["-m", "cifar_lib", "submit", "--test", str(place / "test.pkl"), "--out"]
     step("submit", *submit, str(place / "submission.csv"))
 
-    # One training at a stretch, and one that is killed after its first epoch and resumed.
+    # One training at a stretch, and one that is killed in its second epoch and resumed.
     step("training", COMMAND, *TRAIN.split(), str(place / "whole"))
     step("training killed", COMMAND, "--die", *TRAIN.split(), str(place / "killed"), expected=9)
-    step("training resumed", COMMAND, *TRAIN.split(), str(place / "killed"))
+    resumed = [COMMAND, *TRAIN.split(), str(place / "killed")]
+    step("training resumed", *resumed, says="going on from epoch")
     for name in ("history.csv", "model.safetensors"):
         if (place / "whole" / name).read_bytes() != (place / "killed" / name).read_bytes():
             raise SystemExit(f"windows: FAILED: {name} differs after the kill")
@@ -76,7 +83,7 @@ def _check_commands(place: Path) -> None:
 def _check_pages() -> None:
     """Raises SystemExit unless every page is text in UTF-8 with pictures in it."""
     for notebook in sorted((ROOT / "notebooks").glob("0*.ipynb")):
-        page = ROOT / "runs" / "html" / f"{notebook.stem}.html"
+        page = PAGES / f"{notebook.stem}.html"
         text = page.read_text(encoding="utf-8")
         pictures = text.count("data:image/png;base64,")
         if pictures == 0:

@@ -14,8 +14,8 @@ import types
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])
-OURS = tuple(os.path.join(ROOT, part) for part in ("cifar_lib", "notebooks", "results", "tests"))
-OURS += (os.path.join(ROOT, "extras"), os.path.join(ROOT, "benchmarks"))
+FOLDERS = "cifar_lib notebooks scripts results tests extras benchmarks"
+OURS = tuple(os.path.join(ROOT, folder) for folder in FOLDERS.split())
 STANDARD = sysconfig.get_path("stdlib")
 PACKAGES = sysconfig.get_path("purelib")
 
@@ -27,7 +27,6 @@ MISSING = {
         "getuid",
         "geteuid",
         "mkfifo",
-        "pause",
         "sched_getaffinity",
         "sysconf",
     ],
