@@ -8,8 +8,8 @@ Every change is made in a copy of the working tree, so the tree itself never cha
 that tests start as child processes see the change too. Each mutant gets a process that is forked
 after the heavy imports, runs the tests that reach its line, the fastest first, and stops at the
 first failure; one that runs out of time counts as killed. Verdicts are kept in runs/mutants/ as
-they come: a run that was stopped goes on. mutmut and cosmic-ray, which do more, were not tried: this
-draws a sample by a seed, takes changes written by hand along, and imports torch once.
+they come: a run that was stopped goes on. mutmut and cosmic-ray, which do more, were not tried:
+this draws a sample by a seed, takes changes written by hand along, and imports torch once.
 """
 
 import argparse
