@@ -78,7 +78,10 @@ def open_lock(path: Path) -> FileLock:
     if path.is_symlink():
         raise OSError(f"{path.name} is a link")
     open(path, "ab").close()
-    return FileLock(path)
+    # Where a file system has no locks, newer versions of filelock go by whether the file exists,
+    # and that of a process that was killed would block for ever.
+    options = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
+    return FileLock(path, **options)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -204,6 +204,19 @@ def test_a_mounted_drive_without_locks_permissions_and_flushed_folders_will_do(r
     assert run.load()["epoch"] == 3
 
 
+@pytest.mark.parametrize("missing", [errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_flock_is_warned_of_each_time(run, monkeypatch, missing):
+    fcntl = pytest.importorskip("fcntl", reason="needs flock")
+
+    def unsupported(*_: object) -> None:
+        raise OSError(missing, os.strerror(missing))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for _ in range(2):  # a lock file that stays must not look like another process
+        with pytest.warns(UserWarning, match="can't be locked .*: start only one training"), run:
+            assert (run.path / ".lock").exists()
+
+
 @pytest.mark.parametrize("theirs", ["model.safetensors", ".x.tmp", "config.json"])
 def test_the_folder_of_somebody_else_is_refused_untouched(tmp_path, theirs):
     (tmp_path / theirs).write_text('{"architectures": ["ResNet"]}', encoding="utf-8")
