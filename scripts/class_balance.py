@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,7 @@ from shifts import shifted  # noqa: E402
 
 from cifar_lib import shift  # noqa: E402
 from cifar_lib.data import CLASSES, load_cifar10  # noqa: E402
-from cifar_lib.evaluate import predict  # noqa: E402
+from cifar_lib.evaluate import predict, wilson_interval  # noqa: E402
 from cifar_lib.hardware import choose_precision  # noqa: E402
 from cifar_lib.model import SHIPPED, load_model  # noqa: E402
 
@@ -124,8 +126,73 @@ def measure() -> None:
                     )
 
 
+def files() -> pd.DataFrame:
+    """One row per measured file: the accuracies, and which of them the new default has."""
+    table = pd.read_csv(TABLE, keep_default_na=False)
+    shares = np.array([list(map(int, counts.split())) for counts in table.predicted])  # (rows, 10)
+    shares = shares / table.n.to_numpy()[:, None]
+    table["imbalance"] = np.abs(shares - 1 / len(CLASSES)).sum(1) / 2
+    keys = [key for key in KEYS if key != "method"]
+    measured = table.pivot(index=keys, columns="method").dropna().reset_index()
+    found = measured[keys].droplevel(1, axis=1)
+    for method in METHODS:
+        found[method] = measured["correct", method].astype(int)
+    adapted = shift.BALANCED
+    found["kept"] = [
+        shift.keeps_adapted(*values)
+        for values in zip(
+            measured["imbalance", adapted],
+            found.n,
+            measured["confidence", shift.UNBALANCED],
+            measured["confidence", adapted],
+            strict=True,
+        )
+    ]
+    found["default"] = found[adapted].where(found.kept, found[shift.UNBALANCED])
+    return found
+
+
+def draw() -> None:
+    """Accuracy against the share of one class, on unshifted files and on shifted ones."""
+    table = files()
+    table = table[(table.n == 300) & (table.share > 0)]
+    panels = [
+        ("choose", "none 0", "not shifted: cat, ship"),
+        ("choose", "noise 3", "noise, severity 3: cat, ship"),
+        ("choose", "pixelate 3", "pixelation, severity 3: cat, ship"),
+        ("confirm", "none 0", "not shifted: deer, frog"),
+        ("confirm", "jpeg 5", "JPEG, severity 5: deer, frog"),
+        ("confirm", "contrast 4", "contrast, severity 4: deer, frog"),
+    ]
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    grid = figure.subplots(2, 3, sharex=True, sharey=True)
+    for axes, (part, name, title) in zip(grid.flat, panels, strict=True):
+        rows = table[(table.part == part) & (table["shift"] == name)]
+        sums = rows.groupby("share")[["n", "none", shift.BALANCED, "default"]].sum()
+        lines = {"none": "o-", shift.BALANCED: "s--", "default": "D:"}
+        names = ("none", "the old default", "the new default")
+        for (column, line), label in zip(lines.items(), names, strict=True):
+            ranges = [
+                wilson_interval(int(k), int(n)) for k, n in zip(sums[column], sums.n, strict=True)
+            ]
+            middle = sums[column] / sums.n
+            bars = np.abs(np.array(ranges).T - middle.to_numpy())
+            axes.errorbar(sums.index, middle, bars, fmt=line, capsize=2, ms=4, label=label)
+        axes.set(title=f"{part}, {title}", ylim=(0, 1), xticks=sorted(SHARES))
+        axes.title.set_size(9)
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    grid[0, 0].legend(frameon=False, loc="lower left")
+    figure.supxlabel("share of one class in the file (10 %: balanced)")
+    figure.supylabel("accuracy, with Wilson's 95 % interval")
+    figure.savefig(FIGURE, dpi=100)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--figure", action="store_true", help="draw what is measured")
     options = parser.parse_args()
-    measure()
+    if not options.figure:
+        measure()
+    draw()
