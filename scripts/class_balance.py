@@ -182,9 +182,9 @@ def draw() -> None:
         axes.title.set_size(9)
         axes.grid(alpha=0.3)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
     grid[0, 0].legend(frameon=False, loc="lower left")
-    figure.supxlabel("share of one class in the file (10 %: balanced)")
+    figure.supxlabel("share of one class in the file, % (10: balanced)")
     figure.supylabel("accuracy, with Wilson's 95 % interval")
     figure.savefig(FIGURE, dpi=100)
 
