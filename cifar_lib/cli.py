@@ -112,9 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     add = command(_submit, "label a competition's .pkl", "starts again")
     add("--test", required=True, metavar="FILE.pkl")
     add("--out", required=True, type=_output, metavar="FILE.csv", help="- is standard output")
-    chosen = "normalize+batchnorm"  # this and the views by results/shift/verdict.json
-    use = "what of the file's own statistics is used; default: %(default)s"
-    add("--adapt", choices=shift.ADAPTATIONS, default=chosen, help=use)
+    use = (
+        "what of the file's own statistics is used; default: auto, which is "
+        f"{shift.BALANCED} unless the predicted classes are far from equally frequent and the "
+        f"network is more confident without it: then {shift.UNBALANCED}"
+    )
+    add("--adapt", choices=("auto", *shift.ADAPTATIONS), default="auto", help=use)
     add("--label-column", default="Labels", help="the report's file has Category")
     _add_weights(add, tta="flip")
     return parser
@@ -244,14 +247,20 @@ def _submit(options: argparse.Namespace) -> None:
     test = kaggle.read_test_file(options.test)
     model, info, precision = _load(options)
     how = info["mean"], info["std"], precision
-    model, mean, std = shift.adapt(options.adapt, model, test.images, *how)
-    logits = evaluate.predict(model, test.images, mean, std, precision, options.tta)
+    method, why = options.adapt, ""
+    if method == "auto":
+        logits, method, why = shift.predict_adapted(model, test.images, *how, options.tta)
+    else:
+        model, mean, std = shift.adapt(method, model, test.images, *how)
+        logits = evaluate.predict(model, test.images, mean, std, precision, options.tta)
     if not logits.isfinite().all():
         raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
     labels = logits.argmax(1)
     inputs = (options.test, options.weights)
     kaggle.write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
-    how = f"adaptation: {options.adapt}, test-time views: {options.tta}"
+    how = f"adaptation: {method}, test-time views: {options.tta}"
     aside = sys.stderr if options.out == "-" else sys.stdout
     print(f"images of {test.source}", file=aside)
+    if why:
+        print(f"adapted by {method}: {why}", file=aside)
     print(f"{len(labels)} labels in {options.out} ({how})", file=aside)

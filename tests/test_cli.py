@@ -22,7 +22,7 @@ from shifts import generate_test_file
 from stand_in import generate_stand_in
 
 import cifar_lib
-from cifar_lib import cli
+from cifar_lib import cli, shift
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
 from cifar_lib.evaluate import fit_temperature, predict
@@ -184,11 +184,30 @@ def test_outputs_that_are_not_finite_make_no_submission(place, capsys):
     assert "not finite" in said and not Path("s.csv").exists()
 
 
-def test_submit_adapts_by_what_the_ablation_chose(place, capsys):
+def test_submit_adapts_by_what_the_ablation_chose(place, capsys, monkeypatch):
+    """On a file whose classes are balanced; the tiny network's answers are not, on any."""
+    monkeypatch.setattr(shift, "MARGIN", 1)
     assert run("submit --weights tiny.safetensors --test test.pkl --out s.csv") == 0
     chosen = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))["default"]
     how = f"(adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})"
-    assert how in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert how in said
+    assert f"adapted by {chosen['adapt']}: the predicted classes are balanced\n" in said
+
+
+def test_submit_says_in_one_line_that_it_left_batch_norm_alone(place, capsys, monkeypatch):
+    monkeypatch.setattr(shift, "MARGIN", -1)
+    monkeypatch.setattr(shift, "DOUBT", -1)
+    assert run("submit --weights tiny.safetensors --test test.pkl --out auto.csv --tta none") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert sum("classes are unbalanced" in line for line in said) == 1
+    assert "(adaptation: none, test-time views: none)" in said[-1]
+    unadapted = "submit --weights tiny.safetensors --test test.pkl --tta none --adapt none --out"
+    assert run(f"{unadapted} none.csv") == 0
+    assert Path("auto.csv").read_bytes() == Path("none.csv").read_bytes()
+    assert run("submit --weights tiny.safetensors --test test.pkl --out -") == 0
+    out, err = capsys.readouterr()
+    assert "classes are unbalanced" in err and "unbalanced" not in out.partition("ID,")[2]
 
 
 def test_a_search_prints_its_best_and_begins_with_the_recipe_itself(place, capsys, monkeypatch):

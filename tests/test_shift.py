@@ -15,8 +15,9 @@ from stand_in import generate_stand_in
 
 from cifar_lib import data, shift
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import predict
-from cifar_lib.model import ResNet
+from cifar_lib.evaluate import accuracy, predict
+from cifar_lib.hardware import choose_precision
+from cifar_lib.model import SHIPPED, ResNet, load_model
 
 HEADER = "| accuracy, % | none | normalize | batchnorm | both | both, mirror image: the default |"
 ROWS = {
@@ -217,3 +218,71 @@ def test_the_documented_table_is_what_was_measured():
         name = name.removesuffix(", mean of five")
         family = ROWS.get(name, name.lower())
         assert said == [f"{means[family, way]:.1f}" for way in ways], name
+
+
+def logits_of(labels: torch.Tensor, scale: float = 5) -> torch.Tensor:
+    """Logits (N, 10) of a network that says `labels`, the surer the larger `scale` is."""
+    return scale * torch.nn.functional.one_hot(labels, 10).float()
+
+
+@pytest.mark.parametrize(
+    ("adapted", "unadapted", "method", "reason"),
+    [
+        # Equal classes: the unadapted network isn't asked.
+        (logits_of(torch.arange(300) % 10), None, shift.BALANCED, "are balanced"),
+        # Unbalanced, and adapting makes the network doubt.
+        (logits_of(torch.arange(300) % 3, 2), logits_of(torch.zeros(300).long()), "none", "lowers"),
+        # Unbalanced as well, but it is the shift that makes the unadapted network doubt.
+        (
+            logits_of(torch.arange(300) % 3),
+            logits_of(torch.zeros(300).long(), 2),
+            shift.BALANCED,
+            "doesn't lower",
+        ),
+        # Thirty images have these shares by chance.
+        (logits_of((torch.arange(30) % 10).clamp(min=2)), None, shift.BALANCED, "are balanced"),
+    ],
+)
+def test_unbalanced_classes_leave_batch_norm_alone(
+    model, monkeypatch, adapted, unadapted, method, reason
+):
+    answers = {False: adapted, True: unadapted}
+    monkeypatch.setattr(shift, "predict", lambda network, *_: answers[network is model])
+    images = generate_stand_in(len(adapted), 0, seed=5)[0].images
+    found = shift.predict_adapted(model, images, MEAN, STD)
+    assert found.method == method and reason in found.why and "\n" not in found.why
+    assert found.logits is answers[method == "none"]
+
+
+def test_balanced_files_are_predicted_as_without_looking(model, images, monkeypatch):
+    monkeypatch.setattr(shift, "MARGIN", 1)  # this network's answers are unbalanced, by no data
+    network, mean, std = shift.adapt(shift.BALANCED, model, images, MEAN, STD)
+    wanted = predict(network, images, mean, std, tta="flip")
+    found = shift.predict_adapted(model, images, MEAN, STD, tta="flip")
+    assert torch.equal(found.logits, wanted) and found.method == shift.BALANCED
+
+
+def test_imbalance_is_the_part_that_would_have_to_change_class():
+    assert shift.imbalance(torch.arange(50) % 10) == pytest.approx(0)
+    assert shift.imbalance(torch.full((7,), 8)) == pytest.approx(0.9)
+    assert shift.imbalance(torch.arange(40) % 5) == pytest.approx(0.5)
+
+
+def test_the_allowed_imbalance_is_what_chance_gives():
+    """CHANCE / sqrt(n) is the mean imbalance of n images whose classes are equally likely."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(10, (500, 200), generator=generator)
+    mean = np.mean([shift.imbalance(labels) for labels in drawn])
+    assert shift.CHANCE / np.sqrt(200) == pytest.approx(mean, rel=0.05)
+
+
+def test_one_class_only_is_not_ruined(cifar10):
+    """300 ships: 39 % right when adapted, 96 % as they come."""
+    model, info = load_model(SHIPPED)
+    test = cifar10[1]
+    where = (test.labels == data.CLASSES.index("ship")).nonzero()[:300, 0]
+    precision = choose_precision("auto", torch.device("cpu"))
+    how = info["mean"], info["std"], precision
+    found = shift.predict_adapted(model, test.images[where], *how)
+    assert found.method == "none"
+    assert accuracy(found.logits, test.labels[where]) >= 0.9
