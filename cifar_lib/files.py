@@ -78,8 +78,8 @@ def open_lock(path: Path) -> FileLock:
     if path.is_symlink():
         raise OSError(f"{path.name} is a link")
     open(path, "ab").close()
-    # Where a file system has no locks, newer versions of filelock go by whether the file exists,
-    # and that of a process that was killed would block for ever.
+    # Where a file system has no locks, filelock goes by whether the file exists, and that of a
+    # process that was killed would block for ever. Colab's filelock may be older than the option.
     options = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
     return FileLock(path, **options)
 
