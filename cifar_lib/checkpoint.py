@@ -2,7 +2,7 @@
 
 config.json             what is trained, on which data; another one is refused
 environment.json        the hardware and versions of the last start
-history.csv             a row an epoch, accuracies as fractions; the same bytes after any kill
+history.csv             one row per epoch, accuracies as fractions; the same bytes after any kill
 timing.csv              a row for each epoch that was trained: seconds, images/s
 checkpoint.pt           everything needed to go on, with its sha256
 checkpoint.previous.pt  the one before

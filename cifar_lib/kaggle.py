@@ -181,10 +181,11 @@ def write_submission(
     label_column: str = "Labels",
     inputs: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Write `ID,<label_column>` and a row an image in the order given; `-` is standard output.
+    """Write `ID,<label_column>` and one row per image in the order given; `-` is standard output.
 
-    `labels`: class numbers 0 to 9; `inputs`: files that must not be written over. Raises
-    InputError, and leaves an older file as it was, where the rows are no valid submission.
+    `labels`: class numbers 0 to 9; `inputs`: files that must not be written over.
+
+    Raises InputError, and leaves an older file as it was, if the rows aren't a valid submission.
     """
     if not label_column or not label_column.isprintable():
         raise InputError(f"submission: expected a column's name, got {label_column!r:.20}")

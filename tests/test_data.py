@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -101,10 +102,11 @@ def test_files_are_read_as_channels_first_images(tiny):
     assert train.source == test.source == data.REAL
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(reason: str) -> None:
-        message = f"^{path}[^\n]*{reason}[^\n]*: delete the folder to download it again"
+        message = (
+            f"^{re.escape(str(path))}[^\n]*{reason}[^\n]*: delete the folder to download it again"
+        )
         with pytest.raises(InputError, match=message):
             load_cifar10(tiny)
 
@@ -119,8 +121,9 @@ def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
         refused("expected md5 [0-9a-f]{32}, the file differs")
     path.unlink()
     refused("can't be read .No such file")
-    os.mkfifo(path)
-    refused("can't be read .it is no regular file")
+    if hasattr(os, "mkfifo"):  # not on Windows
+        os.mkfifo(path)
+        refused("can't be read .it is no regular file")
 
 
 # Splits and statistics
@@ -396,7 +399,6 @@ def test_a_large_jpeg_is_decoded_scaled_down(tmp_path, monkeypatch):
         read_picture(path)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.filterwarnings("error")
 def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
     path = tmp_path / "x.jpg"
@@ -421,5 +423,6 @@ def test_what_is_no_picture_of_a_sane_size_is_refused_in_one_line(tmp_path):
     Image.new("1", (13_400, 13_400)).save(path, format="PNG")  # Pillow's own limit
     refused("exceeds limit of", "scale it down")
     path.unlink()
-    os.mkfifo(path)
-    refused("no regular file")
+    if hasattr(os, "mkfifo"):  # not on Windows
+        os.mkfifo(path)
+        refused("no regular file")

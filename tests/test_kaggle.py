@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -239,11 +240,14 @@ def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, kind):
     assert f"can't be read (it is {kind}" in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_what_is_no_file_is_named(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for name, reason in (("absent", "No such file"), ("fifo", "no regular file"), (".", "")):
-        with pytest.raises(InputError, match=f"^test file: {tmp_path / name} can't[^\n]*{reason}"):
+    cases = {"absent": "No such file", ".": ""}
+    if hasattr(os, "mkfifo"):  # not on Windows
+        os.mkfifo(tmp_path / "fifo")
+        cases["fifo"] = "no regular file"
+    for name, reason in cases.items():
+        path = re.escape(str(tmp_path / name))
+        with pytest.raises(InputError, match=f"^test file: {path} can't[^\n]*{reason}"):
             read_test_file(tmp_path / name)
 
 

@@ -181,14 +181,14 @@ def test_damaged_and_hostile_files_are_refused(weights):
         refusal(weights)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_only_a_regular_file_of_a_sane_size_is_opened(tmp_path):
     with pytest.raises(InputError, match="No such file or directory.*give a model"):
         load_model(tmp_path / "none")
     refusal(tmp_path)
-    os.mkfifo(tmp_path / "fifo")
-    refusal(tmp_path / "fifo")
-    refusal(Path("/dev/zero"))
+    if hasattr(os, "mkfifo"):  # not on Windows
+        os.mkfifo(tmp_path / "fifo")
+        refusal(tmp_path / "fifo")
+        refusal(Path("/dev/zero"))
     (tmp_path / "large").touch()
     os.truncate(tmp_path / "large", 100_000_001)  # no more on disk than an empty one
     assert "100,000,001 bytes, more than 100,000,000" in refusal(tmp_path / "large")
