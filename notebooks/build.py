@@ -103,6 +103,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     for target in HERE.glob("*.ipynb"):  # the pages point at each other as the notebooks do
         page = page.replace(f'href="{target.name}"', f'href="{target.stem}.html"')
     page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
+    page = page.replace('href="../', 'href="../../')  # a page lies a folder deeper than a notebook
     (PAGES / f"{name}.html").write_text(page, encoding="utf-8")
 
 

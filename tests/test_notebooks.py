@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import build
 import nbformat
 import pandas as pd
 import pytest
@@ -211,6 +212,19 @@ def test_committed_outputs_are_clean(name):
     if outputs:
         assert counts == list(range(1, len(counts) + 1)), "not one run from top to bottom"
         assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_links_to_what_is_there(name, tmp_path, monkeypatch):
+    pages = tmp_path / "runs" / "html"
+    monkeypatch.setattr(build, "PAGES", pages)
+    build._write_page(name, nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+    page = (pages / f"{name}.html").read_text(encoding="utf-8")
+    for link in re.findall(r'href="([^"#:]+)["#]', page):
+        if link.startswith("../../"):
+            assert (ROOT / link.removeprefix("../../")).exists()
+        else:
+            assert link == "index.html" or link.removesuffix(".html") in [*NAMES, SOLUTIONS]
 
 
 def test_readme_has_the_address_and_every_notebook():
