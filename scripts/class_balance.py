@@ -1,7 +1,7 @@
 """What adapting is worth on files whose classes aren't balanced: `python scripts/class_balance.py`.
 
 Each file holds real test images: one class has a share of 10 to 100 %, the other nine have equal
-parts of the rest; or there are two classes, or a long tail. `shift.keeps_adapted` was chosen on
+parts of the rest; or there are two classes, or a long tail. `shift.is_misled` was chosen on
 the even test images and some families of shift ("choose"), and is measured on the odd images, other
 classes and other families ("confirm"). Rows are appended to results/shift/class_balance.csv as they
 are measured, so that an interrupted run goes on; `--figure` draws them without measuring.
@@ -129,26 +129,17 @@ def measure() -> None:
 def files() -> pd.DataFrame:
     """One row per measured file: the accuracies, and which of them the new default has."""
     table = pd.read_csv(TABLE, keep_default_na=False)
-    shares = np.array([list(map(int, counts.split())) for counts in table.predicted])  # (rows, 10)
-    shares = shares / table.n.to_numpy()[:, None]
-    table["imbalance"] = np.abs(shares - 1 / len(CLASSES)).sum(1) / 2
+    table["predicted"] = [torch.tensor([*map(int, row.split())]) for row in table.predicted]
     keys = [key for key in KEYS if key != "method"]
     measured = table.pivot(index=keys, columns="method").dropna().reset_index()
     found = measured[keys].droplevel(1, axis=1)
     for method in METHODS:
         found[method] = measured["correct", method].astype(int)
     adapted = shift.BALANCED
-    found["kept"] = [
-        shift.keeps_adapted(*values)
-        for values in zip(
-            measured["imbalance", adapted],
-            found.n,
-            measured["confidence", shift.UNBALANCED],
-            measured["confidence", adapted],
-            strict=True,
-        )
-    ]
-    found["default"] = found[adapted].where(found.kept, found[shift.UNBALANCED])
+    lost = measured["confidence", shift.UNBALANCED] - measured["confidence", adapted]
+    counts = measured["predicted", adapted], measured["predicted", shift.UNBALANCED]
+    found["misled"] = [shift.is_misled(*row) for row in zip(*counts, lost, strict=True)]
+    found["default"] = found[adapted].mask(found.misled, found[shift.UNBALANCED])
     return found
 
 

@@ -198,6 +198,7 @@ def test_submit_adapts_by_what_the_ablation_chose(place, capsys, monkeypatch):
 def test_submit_says_in_one_line_that_it_left_batch_norm_alone(place, capsys, monkeypatch):
     monkeypatch.setattr(shift, "MARGIN", -1)
     monkeypatch.setattr(shift, "DOUBT", -1)
+    monkeypatch.setattr(shift, "AGREEMENT", -1)
     assert run("submit --weights tiny.safetensors --test test.pkl --out auto.csv --tta none") == 0
     said = capsys.readouterr().out.splitlines()
     assert sum("classes are unbalanced" in line for line in said) == 1

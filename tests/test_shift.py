@@ -231,13 +231,20 @@ def logits_of(labels: torch.Tensor, scale: float = 5) -> torch.Tensor:
         # Equal classes: the unadapted network isn't asked.
         (logits_of(torch.arange(300) % 10), None, shift.BALANCED, "are balanced"),
         # Unbalanced, and adapting makes the network doubt.
-        (logits_of(torch.arange(300) % 3, 2), logits_of(torch.zeros(300).long()), "none", "lowers"),
+        (logits_of(torch.arange(300) % 2, 2), logits_of(torch.zeros(300).long()), "none", "lowers"),
         # Unbalanced as well, but it is the shift that makes the unadapted network doubt.
         (
-            logits_of(torch.arange(300) % 3),
+            logits_of(torch.arange(300) % 2),
             logits_of(torch.zeros(300).long(), 2),
             shift.BALANCED,
             "doesn't lower",
+        ),
+        # A shift makes one class of all images, and the network is sure of it.
+        (
+            logits_of(torch.arange(300) % 2, 2),
+            logits_of(torch.full((300,), 7)),
+            shift.BALANCED,
+            "quite others",
         ),
         # Thirty images have these shares by chance.
         (logits_of((torch.arange(30) % 10).clamp(min=2)), None, shift.BALANCED, "are balanced"),
@@ -263,16 +270,18 @@ def test_balanced_files_are_predicted_as_without_looking(model, images, monkeypa
 
 
 def test_imbalance_is_the_part_that_would_have_to_change_class():
-    assert shift.imbalance(torch.arange(50) % 10) == pytest.approx(0)
-    assert shift.imbalance(torch.full((7,), 8)) == pytest.approx(0.9)
-    assert shift.imbalance(torch.arange(40) % 5) == pytest.approx(0.5)
+    ships = shift.class_counts(logits_of(torch.full((7,), 8)))
+    assert ships.tolist() == [0] * 8 + [7, 0]
+    assert shift.imbalance(torch.full((10,), 5)) == pytest.approx(0)
+    assert shift.imbalance(ships) == pytest.approx(0.9)
+    assert shift.imbalance(torch.tensor([8] * 5 + [0] * 5)) == pytest.approx(0.5)
 
 
 def test_the_allowed_imbalance_is_what_chance_gives():
     """CHANCE / sqrt(n) is the mean imbalance of n images whose classes are equally likely."""
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(10, (500, 200), generator=generator)
-    mean = np.mean([shift.imbalance(labels) for labels in drawn])
+    mean = np.mean([shift.imbalance(labels.bincount(minlength=10)) for labels in drawn])
     assert shift.CHANCE / np.sqrt(200) == pytest.approx(mean, rel=0.05)
 
 
@@ -286,3 +295,17 @@ def test_one_class_only_is_not_ruined(cifar10):
     found = shift.predict_adapted(model, test.images[where], *how)
     assert found.method == "none"
     assert accuracy(found.logits, test.labels[where]) >= 0.9
+
+
+def test_a_strong_shift_is_not_taken_for_a_class_mix(cifar10):
+    """Pixelation makes bird and cat of nearly all images, and the unadapted network is sure."""
+    model, info = load_model(SHIPPED)
+    test = cifar10[1][:400]
+    images = shifts.shifted(test.images, "pixelate", 5)
+    how = info["mean"], info["std"], choose_precision("auto", torch.device("cpu"))
+    found = shift.predict_adapted(model, images, *how)
+    counts = shift.class_counts(found.logits)
+    unadapted_counts = shift.class_counts(predict(model, images, *how))
+    assert not shift.is_balanced(counts) and shift.agreement(counts, unadapted_counts) < 0
+    assert found.method == shift.BALANCED and "quite others" in found.why
+    assert accuracy(found.logits, test.labels) > 0.25
