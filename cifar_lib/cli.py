@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     use = (
         "what of the file's own statistics is used; default: auto, which is "
         f"{shift.BALANCED} unless the predicted classes are far from equally frequent and the "
-        f"network is more confident without it: then {shift.UNBALANCED}"
+        f"network, without it, is more sure of much the same classes: then {shift.UNBALANCED}"
     )
     add("--adapt", choices=("auto", *shift.ADAPTATIONS), default="auto", help=use)
     add("--label-column", default="Labels", help="the report's file has Category")
