@@ -44,7 +44,7 @@ benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epo
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
 
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
-	$(PY) tests/reliability.py --notebooks --write
+	$(PY) scripts/faults.py --notebooks --write
 
 mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
 	$(PY) scripts/mutants.py --named scripts/named_mutants.json $(ARGS)

@@ -12,7 +12,7 @@ import pytest
 def test_killed_training_ends_with_the_same_bytes_and_no_fault_loses_anything():
     command = [
         sys.executable,
-        str(Path(__file__).with_name("reliability.py")),
+        str(Path(__file__).parent.parent / "scripts" / "faults.py"),
         "--kills",
         "5",
         "--only",
