@@ -1,6 +1,6 @@
 """Augmentation, in images per second: torchvision's transforms on single PIL pictures, and ours.
 
-    python benchmarks/augment.py [--device cuda] [--json]
+    python -m benchmarks.augment [--device cuda] [--json]
 
 Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both
 have one thread; there each of our steps is also timed against its plain way (benchmarks/plain.py).
@@ -11,19 +11,19 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench import (
+
+from benchmarks import plain
+from benchmarks.baseline_loop import Pictures
+from benchmarks.bench import (
     hardware,
     parse,
     peak_memory,
-    publish,
     ratio,
+    record,
     reset_peak_memory,
     synchronize,
     training_images,
 )
-import plain
-from published import Pictures
-
 from cifar_lib import augment as ours_by_step
 from cifar_lib.augment import Policy, augment, draw, op_table
 from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, normalize
@@ -109,7 +109,7 @@ def main() -> None:
     }
     if device.type == "cpu":
         result["gains_over_plain"] = gains(images[: BLOCK["cpu"] * BATCH], arguments.rounds)
-    publish(
+    record(
         "augment",
         {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured},
         arguments,

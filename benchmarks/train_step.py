@@ -1,6 +1,6 @@
 """Training, images a second, data included: the published loop, and ours.
 
-    python benchmarks/train_step.py [--device cuda] [--json]
+    python -m benchmarks.train_step [--device cuda] [--json]
 
 The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read
 after every step. Ours: the same network, loss, optimizer and distribution of images, in the
@@ -13,21 +13,21 @@ import time
 from dataclasses import replace
 
 import torch
-from bench import (
+from tqdm import tqdm
+
+from benchmarks.baseline_loop import PublishedLoop
+from benchmarks.bench import (
     FLOP_PER_IMAGE,
     hardware,
     matrix_rate,
     parse,
     peak_memory,
-    publish,
     ratio,
+    record,
     reset_peak_memory,
     synchronize,
     training_images,
 )
-from published import PublishedLoop
-from tqdm import tqdm
-
 from cifar_lib import hardware as hardware_module
 from cifar_lib.data import ImageSet
 from cifar_lib.fit import resolve
@@ -102,7 +102,7 @@ def main() -> None:
         "images": {"published": n[0], "ours": n[1]},
     }
     result |= {"matrix_gflops": peak / 1e9, "ours": chosen, "rows": rows, "rates": measured}
-    publish(
+    record(
         "train_step", {**result, "ratio": ratio(measured["published"], measured[chosen])}, arguments
     )
 

@@ -1,7 +1,7 @@
 """Inputs that once gave wrong results without a word: how many are right before and now.
 
     git worktree add /somewhere/before f1ebbd5
-    python scripts/wrong_results.py --before /somewhere/before --write
+    python -m scripts.wrong_results --before /somewhere/before --write
 
 Each kind is a function that yields cases: a name, and whether the result was right. Right is the
 true answer; for an input that has none, a refusal of one line. All images are real ones, from
@@ -34,11 +34,12 @@ PARSER.add_argument("--before", type=Path, help="a checkout to compare with")
 PARSER.add_argument("--json", action="store_true", help="print the counts only, for --before")
 PARSER.add_argument("--write", action="store_true", help="write the table")
 OPTIONS = PARSER.parse_args()
-# The package of the measured checkout; what makes the cases is always this one's.
-sys.path[:0] = [str(OPTIONS.code), str(ROOT / "notebooks"), str(ROOT / "tests")]
+# The package of the measured checkout; what makes the cases is always this one's: `cifar_lib` is
+# all that is imported from there.
+sys.path.insert(0, str(OPTIONS.code))
+import cifar_lib  # noqa: E402, F401
 
-from shifts import FAMILIES, shifted  # noqa: E402
-from test_data import png_of, tiff_of  # noqa: E402
+del sys.path[0]
 
 from cifar_lib import model as model_module  # noqa: E402
 from cifar_lib.cli import main as command_line  # noqa: E402
@@ -48,6 +49,8 @@ from cifar_lib.fit import fit  # noqa: E402
 from cifar_lib.kaggle import read_test_file, write_submission  # noqa: E402
 from cifar_lib.model import load_model  # noqa: E402
 from cifar_lib.recipes import recipe  # noqa: E402
+from notebooks.course.corruptions import FAMILIES, shifted  # noqa: E402
+from tests.test_data import png_of, tiff_of  # noqa: E402
 
 HEADING = "## Wrong without a word"
 BEFORE = "f1ebbd5"
@@ -329,8 +332,10 @@ def main() -> None:
     if OPTIONS.json:
         print(json.dumps(measured()))
         return
-    command = [sys.executable, __file__, "--json", "--code", str(OPTIONS.before)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    words = ["-m", "scripts.wrong_results", "--json", "--code", str(OPTIONS.before)]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    )
     print(done.stderr, file=sys.stderr)
     text = section(json.loads(done.stdout), measured())
     print(text)

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_killed_training_ends_with_the_same_bytes_and_no_fault_loses_anything():
     command = [
         sys.executable,
-        str(Path(__file__).with_name("reliability.py")),
+        "-m",
+        "scripts.faults",
         "--kills",
         "5",
         "--only",
@@ -27,7 +30,7 @@ def test_killed_training_ends_with_the_same_bytes_and_no_fault_loses_anything():
         "submissions",
     ]
     done = subprocess.run(
-        [*command, *campaigns], capture_output=True, encoding="utf-8", timeout=500
+        [*command, *campaigns], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=500
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split(" | ") for line in done.stdout.splitlines()]

@@ -1,8 +1,8 @@
 """Take a finished run into the repository, or measure anew what the package's weights are said to
 score.
 
-    python results/publish.py RUN_DIRECTORY
-    python results/publish.py --check
+    python -m scripts.archive_run RUN_DIRECTORY
+    python -m scripts.archive_run --check
 
 The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as
 ...-<n>-epochs) and says what the recipe's seeds come to. Of seed 42, which was chosen before any
@@ -23,10 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
-
-from cifar_lib.files import write_atomically
 from cifar_lib.data import REAL, ImageSet, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
@@ -38,30 +34,33 @@ from cifar_lib.evaluate import (
     summarize,
     wilson_interval,
 )
+from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, memory_format, prepare
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
-from session import GIVE_UP_AFTER, SHIFT, SHIPPED_RUN
-from shifts import shifted
+from notebooks.course.corruptions import shifted
+from notebooks.course.reference import SHIFT, SHIPPED_RUN
+from notebooks.course.session import GIVE_UP_AFTER
 
-RESULTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 WEIGHTS = SHIPPED.parent
 SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
 TOLERANCE = 0.002  # of a fraction: other hardware's rounding turns a few of 10,000 close calls
 
 
-def publish(run: Path) -> dict:
+def archive(run: Path) -> dict:
     """Returns what is written as metrics.json: the run's own, and the halved weights' scores
     (`half_precision`)."""
     if not os.path.isfile(run / "metrics.json"):
         raise InputError(
-            f"publish: expected a finished run, found no metrics.json in {run}: train it to its end"
+            f"archive: expected a finished run, found no metrics.json in {run}: train it to its end"
         )
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["data"] != REAL:
-        raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
+        raise InputError(f"archive: expected a run on {REAL}, got one on {metrics['data']}")
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
@@ -97,7 +96,7 @@ def publish(run: Path) -> dict:
 
 
 def over_seeds(recipe: str) -> str:
-    """Mean and standard deviation of the test accuracy over the recipe's published runs of the same
+    """Mean and standard deviation of the test accuracy over the recipe's archived runs of the same
     configuration."""
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
@@ -222,7 +221,7 @@ def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[
     run's custom set: without adaptation, and by the default of `submit`."""
     verdict = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
-        print("  results/shift was measured with other weights: see results/ablation.py")
+        print("  results/shift was measured with other weights: see scripts/ablation.py")
         return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
@@ -245,9 +244,9 @@ if __name__ == "__main__":
             raise SystemExit(
                 0
                 if check()
-                else "error: these differ by more than rounding: see results/publish.py"
+                else "error: these differ by more than rounding: see scripts/archive_run.py"
             )
-        metrics = publish(Path(sys.argv[1]))
+        metrics = archive(Path(sys.argv[1]))
         print(json.dumps(metrics["half_precision"], indent=2))
         print(over_seeds(metrics["recipe"]))
     except InputError as error:

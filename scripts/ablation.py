@@ -1,7 +1,7 @@
 """Every adaptation on every shift and severity, also with test-time views, by the package's
 weights: results/shift/.
 
-    python results/ablation.py [--images N]
+    python -m scripts.ablation [--images N]
 
 Each shift with a part of the test images, then the generated custom test set with all of them. Goes
 on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image)
@@ -23,21 +23,18 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp, wasserstein_distance
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
-
-import figures
-from cifar_lib.files import write_atomically
 from cifar_lib.data import ImageSet, channel_histogram, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import TTA, features, mcnemar, predict, wilson_interval
+from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import ADAPTATIONS, adapt
-from shifts import FAMILIES, SEVERITIES, shifted
+from notebooks.course import plots
+from notebooks.course.corruptions import FAMILIES, SEVERITIES, shifted
 
-
-FOLDER = Path(__file__).parent / "shift"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "results" / "shift"
 # Ways to predict; the first, no adaptation and one view, is what all are compared with.
 WAYS = tuple(itertools.product(ADAPTATIONS, TTA))
 CLEAN = "clean 0"
@@ -196,20 +193,20 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
     losses = {
-        f"no adaptation (clean: {clean:.1%})": figures.by_severity(
+        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
             plain[plain.adapt == "none"], "accuracy"
         )
     }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
-    sure = {name: figures.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
+    sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "losses.png": figures.to_png(
-            figures.severity_maps(losses, "What a shift costs: accuracy in percent")
+        "losses.png": plots.to_png(
+            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
         ),
-        "gains.png": figures.to_png(
-            figures.severity_maps(
-                {name: figures.by_severity(rows, "gain") for name, rows in ways.items()},
+        "gains.png": plots.to_png(
+            plots.severity_maps(
+                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
                 "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
                 sure,
             )

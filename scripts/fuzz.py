@@ -1,4 +1,4 @@
-"""Random files for every reader of files: python tests/fuzz.py [--seconds 60] [READER ...]
+"""Random files for every reader of files: python -m scripts.fuzz [--seconds 60] [READER ...]
 
 Each file is read, or refused in one line, within 10 s and 1 GB. Anything else ends the campaign
 with the reader's name and the seed; `--seed` tries that again. Needs a POSIX system.
@@ -24,20 +24,17 @@ from typing import Any
 import torch
 from PIL import Image
 
+from cifar_lib import checkpoint
+from cifar_lib.data import read_picture
+from cifar_lib.errors import InputError
+from cifar_lib.kaggle import read_test_file
+from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.recipes import RECIPES, recipe
+from cifar_lib.train import State
+from notebooks.course.reference import trials_table
+from tests.test_pickles import CORPUS, HONEST, mutated
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "notebooks")]
-
-from session import trials_table  # noqa: E402
-from test_pickles import CORPUS, HONEST, mutated  # noqa: E402
-
-from cifar_lib import checkpoint  # noqa: E402
-from cifar_lib.data import read_picture  # noqa: E402
-from cifar_lib.errors import InputError  # noqa: E402
-from cifar_lib.kaggle import read_test_file  # noqa: E402
-from cifar_lib.model import ResNet, load_model, save_model  # noqa: E402
-from cifar_lib.recipes import RECIPES, recipe  # noqa: E402
-from cifar_lib.train import State  # noqa: E402
-
 SECONDS, ROOM = 10, 1 << 30  # for one file
 NASTY = (None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), "", "x" * 10_000, "0", [], {})
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

@@ -1,4 +1,4 @@
-"""Faults on purpose, many times over: python tests/reliability.py [--kills 40] [--notebooks]
+"""Faults on purpose, many times over: python -m scripts.faults [--kills 40] [--notebooks]
 [--write]
 
 Every row is a promise. One that is broken ends the campaign with its traceback; `--write` writes
@@ -29,23 +29,20 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import cifar_lib.checkpoint
+import cifar_lib.files
+import cifar_lib.fit
+import cifar_lib.train
+from cifar_lib import cli, kaggle
+from cifar_lib.checkpoint import RunDirectory
+from cifar_lib.errors import InputError
+from cifar_lib.hardware import describe
+from cifar_lib.model import ResNet, save_model
+from notebooks.course.corruptions import generate_test_file
+from notebooks.course.stand_in import generate_stand_in
+from scripts.fuzz import READERS, fuzz
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "notebooks")]
-
-from fuzz import READERS, fuzz  # noqa: E402
-from shifts import generate_test_file  # noqa: E402
-from stand_in import generate_stand_in  # noqa: E402
-
-import cifar_lib.checkpoint  # noqa: E402
-import cifar_lib.files  # noqa: E402
-import cifar_lib.fit  # noqa: E402
-import cifar_lib.train  # noqa: E402
-from cifar_lib import cli, kaggle  # noqa: E402
-from cifar_lib.checkpoint import RunDirectory  # noqa: E402
-from cifar_lib.errors import InputError  # noqa: E402
-from cifar_lib.hardware import describe  # noqa: E402
-from cifar_lib.model import ResNet, save_model  # noqa: E402
-
 DATA = generate_stand_in(70, 30)
 SETTINGS = "blocks=1 channels=16 batch_size=16 epochs=4 warmup_epochs=1 learning_rate=0.02"
 SETTINGS += " validation_size=10 compile=false"
@@ -825,7 +822,7 @@ def write(rows: list[Row], minutes: float, options: argparse.Namespace) -> None:
     )
     text = f"""# Reliability
 
-Faults on purpose, and what became of them. Made by `python tests/reliability.py{flags} --write`
+Faults on purpose, and what became of them. Made by `python -m scripts.faults{flags} --write`
 in {minutes:.0f} minutes ({machine}, Python {where["python"]}, torch {where["torch"]}) at commit
 {where["commit"]}; a broken promise stops it, so every row held.
 
