@@ -26,20 +26,20 @@ from benchmarks.bench import (
 )
 from cifar_lib import augment as ours_by_step
 from cifar_lib.augment import Policy, augment, draw, op_table
-from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, normalize
-from cifar_lib.train import BLOCK
+from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization
+from cifar_lib.train import BATCHES_TOGETHER
 
 BATCH = 128
 
 
 def ours(images: torch.Tensor, epoch: int) -> None:
-    policy = Policy()
+    policy, normalization = Policy(), Normalization(CIFAR10_MEAN, PUBLISHED_STD)
     draws = draw(len(images), policy, seed=42, epoch=epoch)
-    chunk = BLOCK[images.device.type] * BATCH
+    chunk = BATCHES_TOGETHER[images.device.type] * BATCH
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         for batch in augment(images[part], policy, draws[part]).split(BATCH):
-            normalize(batch, CIFAR10_MEAN, PUBLISHED_STD)
+            normalization(batch)
 
 
 def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
@@ -108,7 +108,9 @@ def main() -> None:
         "rows": rows,
     }
     if device.type == "cpu":
-        result["gains_over_plain"] = gains(images[: BLOCK["cpu"] * BATCH], arguments.rounds)
+        result["gains_over_plain"] = gains(
+            images[: BATCHES_TOGETHER["cpu"] * BATCH], arguments.rounds
+        )
     record(
         "augment",
         {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured},

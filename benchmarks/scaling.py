@@ -11,13 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks.bench import hardware, parse, record, synchronize, training_images
 from cifar_lib.data import ImageSet
 from cifar_lib.hardware import choose_precision
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
+from cifar_lib.train import State, Step, train_one_epoch
 
 
 def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: int) -> float:
@@ -26,9 +25,8 @@ def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: 
     step, times = Step(state, config), []
 
     def epochs(n: int) -> None:
-        for _ in range(n):
-            plan = epoch_plan(config, len(train), state.epoch)
-            train_one_epoch(step, train, plan, tqdm(disable=True))
+        for epoch in range(n):
+            train_one_epoch(step, train, epoch)
         synchronize(device)
 
     epochs(1)

@@ -23,9 +23,15 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp, wasserstein_distance
 
-from cifar_lib.data import ImageSet, channel_histogram, load_cifar10, stratified_split
+from cifar_lib.data import (
+    ImageSet,
+    Normalization,
+    channel_histogram,
+    load_cifar10,
+    stratified_split,
+)
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import TTA, features, mcnemar, predict, wilson_interval
+from cifar_lib.evaluate import TTA, features, mcnemar, predict_views, wilson_interval
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
@@ -64,13 +70,15 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]
 
 
-def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np.ndarray:
+def score(
+    images: torch.Tensor, test: ImageSet, model: ResNet, normalization: Normalization
+) -> np.ndarray:
     """Whether each way finds each image's label: bool (ways, images)."""
     right = {}
     for method in ADAPTATIONS:
-        network, mean, std = adapt(method, model, images, info["mean"], info["std"])
-        plain, mirrored = (predict(network, part, mean, std) for part in (images, images.flip(3)))
-        logits = {"none": plain, "flip": (plain + mirrored) / 2}
+        network, own_normalization = adapt(method, model, images, normalization)
+        views = predict_views(network, images, own_normalization)  # (2, images, 10)
+        logits = {"none": views[0], "flip": views.mean(0)}
         for tta in logits:
             right[method, tta] = logits[tta].argmax(1) == test.labels
     return torch.stack([right[way] for way in WAYS]).numpy()
@@ -228,35 +236,30 @@ def main() -> None:
     _, test = load_cifar10()
     _, part = stratified_split(test.labels, options.images, seed=3)
     part = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
-    clean = features(model, part.images, info["mean"], info["std"])
+    clean = features(model, part.images, info.normalization)
     for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
         shift = f"{family} {severity}"
         if shift in right:
             continue
         images = shifted(part.images, family, severity) if severity else part.images
-        found = score(images, part, model, info)
+        found = score(images, part, model, info.normalization)
         red, green, blue = channel_distance(images, part.images)
         measures.append(
             {"family": family, "severity": severity}
             | {"wasserstein_red": red, "wasserstein_green": green, "wasserstein_blue": blue}
-            | {
-                "frechet": frechet_distance(
-                    features(model, images, info["mean"], info["std"]), clean
-                )
-            }
+            | {"frechet": frechet_distance(features(model, images, info.normalization), clean)}
         )
         text = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", text.encode())
         keep(right, shift, found, weights)
     if CUSTOM not in right:
-        keep(
-            right, CUSTOM, score(shifted(test.images, "statistics", 1), test, model, info), weights
-        )
+        custom = shifted(test.images, "statistics", 1)
+        keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
     table = accuracy_table(right)
     write_atomically(
         FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode()
     )
-    shipped = info | {"name": PRETRAINED, "sha256": weights}
+    shipped = info.as_record() | {"name": PRETRAINED, "sha256": weights}
     summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
     write_atomically(
         FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode()

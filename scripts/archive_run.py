@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar_lib.data import REAL, ImageSet, load_cifar10
+from cifar_lib.data import REAL, ImageSet, Normalization, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
     accuracy,
@@ -31,12 +31,13 @@ from cifar_lib.evaluate import (
     fit_temperature,
     mcnemar,
     predict,
+    predict_views,
     summarize,
     wilson_interval,
 )
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, memory_format, prepare
-from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
+from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, WeightsInfo, load_model, save_model
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
 from notebooks.course.corruptions import shifted
@@ -64,8 +65,9 @@ def archive(run: Path) -> dict:
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
-    whole = predict(model.to(device), test.images, info["mean"], info["std"])
-    info["temperature"] = round(fit_temperature(whole, test.labels), 4)
+    whole = predict(model.to(device), test.images, info.normalization)
+    temperature = round(fit_temperature(whole, test.labels), 4)
+    info = info.model_copy(update={"temperature": temperature})
     weights = run / "half.safetensors"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -96,8 +98,10 @@ def archive(run: Path) -> dict:
 
 
 def over_seeds(recipe: str) -> str:
-    """Mean and standard deviation of the test accuracy over the recipe's archived runs of the same
-    configuration."""
+    """Return mean and standard deviation of the test accuracy over a recipe's archived runs.
+
+    There is one line for each configuration; only their seeds differ.
+    """
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
         config = _config(folder)
@@ -132,22 +136,24 @@ def _config(folder: Path) -> dict:
     return {name: value for name, value in config.items() if name in known}
 
 
-def score(model: ResNet, info: dict, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
-    """What the card and the README say of weights trained by `config`, and the logits (N, 10)
-    without views."""
-    plain, mirrored = (
-        predict(model, images, info["mean"], info["std"])
-        for images in (test.images, test.images.flip(3))
-    )
+def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
+    """Return what the card and the README say of weights trained by `config`, and the logits.
+
+    The logits, float32 (N, 10), are those of the images as they are.
+    """
+    views = predict_views(model, test.images, info.normalization)  # (2, N, 10)
+    plain = views[0]
     scores = {}
-    for tta, logits in {"none": plain, "flip": (plain + mirrored) / 2}.items():
+    for tta, logits in {"none": plain, "flip": views.mean(0)}.items():
         summary = summarize(logits, test.labels)
         scores[f"tta_{tta}"] = {
             name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")
         }
-    scores["temperature"] = info["temperature"]
+    scores["temperature"] = info.temperature
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
-    trained = predict(model, test.images, config["mean"], config["std"])
+
+    # And normalised as in training, which the published run didn't do.
+    trained = predict(model, test.images, Normalization(config["mean"], config["std"]))
     gained, lost, p = mcnemar(trained.argmax(1) == test.labels, plain.argmax(1) == test.labels)
     scores["training_normalisation"] = {
         "accuracy": accuracy(trained, test.labels),
@@ -157,8 +163,7 @@ def score(model: ResNet, info: dict, test: ImageSet, config: dict) -> tuple[dict
 
 
 def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
-    """The calibration error when each half of the images is scaled by the temperature of the other
-    one."""
+    """Return the calibration error, each half of the images scaled by the other's temperature."""
     halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
     scaled = logits.clone()
     for fitted, measured in (halves, halves[::-1]):
@@ -167,8 +172,7 @@ def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def check() -> bool:
-    """Measure the package's weights on all test images, print the numbers, and tell whether they
-    are the recorded ones.
+    """Measure the package's weights on all test images; are the numbers those recorded?
 
     Without CIFAR-10 there is nothing to measure, and nothing to complain of.
     """
@@ -202,23 +206,20 @@ def check() -> bool:
     p = f"McNemar's p = {trained['mcnemar_p']:.1e}"
     changed = f"{trained['lost']} lost, {trained['gained']} gained ({p})"
     print(f"  {'images, normalised as in training':46} {changed}")
-    for name, now, then in (
-        (
-            "calibration error",
-            *(each["tta_none"]["calibration_error"] for each in (scores, recorded)),
-        ),
-        (
-            "  after temperature scaling",
-            *(each["calibration_error_after_temperature"] for each in (scores, recorded)),
-        ),
-    ):
-        print(f"  {name:46} {now:.2%}, recorded {then:.2%}")
+    now, then = (each["tta_none"]["calibration_error"] for each in (scores, recorded))
+    print(f"  {'calibration error':46} {now:.2%}, recorded {then:.2%}")
+    now, then = (each["calibration_error_after_temperature"] for each in (scores, recorded))
+    print(f"  {'  after temperature scaling':46} {now:.2%}, recorded {then:.2%}")
     return all(abs(now - then) <= TOLERANCE for now, then in pairs.values())
 
 
-def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[float, float]]:
-    """Accuracy now and as recorded in results/shift, with the channel statistics of the published
-    run's custom set: without adaptation, and by the default of `submit`."""
+def on_custom_set(
+    model: ResNet, info: WeightsInfo, test: ImageSet
+) -> dict[str, tuple[float, float]]:
+    """Return accuracies now and as recorded, with the channel statistics of the custom set.
+
+    They are those without adaptation and by the default of `submit`, recorded in results/shift.
+    """
     verdict = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
         print("  results/shift was measured with other weights: see scripts/ablation.py")
@@ -227,8 +228,8 @@ def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
     pairs = {}
     for adaptation, tta in (("none", "none"), default):
-        network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"])
-        now = accuracy(predict(network, images, mean, std, tta=tta), test.labels)
+        network, normalization = adapt(adaptation, model, images, info.normalization)
+        now = accuracy(predict(network, images, normalization, tta=tta), test.labels)
         pairs[f"custom set, {adaptation}, views {tta}"] = (
             now,
             verdict["custom"][f"{adaptation} + {tta}"]["accuracy"],

@@ -72,7 +72,6 @@ def measure() -> None:
     """Measures what the table lacks."""
     torch.set_num_threads(2)
     model, info = load_model(SHIPPED)
-    how = (info["mean"], info["std"])
     precision = choose_precision("auto", torch.device("cpu"))
     test = load_cifar10()[1]
     halves = {
@@ -107,11 +106,15 @@ def measure() -> None:
                 if method == "none":
                     missing = where[unadapted[where, 0].isnan()]
                     if len(missing):
-                        unadapted[missing] = predict(model, images[missing], *how, precision)
+                        unadapted[missing] = predict(
+                            model, images[missing], info.normalization, precision
+                        )
                     logits = unadapted[where]
                 else:
-                    network, mean, std = shift.adapt(method, model, images[where], *how, precision)
-                    logits = predict(network, images[where], mean, std, precision)
+                    network, normalization = shift.adapt(
+                        method, model, images[where], info.normalization, precision
+                    )
+                    logits = predict(network, images[where], normalization, precision)
                 labels = logits.argmax(1)
                 confidence = round(shift.confidence(logits), 4)
                 correct = int((labels == half.labels[where]).sum())

@@ -40,7 +40,7 @@ from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.hardware import choose_device, choose_precision, memory_format, prepare
 from cifar_lib.kaggle import read_test_file
-from cifar_lib.model import PRETRAINED, ResNet, load_model
+from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
 from cifar_lib.recipes import TrainConfig, recipe
 from notebooks.course.corruptions import generate_test_file
 from notebooks.course.plots import save_figure
@@ -143,8 +143,8 @@ class Session:
         its metrics."""
         return fit(self.config, self.run, self.train, self.scored, device=str(self.device))
 
-    def trained_model(self) -> tuple[ResNet, dict]:
-        """The network that is looked at, on the best device, and its `info`.
+    def trained_model(self) -> tuple[ResNet, WeightsInfo]:
+        """Return the network that is looked at, on the best device, and what is known of it.
 
         `CIFAR_WEIGHTS` names its file, or `pretrained`, the default: the package's weights, trained
         on CIFAR-10; or `trained`, the default on stand-in data: this session's own run, trained now
