@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from cifar_lib import checkpoint
-from cifar_lib.data import read_picture
+from cifar_lib.pictures import read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import ResNet, load_model, save_model
