@@ -843,3 +843,25 @@ def difference(claim: Claim) -> str:
 def test_a_text_says_what_the_records_say(claim):
     wrong = difference(claim)
     assert not wrong, wrong
+
+
+def headings(text: str) -> set[str]:
+    """The anchors that the code host gives the headings of a Markdown text."""
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [README, CARD, LOG, *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))],
+)
+def test_a_link_leads_to_a_file_and_a_heading(document):
+    path = ROOT / document
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), f"{document}: {link}: no such file"
+        if heading:
+            assert heading in headings(target.read_text(encoding="utf-8")), f"{document}: {link}"
