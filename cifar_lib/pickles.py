@@ -42,8 +42,8 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
 
     Its values are plain data, and arrays of numbers, truth values or strings. Arrays are read-only;
     those inside lists or inner dicts stay objects of this module. numpy's scalars become Python's
-    numbers and texts, a flat array of objects becomes a list of them, bytearrays become bytes, and
-    Python 2's strings are decoded as latin-1.
+    numbers and texts, a flat array of objects becomes a list of them, protocol 5's bytearrays
+    become bytes, and Python 2's strings are decoded as latin-1.
 
     Raises InputError if the file is broken or too long, or wants anything else.
     """
