@@ -93,6 +93,7 @@ HOSTILE = [
     # Arrays of records, of sizes that their bytes don't have, of characters that don't exist
     ("records", filled(b"K\x01\x85", "i4,i4", raw(bytes(8))), NO_NUMBERS),
     ("empty element", filled(HUGE, "S0", raw(b"")), NO_NUMBERS),
+    ("long element", filled(b"K\x01\x85", "S1000", raw(bytes(1000))), NO_NUMBERS),
     ("characters", filled(b"K\x01\x85", "U1", raw(b"\xff" * 4)), "(UnicodeDecodeError)"),
     ("array from nothing", filled(HUGE, "u1", b"N"), BROKEN),
     ("shape too small", filled(b"K\x01\x85", "u1", raw(b"ab")), "another shape than its 2 bytes"),
@@ -112,6 +113,7 @@ HOSTILE = [
     ("long scalars", again(SCALAR, dtype("U999") + raw(b"a\0\0\0" * 999) + b"\x86"), TWICE),
     ("bytes", again(ENCODE, text("x" * 10**5) + text("latin1") + b"\x86"), TWICE),
     ("text", beside(text("x" * 201) + b"\x94h\x00"), "it uses one str several times"),
+    ("list", beside(b"]\x94h\x00"), "it uses one list several times"),
     ("memo of four billion", beside(b"Nr\xff\xff\xff\xff"), KEYS),
     ("memo, equal hashes", beside(b"N" + b"".join(b"p%d\n" % (n * EQUAL) for n in (1, 2))), KEYS),
     ("keys of equal hash", pickle.dumps({n * EQUAL: None for n in range(9)}), KEYS),
