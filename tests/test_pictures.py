@@ -153,8 +153,9 @@ def test_what_is_no_picture_or_of_unknown_brightness_is_refused_in_one_line(tmp_
     message = (
         rf"^picture: [^\n]*x.jpg can't be read \([^\n]*{reason}[^\n]*\): [^\n]*{remedy}[^\n]*$"
     )
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         read_picture(tmp_path / "x.jpg")
+    assert "<_io" not in str(caught.value)  # the buffer that Pillow can't identify
 
 
 def test_what_is_no_file_is_refused(tmp_path):
