@@ -192,7 +192,7 @@ STRANGERS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "kind"), STRANGERS)
+@pytest.mark.parametrize(("content", "kind"), STRANGERS, ids=[kind for _, kind in STRANGERS])
 def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, content, kind):
     with pytest.raises(InputError, match=re.escape(f"can't be read ({kind}")):
         read_test_file(written(tmp_path, content))
