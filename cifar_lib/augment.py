@@ -40,7 +40,7 @@ class Policy:
     crop_padding: Side = 4  # black pixels on each side, then a random 32x32 crop; 0: no crop
     flip: Probability = 0.5  # of a mirror image
     ops: Literal[RULES] = "randaugment"
-    num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # an image goes through (RandAugment)
+    num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # for each image (RandAugment)
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # of 31 bins (RandAugment)
     erasing: Probability = 0.5  # of RandomErasing: a black box of 2 to 33 % of the area
     cutout: Side = 0  # of a square of mean colour (DeVries & Taylor 2017); 0: none

@@ -208,7 +208,7 @@ class Normalization:
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":
-        """The one by the statistics of these images themselves, uint8 (N, 3, H, W).
+        """Return the normalization by these images' own statistics: uint8 (N, 3, H, W).
 
         Raises InputError if a channel is constant: nothing can be divided by its deviation of 0.
         """
@@ -226,9 +226,9 @@ class Normalization:
         return rescale(images, *self.scale_and_offset(images.device))
 
     def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same as x * scale - offset, float32 (1, 3, 1, 1) each, on `device`.
+        """Return what makes it x * scale - offset: float32 (1, 3, 1, 1) each, on `device`.
 
-        Who normalises many batches sends these once instead of once a batch.
+        Whoever normalises many batches sends these once, not once per batch.
         """
         scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float32))
         offset = torch.tensor(self.mean, dtype=torch.float32) * 255 * scale

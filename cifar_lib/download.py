@@ -40,8 +40,9 @@ def download_cifar10(
 ) -> Path:
     """Put CIFAR-10's files into `root`, all of them or none, and return their folder.
 
-    The archive comes from `mirror`, the address of a folder that has it, else from SOURCES. What
-    has come of it stays for the next call; with `archives`, a folder, the whole archive stays too.
+    The archive comes from `mirror`, the address of a folder that has it, or else from SOURCES. If
+    only a part of it arrives, the next call goes on from there. The whole archive is deleted once
+    it is unpacked, unless a folder `archives` is given to keep it in.
 
     Raises InputError if no source has it, `give_up_after` seconds are over, or `root` can't be
     written.
@@ -116,7 +117,7 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 
 
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Append what `file` lacks.
+    """Append what `file` lacks of the archive.
 
     Raises OSError, HTTPException or ValueError if the source doesn't give it, or gives it slowly.
     """

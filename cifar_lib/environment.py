@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cifar_lib.errors import InputError
 
-# What each variable names; and the words that it may be as well, or that a "word" has to be.
+# What each variable names. WORDS has what a "word" must be, and what may stand for a file.
 VARIABLES = {
     "CIFAR_PROFILE": "word",
     "CIFAR_DEVICE": "device",
@@ -46,12 +46,12 @@ def prepare_for_torch() -> None:
 
 
 def read(name: str, base: Path | None = None) -> str | None:
-    """The value of the variable `name`, checked; None where it isn't set, or is empty.
+    """Return the value of the variable `name`, checked; None if it isn't set, or is empty.
 
-    A path begins with no `~` any more and is absolute; a relative one is relative to `base`, the
-    working directory by default.
+    A path comes back absolute and without `~`. A relative one is relative to `base`, the working
+    directory by default.
 
-    Raises InputError if it isn't what the variable names: see VARIABLES.
+    Raises InputError if the value isn't what the variable names: see VARIABLES.
     """
     value = os.environ.get(name, "").strip()  # cmd's `set X=a && ...` leaves a space at the end
     if not value:
@@ -72,9 +72,9 @@ def read(name: str, base: Path | None = None) -> str | None:
 
 
 def make_absolute(base: Path) -> None:
-    """Put absolute paths into the variables, for kernels, which start in another folder.
+    """Make the variables' paths absolute, for kernels, which start in another folder.
 
-    Relative ones are taken as relative to `base`.
+    Relative ones are relative to `base`. A variable that is empty is unset.
 
     Raises InputError if a variable is wrong.
     """

@@ -153,7 +153,7 @@ def autocontrast(images: Tensor, _: float) -> Tensor:
     """Each channel is stretched to 0 to 255, unless it is constant. (Pillow's arithmetic may cut
     the brightest value to 254.)"""
     if images.device.type == hardware.APPLE_GPU:  # which lacks the float64 of Pillow
-        return autocontrast(images.cpu(), _).to(images.device)
+        return autocontrast(images.cpu(), 0.0).to(images.device)
     darkest, brightest = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     is_constant = darkest == brightest  # (n, 3, 1, 1)
     darkest = darkest.masked_fill(is_constant, 0).double()

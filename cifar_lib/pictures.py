@@ -24,7 +24,7 @@ DIMMEST_16_BIT_WHITE = 1 << 14
 
 
 class _Unusable(ValueError):
-    """A picture that is one, but can't be used; `remedy`: what to do."""
+    """A picture is whole, but can't be used; `remedy` says what to do."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(reason)
@@ -85,8 +85,10 @@ def _open_picture(content: bytes) -> Image.Image:
 
 
 def _scans(content: bytes, components: int) -> tuple[bool, int]:
-    """Whether a JPEG must be held whole because its first scan isn't all of it, and its number of
-    scans (pictures that a phone has put behind it are counted, too)."""
+    """Whether a JPEG must be held whole, since it takes several scans, and how many it has.
+
+    The scans of pictures that a phone has put behind it are counted, too.
+    """
     progressive, place = False, 2
     while content[place + 1] != 0xDA:  # the start of a scan
         progressive |= content[place + 1] in (0xC2, 0xC6, 0xCA, 0xCE)  # start of a frame

@@ -10,6 +10,7 @@ import pytest
 
 from cifar_lib import environment
 from cifar_lib.errors import InputError
+from scripts import build_pages
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,59 +23,53 @@ def unset(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_documentation_lists_every_variable():
+def test_the_documentation_lists_every_variable_and_nothing_else_reads_them():
     section = (ROOT / "docs" / "setup.md").read_text(encoding="utf-8")
     section = section.split("## Environment variables")[1].split("\n## ")[0]
     first_columns = "".join(re.findall(r"^\|(.*?)\|", section, re.M))
     assert set(re.findall(r"`(\w+)`", first_columns)) == set(environment.VARIABLES)
-
-
-def test_nothing_else_reads_them():
-    read = re.compile(r"environ(?:\.get\(|\[)[\"'](CIFAR\w+)|getenv\([\"'](CIFAR\w+)")
-    modules = [*(ROOT / "cifar_lib").glob("*.py"), *(ROOT / "notebooks").glob("*.py")]
+    read = re.compile(r"environ(?:\.get\(|\[)[\"']CIFAR\w+|getenv\([\"']CIFAR\w+")
+    folders = ("cifar_lib", "notebooks", "scripts", "benchmarks")
+    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     assert not [path for path in modules if read.search(path.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize("value", ["", "  "])
-def test_an_empty_one_is_as_good_as_none(monkeypatch, value):
-    monkeypatch.setenv("CIFAR_RUNS", value)
-    assert environment.read("CIFAR_RUNS") is None
-    environment.make_absolute(Path.cwd())
-    assert "CIFAR_RUNS" not in os.environ
-
-
-def test_paths_are_made_absolute(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))  # Windows
-    monkeypatch.setenv("CIFAR_RUNS", "~/runs")
-    assert environment.read("CIFAR_RUNS") == str(tmp_path / "home" / "runs")
-    monkeypatch.setenv("CIFAR_RUNS", "../my runs ")
-    assert environment.read("CIFAR_RUNS") == str(tmp_path.parent / "my runs")
-    assert environment.read("CIFAR_RUNS", tmp_path / "a") == str(tmp_path / "my runs")
-
-
-def test_kernels_inherit_absolute_paths_and_words_as_they_are(monkeypatch, tmp_path):
+def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monkeypatch, tmp_path):
     (tmp_path / "own.pkl").touch()
-    values = {
-        "CIFAR10_ROOT": "mydata",
-        "CIFAR_TEST_FILE": "own.pkl",
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))  # Windows
+    words = {
         "CIFAR_WEIGHTS": "trained",
         "CIFAR_PROFILE": "full",
         "CIFAR_DEVICE": "cuda:1",
         "CIFAR10_MIRROR": "https://example.org/cifar",
     }
-    for name, value in values.items():
+    paths = {
+        "CIFAR10_ROOT": ("~/data", home / "data"),
+        "CIFAR_TEST_FILE": ("own.pkl", tmp_path / "own.pkl"),
+        "CIFAR_RUNS": ("../my runs ", tmp_path.parent / "my runs"),
+    }
+    for name, value in (words | {name: given for name, (given, _) in paths.items()}).items():
         monkeypatch.setenv(name, value)
     environment.make_absolute(tmp_path)
     monkeypatch.chdir(tmp_path.parent)
-    paths = {name: str(tmp_path / values[name]) for name in ("CIFAR10_ROOT", "CIFAR_TEST_FILE")}
-    assert {name: environment.read(name) for name in values} == values | paths
+    expected = words | {name: str(path) for name, (_, path) in paths.items()}
+    assert {name: environment.read(name) for name in expected} == expected
+
+    monkeypatch.setenv("CIFAR_RUNS", "runs")
+    assert environment.read("CIFAR_RUNS") == str(tmp_path.parent / "runs")
+    monkeypatch.setenv("CIFAR_RUNS", "  ")
+    assert environment.read("CIFAR_RUNS") is None
+    environment.make_absolute(Path.cwd())
+    assert "CIFAR_RUNS" not in os.environ
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("CIFAR_RUNS", '"runs"', 'a value without quotes .*got "runs": leave'),
+        ("CIFAR_RUNS", 'my runs"', "a value without quotes"),
         ("CIFAR10_ROOT", "'my data'", "a value without quotes"),
         ("CIFAR10_MIRROR", '"http://user:secret@host/x"', "a value without quotes"),
         ("CIFAR_PROFILE", "fast", "quick or full, got fast: unset it for quick"),
@@ -106,17 +101,15 @@ def test_a_missing_package_is_one_line_with_what_to_install(monkeypatch):
         environment.require("cleanlab", "Suspect labels")
 
 
-@pytest.mark.parametrize(
-    "command", [["-m", "scripts.build_pages"], ["-m", "pytest", "--nbmake", "notebooks"]]
-)
-def test_notebooks_are_not_started_with_a_wrong_variable(command):
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "CIFAR_WEIGHTS": "absent.safetensors"},
-        capture_output=True,
-        encoding="utf-8",
-    )
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert done.returncode in (2, 4) and len(lines) == 1
-    assert "CIFAR_WEIGHTS: expected a file" in lines[0] and "running" not in done.stdout
+def test_notebooks_are_not_started_with_a_wrong_variable(monkeypatch, capsys):
+    wrong = "CIFAR_WEIGHTS: expected a file"
+    monkeypatch.setenv("CIFAR_WEIGHTS", "absent.safetensors")
+    monkeypatch.setattr(sys, "argv", ["build_pages"])
+    assert build_pages.main() == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {wrong}") and said.err.count("\n") == 1 and not said.out
+
+    command = [sys.executable, "-m", "pytest", "--nbmake", "notebooks"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    (line,) = filter(None, done.stderr.splitlines())
+    assert done.returncode == 4 and wrong in line
