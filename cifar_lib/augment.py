@@ -2,7 +2,7 @@
 
 All random numbers are drawn first, on the CPU (`draw`); then the pixels change (`augment`). So what
 an image becomes doesn't depend on workers, restarts or the device, and images that get the same
-operation can share a kernel.
+operation are changed in one call.
 """
 
 import math
@@ -15,20 +15,26 @@ import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 from torch import Tensor
-from torchvision.transforms import autoaugment as reference
+from torchvision.transforms import autoaugment
 
 from cifar_lib import hardware
 from cifar_lib.operations import AUTO_OPS, OPS, SIGNED, SIZE, Op, apply_op, magnitudes
 
-# Which operations an image goes through, by arXiv:1909.13719, arXiv:1805.09501 (its policies for
-# CIFAR-10) and arXiv:2103.10158 (its wide ranges).
+# How the operations are chosen: RandAugment (arXiv:1909.13719), AutoAugment (arXiv:1805.09501, its
+# policies for CIFAR-10) and TrivialAugment (arXiv:2103.10158, its wide ranges).
 RULES = ("none", "randaugment", "autoaugment", "trivialaugment")
-IDENTITY = 0  # the number of the operation that changes nothing, in every rule's table
-CUTOUT_FILL = (125, 123, 114)  # round(255 * CIFAR10_MEAN): Cutout zeroes after normalisation
+IDENTITY = (
+    0  # the position of the operation that changes nothing: every rule's table begins with it
+)
+# Cutout sets normalised pixels to 0, which is the mean colour: round(255 * CIFAR10_MEAN).
+CUTOUT_FILL = (125, 123, 114)
+# What the random numbers of an epoch are for: each purpose has a stream of its own.
+AUGMENTING, SHUFFLING = 0, 1
 
-Side = Annotated[int, Field(ge=0, le=SIZE)]
+Pixels = Annotated[int, Field(ge=0, le=SIZE)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-# A value that doesn't fit its field's type is pydantic's ValidationError; text is read.
+# A dataclass that checks its values: text is read ("4" is 4), and what doesn't fit its field's type
+# or range raises pydantic's ValidationError.
 STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
 checked = checked_dataclass(frozen=True, config=STRICT)
 
@@ -37,23 +43,26 @@ checked = checked_dataclass(frozen=True, config=STRICT)
 class Policy:
     """What happens to a training image; the default is the published pipeline."""
 
-    crop_padding: Side = 4  # black pixels on each side, then a random 32x32 crop; 0: no crop
-    flip: Probability = 0.5  # of a mirror image
+    crop_padding: Pixels = 4  # black, on each side; then a random 32x32 crop; 0: no crop
+    flip: Probability = 0.5  # probability of mirroring
     ops: Literal[RULES] = "randaugment"
-    num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # for each image (RandAugment)
-    magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # of 31 bins (RandAugment)
-    erasing: Probability = 0.5  # of RandomErasing: a black box of 2 to 33 % of the area
-    cutout: Side = 0  # of a square of mean colour (DeVries & Taylor 2017); 0: none
+    num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # operations per image (RandAugment)
+    magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # their bin, of 31 (RandAugment)
+    erasing: Probability = 0.5  # probability of a black rectangle of 2 to 33 % of the area
+    cutout: Pixels = 0  # side of a square of mean colour (DeVries & Taylor 2017); 0: none
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of n images, all on the CPU. Indexing selects images."""
+    """What was drawn for n images, all on the CPU. Indexing selects images.
+
+    An image goes through one operation per slot, in turn.
+    """
 
     offsets: Tensor  # int64 (n, 2): top and left of the crop in the padded image
     mirrored: Tensor  # bool (n,)
     ops: Tensor  # int64 (n, slots): which of `op_table(policy)` happens in each slot
-    boxes: Tensor  # int64 (n, 4): top, left, height, width to erase; height 0: nothing
+    boxes: Tensor  # int64 (n, 4): top, left, height, width to erase; all 0: nothing
     holes: Tensor  # int64 (n, 4): the same for Cutout
 
     def __getitem__(self, index: Tensor | slice) -> "Draws":
@@ -63,7 +72,11 @@ class Draws:
 def augment_epoch(
     images: Tensor, policy: Policy, seed: int, epoch: int, chunk: int = 4096
 ) -> Tensor:
-    """Augment all images for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order."""
+    """Augment all images for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order.
+
+    Training does the same batch by batch. This is for looking at the result; `chunk` images are
+    changed at a time, which says how much memory it takes, and nothing else.
+    """
     draws = draw(len(images), policy, seed, epoch)
     parts = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
     return torch.cat([augment(images[part], policy, draws[part]) for part in parts])
@@ -83,14 +96,21 @@ def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
 # The draws.
 
 
-def random_stream(seed: int, epoch: int, purpose: int = 0) -> torch.Generator:
-    """A CPU generator of its own for each (seed, epoch, purpose)."""
+def random_stream(seed: int, epoch: int, purpose: int = AUGMENTING) -> torch.Generator:
+    """Return a CPU generator of its own for each (seed, epoch, purpose).
+
+    NumPy's SeedSequence mixes the three, so that neighbouring seeds and epochs have nothing in
+    common, as they would with a sum of the three.
+    """
     state = np.random.SeedSequence((seed, epoch, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
-    """Draw n images' random numbers for one epoch, distributed as in torchvision's transforms."""
+    """Draw the random numbers of n images for one epoch.
+
+    They have the probabilities of torchvision's transforms, not the same values.
+    """
     generator = random_stream(seed, epoch)
 
     # Where the crop begins, and whether the image is mirrored.
@@ -103,7 +123,7 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     else:
         ops = _draw_uniform(n, policy, generator)
 
-    # Which box is erased, and the square of Cutout around a random centre.
+    # Which box is erased, and the square of Cutout around a random centre: it may begin outside.
     boxes = _draw_boxes(n, policy.erasing, generator)
     centres = torch.randint(SIZE, (n, 2), generator=generator)
     sides = torch.full((n, 2), policy.cutout)
@@ -112,140 +132,157 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
 
 
 def _draw_uniform(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
-    """RandAugment and TrivialAugment: every slot's operation, bin and sign are equally likely.
+    """RandAugment and TrivialAugment: each slot's operation, magnitude bin and sign are uniform.
 
-    Returns int64 (n, slots), numbers in `op_table(policy)`.
+    Returns int64 (n, slots), positions in `op_table(policy)`.
     """
-    _, numbers = _operation_table(policy.ops, policy.magnitude)
+    _, positions = _operation_table(policy.ops, policy.magnitude)  # (names, bins, 2)
+    names, bins, signs = positions.shape
     slots = {"none": 0, "randaugment": policy.num_ops, "trivialaugment": 1}[policy.ops]
-    name = torch.randint(numbers.shape[0], (n, slots), generator=generator)
-    bin_ = torch.randint(numbers.shape[1], (n, slots), generator=generator)
-    negative = torch.randint(2, (n, slots), generator=generator)
-    return numbers[name, bin_, negative]
+    name = torch.randint(names, (n, slots), generator=generator)
+    bin_ = torch.randint(bins, (n, slots), generator=generator)
+    sign = torch.randint(signs, (n, slots), generator=generator)
+    return positions[name, bin_, sign]  # (n, slots)
 
 
 def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
-    """AutoAugment: one of 25 pairs of (operation, probability, bin) for each image.
+    """AutoAugment: one of 25 sub-policies for each image: two (operation, probability, bin) each.
 
-    Returns int64 (n, 2), numbers of the rule's operations.
+    Returns int64 (n, 2), positions in the rule's table.
     """
-    _, numbers = _operation_table("autoaugment", 0)
-    pairs = reference.AutoAugment(reference.AutoAugmentPolicy.CIFAR10).policies
+    _, positions = _operation_table("autoaugment", 0)  # the magnitude isn't used
+    pairs = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.CIFAR10).policies
     name = torch.tensor([[AUTO_OPS.index(op) for op, _, _ in pair] for pair in pairs])  # (25, 2)
     probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs])  # (25, 2)
+    # An operation without magnitudes has no bin: it has the same position in all of them.
     bin_ = torch.tensor([[k or 0 for _, _, k in pair] for pair in pairs])  # (25, 2)
 
     chosen = torch.randint(len(pairs), (n,), generator=generator)
-    negative = torch.randint(2, (n, 2), generator=generator)
+    sign = torch.randint(2, (n, 2), generator=generator)
     happens = torch.rand(n, 2, generator=generator) <= probability[chosen]
-    op = numbers[name[chosen], bin_[chosen], negative]  # (n, 2)
+    op = positions[name[chosen], bin_[chosen], sign]  # (n, 2)
     return torch.where(happens, op, IDENTITY)
 
 
 def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tensor:
-    """RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)): int64 (n, 4), zeros for no box.
+    """RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)): int64 (n, 4), all 0 for no box.
 
-    As torchvision does, up to ten sizes are tried, and the first that fits into the image is taken.
+    As in torchvision, of ten sizes the first that is smaller than the image is taken.
     """
     happens = torch.rand(n, generator=generator) < probability
     area = SIZE * SIZE * torch.empty(n, 10).uniform_(0.02, 0.33, generator=generator)
     log_ratio = torch.empty(n, 10).uniform_(math.log(0.3), math.log(3.3), generator=generator)
     ratio = log_ratio.exp()
-    position = torch.rand(n, 2, generator=generator)
+    fraction = torch.rand(n, 2, generator=generator)
 
-    # The first size that fits.
+    # The first size that fits: argmax finds the first True, and 0 where there is none.
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=2)  # (n, 10, 2)
     sides = sides.round().long()
     fits = (sides < SIZE).all(2)  # (n, 10)
     side = sides[torch.arange(n), fits.int().argmax(1)]  # (n, 2): height and width
 
     # Somewhere inside the image.
-    corner = (position * (SIZE - side + 1)).long()  # (n, 2): top and left
+    corner = (fraction * (SIZE - side + 1)).long()  # (n, 2): top and left
     box = torch.cat([corner, side], dim=1)  # (n, 4)
     is_erased = happens & fits.any(1)
     return torch.where(is_erased[:, None], box, 0)
 
 
 def op_table(policy: Policy) -> tuple[Op, ...]:
-    """The distinct operations of a policy. `Draws.ops` holds positions in it."""
+    """Return the distinct operations of a policy, in which `Draws.ops` are positions."""
     return _operation_table(policy.ops, policy.magnitude)[0]
 
 
 @lru_cache
 def _operation_table(rule: str, magnitude: int) -> tuple[tuple[Op, ...], Tensor]:
-    """A rule's distinct operations, and the number of each (name, bin, sign) among them.
+    """A rule's distinct operations, and where in them each choice of name, bin and sign is.
 
-    The numbers are int64 (names, bins, 2); RandAugment has one bin, the one of its magnitude.
+    The positions are int64 (names, bins, 2). RandAugment has one bin, the one of its magnitude. An
+    operation without a sign has the same position for both.
     """
     names, bins = (AUTO_OPS, 10) if rule == "autoaugment" else (OPS, 31)
-    numbers: list[int] = []
-    table: dict[Op, int] = {}
+    positions: list[int] = []
+    table: dict[Op, int] = {}  # each operation's position
     for name in names:
         values = magnitudes(name, bins, wide=rule == "trivialaugment")
         if rule == "randaugment":
             values = [values[magnitude]]
         for value in values:
-            for signed in (value, -value if name in SIGNED else value):
-                number = table.setdefault(Op(name, signed), len(table))
-                numbers.append(number)
-    return tuple(table), torch.tensor(numbers).view(len(names), -1, 2)
+            opposite = -value if name in SIGNED else value
+            for op in (Op(name, value), Op(name, opposite)):
+                # An operation that isn't in the table yet comes behind the others.
+                positions.append(table.setdefault(op, len(table)))
+    return tuple(table), torch.tensor(positions).view(len(names), -1, 2)  # in the loops' order
 
 
-# The pixels. What a comment calls a gain was measured by benchmarks/augment.py against the plain
-# way of its docstring, which is written out in benchmarks/plain.py; a test holds both equal.
+# The pixels. How many times as fast something is, as comments say below, was measured by
+# benchmarks/augment.py against a simple version in benchmarks/plain.py. A test checks that both
+# give the same pixels.
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Cut a 32x32 window out of each image, with `padding` black pixels around it.
+    """Give each image a black border of `padding` pixels, and cut a 32x32 window out of it.
 
-    `offsets`, int64 (n, 2), are each window's top and left: padded[i, :, top:top+32, left:left+32].
+    images uint8 (n, 3, 32, 32) -> the same. `offsets`, int64 (n, 2), are each window's top and
+    left: padded[i, :, top : top + 32, left : left + 32].
     """
-    padded = torch.nn.functional.pad(images, (padding,) * 4)  # (n, 3, side, side)
     side = SIZE + 2 * padding
-    # All pixels in one line, and in it every run of 32: a window is 32 of these, one below the
-    # other. Copying runs instead of pixels makes this three times as fast on a CPU.
+    padded = torch.nn.functional.pad(images, (padding,) * 4)  # (n, 3, side, side)
+
+    # All pixels behind one another: runs[k] are the 32 from pixel k on. Of each channel a window is
+    # 32 such runs, each beginning `side` pixels after the one before. Copying runs instead of
+    # pixels makes this three times as fast on a CPU.
     runs = padded.flatten().unfold(0, SIZE, 1)  # (n * 3 * side * side - 31, 32), a view
-    top, left = _on_device_of(images, offsets)[:, :, None, None].unbind(1)  # (n, 1, 1) each
-    channel = torch.arange(3 * len(images), device=images.device).view(-1, 3, 1)  # (n, 3, 1)
-    row = channel * side + top + torch.arange(SIZE, device=images.device)  # (n, 3, 32)
-    start = row * side + left  # (n, 3, 32): where each of the window's rows begins
-    return runs.index_select(0, start.flatten()).view_as(images)
+
+    # Where each run begins: its row, counted through all channels of all images, and its column.
+    offsets = _on_device_of(images, offsets)[:, :, None, None]  # (n, 2, 1, 1)
+    top, left = offsets.unbind(1)  # (n, 1, 1) each
+    plane = torch.arange(3 * len(images), device=images.device).view(-1, 3, 1)  # (n, 3, 1)
+    row = plane * side + top + torch.arange(SIZE, device=images.device)  # (n, 3, 32)
+    start = row * side + left  # (n, 3, 32)
+    windows = runs.index_select(0, start.flatten())  # (n * 3 * 32, 32)
+    return windows.view_as(images)
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     """Exchange left and right where `mirrored`, bool (n,), says so."""
-    # Of the images followed by all mirror images, take i or n + i. On a CPU copying whole images is
-    # three times as fast as torch.where on their pixels.
+    # The n images, and behind them their n mirror images: take i, or n + i. Copying whole images is
+    # three times as fast on a CPU as torch.where on their pixels.
     both = torch.cat([images, images.flip(3)])  # (2n, 3, 32, 32)
     position = torch.arange(len(images)) + torch.where(mirrored, len(images), 0)  # (n,)
     return both.index_select(0, _on_device_of(images, position))
 
 
 def apply_ops(images: Tensor, table: tuple[Op, ...], ops: Tensor) -> Tensor:
-    """Apply to each image i of uint8 (n, 3, 32, 32) table[ops[i, 0]], then table[ops[i, 1]] ..."""
+    """Apply to each image i the operation table[ops[i, 0]], then table[ops[i, 1]], and so on.
+
+    images uint8 (n, 3, 32, 32) -> the same; ops int64 (n, slots), on the CPU.
+    """
     for slot in ops.unbind(1):  # (n,)
         # Sort the images by their operation, so that each group is one slice.
         order = slot.argsort(stable=True)
         counts = torch.bincount(slot, minlength=len(table)).tolist()
         groups = images.index_select(0, _on_device_of(images, order)).split(counts)
 
-        # Apply each operation to its group, and put the images back in their places.
+        # Apply each operation to its group, and put the images back in their places: the argsort of
+        # an order is the way back.
         done = [apply_op(group, *op) for group, op in zip(groups, table, strict=True) if len(group)]
         images = torch.cat(done).index_select(0, _on_device_of(images, order.argsort()))
     return images
 
 
 def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
-    """Put the colour `fill` into each image's box, which may reach over the border.
+    """Put the colour `fill` into each image's box.
 
-    `boxes`, int64 (n, 4), are top, left, height and width:
-    images[i, :, top:top+height, left:left+width] = fill.
+    images uint8 (n, 3, 32, 32) -> the same. `boxes`, int64 (n, 4), are top, left, height and width:
+    images[i, :, top : top + height, left : left + width] = fill. What of a box lies outside the
+    image, above or left of it too, is cut off.
     """
     corner, side = _on_device_of(images, boxes)[:, :, None].split(2, dim=1)  # (n, 2, 1) each
     pixel = torch.arange(SIZE, device=images.device)
     rows, columns = ((pixel >= corner) & (pixel < corner + side)).unbind(1)  # (n, 32) each
     hole = rows[:, None, :, None] & columns[:, None, None, :]  # (n, 1, 32, 32)
-    # A product is twice as fast on a CPU as torch.where.
+    # Multiplying by 0 in the hole and by 1 around it is twice as fast on a CPU as torch.where.
     hole = hole.to(torch.uint8)
     erased = images * (1 - hole)
     if any(fill):

@@ -93,13 +93,13 @@ class RunDirectory:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
-    def write_rows(self, name: str, rows: list[dict], below: bool = False) -> None:
+    def write_rows(self, name: str, rows: list[dict], append: bool = False) -> None:
         """Write rows of equal keys as CSV, None as an empty field.
 
-        With `below` they are added under those that the file has.
+        With `append` they are added to those that the file has.
         """
         path = self.path / name
-        before = path.read_bytes() if below and path.is_file() else b""
+        before = path.read_bytes() if append and path.is_file() else b""
         text = pd.DataFrame(rows).to_csv(index=False, header=not before, lineterminator="\n")
         write_atomically(path, before + text.encode())
 

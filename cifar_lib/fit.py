@@ -21,10 +21,10 @@ from cifar_lib.recipes import REPORT, TrainConfig, learning_rate
 from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.train import State, Step, plan_epoch, smooth_cross_entropy, train_one_epoch
 
-MANY_STEPS = 2000  # from here on minutes of compiling pay for themselves on a GPU
-REBASED_ON = 5000  # training images, at most, whose statistics the weights are written with
-ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what the last digits depend on
-RETIRED = {"ranks": 1}  # settings of earlier versions that went, and the value that is left
+MANY_STEPS = 2000  # with as many, compiling for minutes pays off on a GPU
+REBASED_ON = 5000  # at most so many training images give the batch-norm statistics that are saved
+ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what a result's last digits depend on
+RETIRED = {"ranks": 1}  # settings that were removed, with the value that today's code has for them
 
 
 def fit(
@@ -43,43 +43,47 @@ def fit(
     configuration that can't be trained on these images or this device.
     """
     if train.labels is None or test.labels is None:
-        raise InputError("fit: expected labels, got images without: give CIFAR-10's")
+        raise InputError("fit: expected labelled images, got some without labels: use CIFAR-10's")
     device = choose_device(device)
     part, validation = split(train.to(device), config)
     config = resolve(config, device, len(part))
-    state = State(config, device)  # what can't be built must not claim the directory
+    state = State(config, device)  # before the directory is claimed: if it fails, that stays free
 
     with RunDirectory(run_path) as run:
-        # Claim the directory for this run. A finished one only says what it came to.
+        # Claim the directory for this run. If the run is finished, its metrics are all.
         _claim(run, asdict(config) | {"data": train.source, "images": len(train)})
         metrics = run.read_json("metrics.json")
         if metrics is not None:
             return metrics
 
         # Go on where the last checkpoint was written, or begin.
-        prepare(device, config.precision)
+        prepare(device, config.precision)  # torch's switches and the system's memory, for speed
         saved = run.load()
         if saved is not None:
             state.load(saved)
             log(f"going on from epoch {len(state.history)} of {config.epochs} in {run_path}")
         _note_environment(run, device, log)
 
-        # Train the epochs that are left.
+        # Train the epochs that are left, and evaluate these sets after each.
         step = Step(state, config, log)
         watched = {"validation": validation, "test": test.to(device) if config.watch_test else None}
         _train_epochs(step, run, part, watched, log)
+        run.write_rows("history.csv", state.history)  # a kill right after a checkpoint lost a row
 
-        # Keep the weights, and say what they score.
-        run.write_rows("history.csv", state.history)  # a kill may have left it a row short
+        # Evaluate.
         info = _describe_weights(state, config, train.source, validation)
         score = summarize(_predict(state, config, test), test.labels)
-        plain_images = part.images[:REBASED_ON]
-        how = config.test_normalization, config.precision
-        model = rebase_batch_norm(state.model, plain_images, *how)
+
+        # Save a network that computes the same, so that the score is its own; but its batch norms
+        # have the statistics of unaugmented images, which `shift.adapt` needs.
+        unaugmented = part.images[:REBASED_ON]
+        model = rebase_batch_norm(
+            state.model, unaugmented, config.test_normalization, config.precision
+        )
         save_model(run.path / "model.safetensors", model, info)
         record = {**info.as_record(), "train_images": len(part), "test": score}
         run.write_json("metrics.json", record)
-        return run.read_json("metrics.json")
+        return run.read_json("metrics.json")  # as the next call will, lists instead of tuples
 
 
 def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -99,24 +103,25 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
     return train[kept], train[held_out]
 
 
-def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConfig:
-    """Return `config` with everything decided that it leaves open, for epochs of `images` images.
+def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
+    """Return `config` with everything decided that it leaves open, for epochs of n images.
 
     Raises InputError if the device lacks the precision, or a batch is too small to be normalised.
     """
-    # Batch normalisation needs two values per channel, also for an epoch's last images at the
-    # smallest size: 16 or 32 pixels, halved by each stage but the first.
-    batch = min(config.batch_size, images)
-    last = images % batch or batch
+    # In training, batch norm needs at least two values per channel: images times side^2. The worst
+    # case is the last batch in the last stage, whose side is 16 or 32, halved by each stage after
+    # the first.
+    batch = min(config.batch_size, n)
+    last_batch = n % batch or batch
     side = math.ceil((16 if config.half_size_epochs else 32) / 2 ** (len(config.blocks) - 1))
-    if last * side**2 < 2:
-        what = f"batch_size: batches of {batch} out of {images} images end with {last}"
+    if last_batch * side**2 < 2:
+        what = f"batch_size: batches of {batch} out of {n} images end with {last_batch}"
         fit_for = f"{len(config.blocks)} stages"
         raise InputError(f"{what}, which isn't enough for {fit_for}: use another batch size")
 
     compiled = config.compile
     if compiled is None:
-        steps = config.epochs * math.ceil(images / config.batch_size)
+        steps = config.epochs * math.ceil(n / config.batch_size)
         compiled = device.type == "cuda" and steps >= MANY_STEPS
     precision = choose_precision(config.precision, device)
     return replace(config, precision=precision, compile=compiled)
@@ -125,7 +130,7 @@ def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConf
 def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     """Write what this run is into config.json, or check that the run there is this one.
 
-    A field that the file lacks has its default value, which is what versions without it did.
+    A field that the file lacks counts as its default, REPORT's: versions without it behaved so.
     """
     ours = json.loads(json.dumps(ours))  # tuples become lists, as they are in the file
     stored = run.read_json("config.json")
@@ -149,7 +154,7 @@ def _note_environment(run: RunDirectory, device: torch.device, log: Callable) ->
     known = [name for name in ROUNDING if name in before]
     changes = [f"{k} {now[k]} (before: {before[k]})" for k in known if before[k] != now[k]]
     if changes:
-        log(f"the last digits may differ from those of one sitting: {', '.join(changes)}")
+        log(f"the last digits may differ from those of an uninterrupted run: {', '.join(changes)}")
     run.write_json("environment.json", now)
 
 
@@ -160,54 +165,55 @@ def _train_epochs(
     watched: dict[str, ImageSet | None],
     log: Callable[[str], None],
 ) -> None:
-    """Train the epochs that are left, each ending with a line, a row and a checkpoint.
+    """Train the epochs that are left; each ends with a log line, a history row and a checkpoint.
 
-    The next epoch's random numbers are drawn, and the last one's checkpoint is written, beside the
-    training, in a thread.
+    While one trains, a background thread writes the checkpoint of the epoch before it, and draws
+    the random numbers of the epoch after it (after the last one, too, for nothing).
     """
     state, config, n = step.state, step.config, len(train)
     begin = len(state.history)
     with (
-        ThreadPoolExecutor(max_workers=1) as beside,
+        ThreadPoolExecutor(max_workers=1) as background,
         tqdm(total=config.epochs * n, initial=begin * n, unit="img", leave=False) as bar,
     ):
-        written: Future = beside.submit(lambda: None)
-        planned = beside.submit(plan_epoch, config, n, begin)
+        written: Future = background.submit(lambda: None)  # nothing to wait for yet
+        planned = background.submit(plan_epoch, config, n, begin)
         for epoch in range(begin, config.epochs):
             # Train.
             bar.set_description(f"epoch {epoch + 1}/{config.epochs}")
             began = time.perf_counter()
             plan = planned.result()
-            planned = beside.submit(plan_epoch, config, n, epoch + 1)
+            planned = background.submit(plan_epoch, config, n, epoch + 1)
             loss, train_accuracy = train_one_epoch(step, train, epoch, plan, bar)
-            rate = n / (time.perf_counter() - began)
+            images_per_second = n / (time.perf_counter() - began)
 
-            # Watch.
+            # Evaluate. The learning rate in the row is the one at the epoch's start.
             row = {"epoch": epoch, "learning_rate": learning_rate(config, epoch)}
             row |= {"train_loss": loss, "train_accuracy": train_accuracy}
             for name, images in watched.items():
                 row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(state, config, images)
             state.history.append(row)
             seconds = time.perf_counter() - began
-            timing = {"epoch": epoch, "seconds": seconds, "images_per_second": rate}
+            timing = {"epoch": epoch, "seconds": seconds, "images_per_second": images_per_second}
 
-            # Write, once the last checkpoint is on disk; if that went wrong, it is raised here.
+            # Write, once the checkpoint before is on disk; what went wrong there is raised here.
+            # The thread gets copies, as training goes on changing the state.
             written.result()
-            written = beside.submit(_write, run, state.content(), state.history[:], timing)
-            log(_line(row, rate, config.epochs))
+            written = background.submit(_write, run, state.content(), state.history[:], timing)
+            log(_line(row, images_per_second, config.epochs))
         written.result()
 
 
 def _write(run: RunDirectory, content: dict, history: list[dict], timing: dict) -> None:
     run.save(content)
     run.write_rows("history.csv", history)
-    run.write_rows("timing.csv", [timing], below=True)
+    run.write_rows("timing.csv", [timing], append=True)
 
 
 def _watch(
     state: State, config: TrainConfig, images: ImageSet | None
 ) -> tuple[float | None, float | None]:
-    """Loss and accuracy on a set that is evaluated each epoch; None each, where there is none."""
+    """Loss and accuracy on a set that is evaluated each epoch; (None, None) without images."""
     if images is None:
         return None, None
     logits, labels = _predict(state, config, images), images.labels.cpu()
@@ -216,12 +222,12 @@ def _watch(
 
 
 def _predict(state: State, config: TrainConfig, images: ImageSet) -> torch.Tensor:
-    """Logits (N, 10) of the network as it is now, as the configuration wants images predicted."""
+    """Logits float32 (N, 10) on the CPU, by the test normalisation and the run's precision."""
     return predict(state.model, images.images, config.test_normalization, config.precision)
 
 
 def _line(row: dict, images_per_second: float, epochs: int) -> str:
-    """What is said of an epoch."""
+    """The log line of an epoch."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}  lr {row['learning_rate']:.4f}"]
     for name in ("train", "validation", "test"):
         loss, fraction = row[f"{name}_loss"], row[f"{name}_accuracy"]
@@ -233,9 +239,10 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
 def _describe_weights(
     state: State, config: TrainConfig, source: str, validation: ImageSet | None
 ) -> WeightsInfo:
-    """All that is needed to use the weights, with a temperature where there is a validation part.
+    """All that is needed to use the weights.
 
-    It is fitted on images that weren't trained on: on its training images a network is too sure.
+    With a validation part this includes the temperature that calibrates the probabilities. It has
+    to be fitted on images that weren't trained on: of training images a network is too confident.
     """
     temperature = None
     if validation is not None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cifar_lib.augment import Draws, augment, draw, random_stream
+from cifar_lib.augment import SHUFFLING, Draws, augment, draw, random_stream
 from cifar_lib.compiled import compile_loss
 from cifar_lib.data import CLASSES, ImageSet, rescale
 from cifar_lib.errors import InputError, explained
@@ -18,19 +18,22 @@ from cifar_lib.hardware import computing, memory_format
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import TrainConfig, learning_rate
 
-# Batches that are augmented together: enough to group their images by operation, and on a CPU few
-# enough for its cache.
+# How many batches are augmented in one call. Images with the same operation are changed together:
+# more batches make larger groups, but too many no longer fit into a CPU's cache.
 BATCHES_TOGETHER = {"cpu": 32, "cuda": 128, "mps": 128}
-LOOK_EVERY = 50  # steps between two looks at a GPU's running loss, each of which waits for it
+# Reading the running loss makes the program wait for the GPU, so it is read every so many steps.
+LOOK_EVERY = 50
 
 
 def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the report's loss: cross-entropy with label smoothing, averaged over the images.
+    """Return cross-entropy with the label smoothing of the report that this package reproduces.
 
-    logits (b, C), labels int64 (b,) -> a tensor of no dimensions. For each image it is
-    -sum over classes of w log p, with w = 1 - s for the true class and s / (C - 1) for each other.
+    logits (b, C), labels int64 (b,) -> a scalar tensor, the mean over the images. With s the
+    smoothing, an image's loss is the sum of -w log p over the classes, where w is 1 - s for the
+    true class and s / (C - 1) for each other one.
     """
-    # PyTorch spreads its smoothing over all C classes, the true one too.
+    # PyTorch's smoothing t gives t / C to every class, the true one too: for s / (C - 1) it takes
+    # t = s C / (C - 1), which leaves 1 - s for the true class.
     classes = logits.shape[1]
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / (classes - 1))
 
@@ -39,8 +42,8 @@ class State:
     """All that training changes, and so all that a checkpoint holds."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        """Start before the first step, with random weights by the configuration's seed."""
-        # The network.
+        """Make the state before the first step. The configuration's seed fixes the weights."""
+        # The network. The caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
@@ -56,12 +59,14 @@ class State:
             weight_decay=config.weight_decay,
             fused=device.type in ("cuda", "cpu"),
         )
-        if config.momentum:  # the fused step leaves them unset where a first fp16 step overflows
+        # The momentum buffers exist from the start: a first fp16 step that overflows is skipped,
+        # and a checkpoint after it would lack them.
+        if config.momentum:
             for parameter in parameters:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
-        # In fp16 small gradients would become 0: the loss is scaled up for them. Elsewhere the
-        # scaler does nothing.
+        # In fp16 small gradients would become 0, so the loss is multiplied first and the gradients
+        # are divided again. In other precisions the scaler does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
         # One row per epoch that is done.
@@ -70,8 +75,8 @@ class State:
     def content(self) -> dict:
         """Return a copy of everything, on the CPU.
 
-        The history is stored as JSON: pickle writes a text that occurs twice in one of two ways,
-        and equal states should be equal bytes.
+        The history is stored as JSON. Pickle writes a repeated string in full or as a reference,
+        depending on which objects are the same one, and equal states should be equal bytes.
         """
         model = self.model.state_dict()
         return {
@@ -84,7 +89,7 @@ class State:
     def load(self, saved: dict) -> None:
         """Go on from what `content` returned.
 
-        Raises InputError if it is another configuration's.
+        Raises InputError if `saved` belongs to another configuration.
         """
         what = "run directory: its checkpoint isn't of this run"
         another_run = (KeyError, TypeError, AttributeError, ValueError, RuntimeError)
@@ -103,12 +108,14 @@ class Step:
     """Updates the weights of a `State` by one batch after another."""
 
     def __init__(self, state: State, config: TrainConfig, log: Callable[[str], None] = print):
-        """`config` has its precision and `compile` resolved, as `fit.resolve` does."""
+        """Prepare updates of `state`; `config` leaves neither precision nor `compile` open."""
         self.state, self.config = state, config
         self.device = state.model.conv1.weight.device
+        # Normalisation is x * scale - offset, float32 (1, 3, 1, 1) each.
         self.scale, self.offset = config.normalization.scale_and_offset(self.device)
         self.loss = self.plain_loss
         if config.compile:
+            # Full size, and half size if such epochs are still to come.
             half_sizes = {len(state.history) < config.half_size_epochs, False}
             batch_size = config.batch_size
             self.loss = compile_loss(self.plain_loss, state.model, batch_size, half_sizes, log)
@@ -119,10 +126,10 @@ class Step:
         """Update the weights by one batch, at the learning rate `rate`.
 
         images: uint8 (b, 3, 32, 32), augmented; labels: int64 (b,); both on the network's device.
-        half_size: whether they are averaged down to 16x16.
+        half_size: whether the images are averaged down to 16x16.
 
-        Returns the batch's mean loss and its number of correctly labelled images, before the
-        update. They stay on the device: a GPU goes on without waiting for them to be read.
+        Returns the batch's mean loss and its number of correctly labelled images before the update,
+        two scalar tensors. They stay on the device: a GPU goes on without waiting for a reader.
         """
         optimizer, scaler = self.state.optimizer, self.state.scaler
         for group in optimizer.param_groups:
@@ -149,24 +156,60 @@ class Step:
         return loss, (logits.detach().argmax(1) == labels).sum()
 
 
+# An epoch's batches.
+
+
+class EpochPlan(NamedTuple):
+    """The random numbers of one epoch over n images.
+
+    The draws belong to positions in the set: how an image is changed doesn't depend on the order.
+    """
+
+    order: Tensor  # int64 (n,): the positions of the images, shuffled
+    draws: Draws  # how the image at each position is augmented
+
+
+def plan_epoch(config: TrainConfig, n: int, epoch: int) -> EpochPlan:
+    """Draw the random numbers of an epoch over n images, by the configuration's seed."""
+    order = torch.randperm(n, generator=random_stream(config.seed, epoch, SHUFFLING))
+    return EpochPlan(order, draw(n, config.policy, config.seed, epoch))
+
+
+def epoch_batches(
+    train: ImageSet, config: TrainConfig, plan: EpochPlan
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented uint8 images (b, 3, 32, 32) and labels int64 (b,), on the images' device."""
+    images_together = BATCHES_TOGETHER[train.images.device.type] * config.batch_size
+    for positions in plan.order.split(images_together):
+        block = train[positions]
+        images = augment(block.images, config.policy, plan.draws[positions])
+        batches_of_images = images.split(config.batch_size)
+        yield from zip(batches_of_images, block.labels.split(config.batch_size), strict=True)
+
+
+# An epoch.
+
+
 def train_one_epoch(
     step: Step,
     train: ImageSet,
     epoch: int,
-    plan: "EpochPlan | None" = None,
+    plan: EpochPlan | None = None,
     bar: tqdm | None = None,
 ) -> tuple[float, float]:
     """Train on each image of `train` once; `epoch` counts from 0.
 
-    `plan` is the epoch's random numbers, where they have been drawn before; `bar` shows progress.
+    `plan` holds the epoch's random numbers if they are drawn already; else they are drawn here.
+    `bar` shows progress.
 
     Returns the mean loss and the accuracy over the augmented images.
 
-    Raises InputError when the loss isn't finite; on a GPU up to LOOK_EVERY steps later.
+    Raises InputError when the loss isn't finite; on a CUDA GPU up to LOOK_EVERY steps later.
     """
     config = step.config
     plan = plan or plan_epoch(config, len(train), epoch)
     steps = math.ceil(len(train) / config.batch_size)
+    # The last epoch has the full size, whatever is configured: that is how images are predicted.
     half_size = epoch < min(config.half_size_epochs, config.epochs - 1)
     totals = Totals(step.device)
     step.state.model.train()
@@ -176,18 +219,18 @@ def train_one_epoch(
         loss, correct = step(images, labels, rate, half_size)
         totals.add(loss, correct, len(labels))
 
-        # Look at the running means now and then: reading them waits for a GPU.
+        # Look at the running means; on a CUDA GPU only now and then.
         if step.device.type != "cuda" or i % LOOK_EVERY == 0:
-            loss, accuracy = totals.means()
-            _refuse_divergence(loss, epoch, i)
+            mean_loss, accuracy = totals.means()
+            _refuse_divergence(mean_loss, epoch, i)
             if bar is not None:
-                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
         if bar is not None:
             bar.update(len(labels))
 
-    loss, accuracy = totals.means()
-    _refuse_divergence(loss, epoch, steps - 1)
-    return loss, accuracy
+    mean_loss, accuracy = totals.means()
+    _refuse_divergence(mean_loss, epoch, steps - 1)
+    return mean_loss, accuracy
 
 
 class Totals:
@@ -207,37 +250,9 @@ class Totals:
         return loss / images, correct / images
 
 
-def _refuse_divergence(loss: float, epoch: int, step: int) -> None:
-    if not math.isfinite(loss):
-        when = f"at epoch {epoch}, step {step}; the last checkpoint stays"
+def _refuse_divergence(mean_loss: float, epoch: int, i: int) -> None:
+    """Stop at step i of the epoch if there is nothing to be learnt any more."""
+    if not math.isfinite(mean_loss):
+        what = f"the loss is not finite at epoch {epoch}, step {i}, and the last checkpoint stays"
         remedy = "lower the learning rate (--set learning_rate=...) in a new run directory"
-        raise InputError(f"training diverged: the loss is not finite {when}: {remedy}")
-
-
-# An epoch's batches.
-
-
-class EpochPlan(NamedTuple):
-    """The random numbers of one epoch over n images."""
-
-    order: Tensor  # int64 (n,): the positions of the images, shuffled
-    draws: Draws  # how each image, by its position, is augmented
-
-
-def plan_epoch(config: TrainConfig, n: int, epoch: int) -> EpochPlan:
-    """Draw the random numbers of an epoch over n images, by the configuration's seed."""
-    order = torch.randperm(n, generator=random_stream(config.seed, epoch, purpose=1))
-    return EpochPlan(order, draw(n, config.policy, config.seed, epoch))
-
-
-def epoch_batches(
-    train: ImageSet, config: TrainConfig, plan: EpochPlan
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented uint8 images (b, 3, 32, 32) and labels int64 (b,), on the images' device."""
-    together = BATCHES_TOGETHER[train.images.device.type] * config.batch_size
-    for positions in plan.order.split(together):
-        part = train[positions]
-        images = augment(part.images, config.policy, plan.draws[positions])
-        yield from zip(
-            images.split(config.batch_size), part.labels.split(config.batch_size), strict=True
-        )
+        raise InputError(f"training diverged: {what}: {remedy}")
