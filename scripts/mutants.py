@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "runs" / "mutants"
 JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new), and why they may
 HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
-HEAVY += " matplotlib.pyplot captum.attr optuna torch._dynamo PIL.Image"
+HEAVY += " matplotlib.pyplot optuna torch._dynamo PIL.Image"
 SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in"}
 COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
