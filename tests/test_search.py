@@ -136,7 +136,7 @@ def test_an_interrupted_trial_is_run_again(tmp_path):
 
 
 def test_workers_that_start_together_make_one_study_and_share_its_trials_out(place):
-    together = threading.Barrier(6)
+    together = threading.Barrier(6, timeout=60)
 
     def worker(_):
         together.wait()
