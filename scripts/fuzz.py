@@ -25,10 +25,10 @@ import torch
 from PIL import Image
 
 from cifar_lib import checkpoint
-from cifar_lib.data import read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, recipe
 from cifar_lib.train import State
 from notebooks.course.reference import trials_table
