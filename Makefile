@@ -55,12 +55,11 @@ address:  ## make address TO=you/your-repository: where your copy is, into the b
 clean:
 	rm -rf .venv .venv-colab .venv-floors runs
 
-.venv/ready: requirements.txt constraints.txt extras/search/pyproject.toml $(WINOGRAD)
+.venv/ready: requirements.txt constraints.txt $(WINOGRAD)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10, 7) and "Python 3.10.7 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt -c constraints.txt
 	$(PIP) 'setuptools>=77,<81'
-	$(PIP) --no-build-isolation -e ./extras/search
 	$(PIP) --no-build-isolation ./extras/winograd || \
 	  echo "extras/winograd can't be built here: training in fp32 on a CPU goes without it, slower"
 	touch $@

@@ -315,7 +315,7 @@ def search_trials(trials: pd.DataFrame, names: Mapping[str, str], own: int, titl
     """The accuracy of a search's trials against each of some parameters, a panel for each: {column:
     its name}, on a logarithmic axis where the values span more than a factor of ten.
 
-    trials: as `tune.trials_table` gives them; the one with the number `own` is marked.
+    trials: as `reference.trials_table` gives them; the one with the number `own` is marked.
     """
     figure, axes = _figure(1, len(names), (2.7 * len(names), 3.3))
     figure.suptitle(title)

@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--without-notebooks", action="store_true")
     options = parser.parse_args()
-    folders = [HERE, ROOT, ROOT / "extras" / "search"]
+    folders = [HERE, ROOT]
     # The C locale without Python's own remedies: text that names no encoding is ASCII.
     os.environ |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, folders))
