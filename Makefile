@@ -10,8 +10,8 @@ FLOORS := .venv-floors/bin/python
 .PHONY: run test floors colab full notebooks benchmarks reliability mutants address clean
 
 run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
-	$(PY) notebooks/build.py
-	$(PY) results/publish.py --check
+	$(PY) -m scripts.build_pages
+	$(PY) -m scripts.archive_run --check
 
 test: .venv/ready  ## lint, unit tests, and every notebook from top to bottom
 	$(PY) -m ruff check .
@@ -30,24 +30,24 @@ floors:  ## all lower bounds of requirements.txt together, with the lowest Pytho
 colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an empty folder, a clone of the last commit
 	$(PY) tests/colab/run.py $(ARGS)
 
-# Afterwards the weights are others than those of results/shift: move that folder away and run results/ablation.py.
+# Afterwards the weights are others than those of results/shift: move that folder away and run scripts.ablation.
 full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
 	set -e; for seed in 42 0 1; do for recipe in report best; do \
 	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
-	  $(PY) results/publish.py runs/$$recipe-seed$$seed; \
+	  $(PY) -m scripts.archive_run runs/$$recipe-seed$$seed; \
 	done; done
 
 notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/
-	CIFAR_PROFILE=full $(PY) notebooks/build.py --in-place
+	CIFAR_PROFILE=full $(PY) -m scripts.build_pages --in-place
 
 benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
 
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
-	$(PY) tests/reliability.py --notebooks --write
+	$(PY) -m scripts.faults --write
 
 mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
-	$(PY) scripts/mutants.py --named scripts/named_mutants.json $(ARGS)
+	$(PY) -m scripts.mutants --named scripts/named_mutants.json $(ARGS)
 
 address:  ## make address TO=you/your-repository: where your copy is, into the badges and notebooks
 	@$(PYTHON) scripts/set_address.py "$(TO)"

@@ -9,7 +9,7 @@ if [ "$cuda" = 1 ]; then
   "$python" -m pytest -q tests/test_step.py
 fi
 for benchmark in augment train_step scaling; do
-  "$python" "benchmarks/$benchmark.py" "$@"
+  "$python" -m "benchmarks.$benchmark" "$@"
 done
 if [ "${1:-}" = --dry-run ]; then
   run=$(mktemp -d)

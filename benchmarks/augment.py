@@ -1,6 +1,6 @@
 """Augmentation, in images per second: torchvision's transforms on single PIL pictures, and ours.
 
-    python benchmarks/augment.py [--device cuda] [--json]
+    python -m benchmarks.augment [--device cuda] [--json]
 
 Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both
 have one thread; there each of our steps is also timed against its plain way (benchmarks/plain.py).
@@ -11,35 +11,35 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench import (
+
+from benchmarks import plain
+from benchmarks.baseline_loop import Pictures
+from benchmarks.bench import (
     hardware,
     parse,
     peak_memory,
-    publish,
     ratio,
+    record,
     reset_peak_memory,
     synchronize,
     training_images,
 )
-import plain
-from published import Pictures
-
 from cifar_lib import augment as ours_by_step
 from cifar_lib.augment import Policy, augment, draw, op_table
-from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, normalize
-from cifar_lib.train import BLOCK
+from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization
+from cifar_lib.train import BATCHES_TOGETHER
 
 BATCH = 128
 
 
 def ours(images: torch.Tensor, epoch: int) -> None:
-    policy = Policy()
+    policy, normalization = Policy(), Normalization(CIFAR10_MEAN, PUBLISHED_STD)
     draws = draw(len(images), policy, seed=42, epoch=epoch)
-    chunk = BLOCK[images.device.type] * BATCH
+    chunk = BATCHES_TOGETHER[images.device.type] * BATCH
     for start in range(0, len(images), chunk):
         part = slice(start, start + chunk)
         for batch in augment(images[part], policy, draws[part]).split(BATCH):
-            normalize(batch, CIFAR10_MEAN, PUBLISHED_STD)
+            normalization(batch)
 
 
 def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
@@ -108,8 +108,10 @@ def main() -> None:
         "rows": rows,
     }
     if device.type == "cpu":
-        result["gains_over_plain"] = gains(images[: BLOCK["cpu"] * BATCH], arguments.rounds)
-    publish(
+        result["gains_over_plain"] = gains(
+            images[: BATCHES_TOGETHER["cpu"] * BATCH], arguments.rounds
+        )
+    record(
         "augment",
         {**result, "ratio": ratio(measured["published"], measured["ours"]), "rates": measured},
         arguments,

@@ -13,16 +13,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # to run without an installation
-
-from stand_in import generate_stand_in
-
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import DTYPES, choose_device, describe
+from notebooks.course.stand_in import generate_stand_in
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "benchmarks"
 # Of a training image: forward, and twice that backward; two for a multiply-add.
 FLOP_PER_IMAGE = 3 * 2 * 769.05e6
@@ -106,7 +103,7 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
     return statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
 
 
-def publish(name: str, result: dict, arguments: argparse.Namespace) -> None:
+def record(name: str, result: dict, arguments: argparse.Namespace) -> None:
     """Write the result under the hardware's name, and print it."""
     machine = result["hardware"]
     label = (

@@ -1,6 +1,6 @@
 """How training time grows with the number of images, of epochs, and with the network's width.
 
-    python benchmarks/scaling.py [--device cuda] [--json]
+    python -m benchmarks.scaling [--device cuda] [--json]
 
 Each row multiplies one of them and fits time = constant x factor^exponent: 1 is proportional. A
 layer's multiply-adds grow with the square of the width.
@@ -11,13 +11,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from bench import hardware, parse, publish, synchronize, training_images
-from tqdm import tqdm
 
+from benchmarks.bench import hardware, parse, record, synchronize, training_images
 from cifar_lib.data import ImageSet
 from cifar_lib.hardware import choose_precision
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
+from cifar_lib.train import State, Step, train_one_epoch
 
 
 def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: int) -> float:
@@ -26,9 +25,8 @@ def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: 
     step, times = Step(state, config), []
 
     def epochs(n: int) -> None:
-        for _ in range(n):
-            plan = epoch_plan(config, len(train), state.epoch)
-            train_one_epoch(step, train, plan, tqdm(disable=True))
+        for epoch in range(n):
+            train_one_epoch(step, train, epoch)
         synchronize(device)
 
     epochs(1)
@@ -78,7 +76,7 @@ def main() -> None:
         "compile": base.compile,
         "precision": precision,
     }
-    publish("scaling", {"hardware": hardware(device), **start, "rows": rows}, arguments)
+    record("scaling", {"hardware": hardware(device), **start, "rows": rows}, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Training, images a second, data included: the published loop, and ours.
 
-    python benchmarks/train_step.py [--device cuda] [--json]
+    python -m benchmarks.train_step [--device cuda] [--json]
 
 The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read
 after every step. Ours: the same network, loss, optimizer and distribution of images, in the
@@ -13,27 +13,26 @@ import time
 from dataclasses import replace
 
 import torch
-from bench import (
+
+from benchmarks.baseline_loop import PublishedLoop
+from benchmarks.bench import (
     FLOP_PER_IMAGE,
     hardware,
     matrix_rate,
     parse,
     peak_memory,
-    publish,
     ratio,
+    record,
     reset_peak_memory,
     synchronize,
     training_images,
 )
-from published import PublishedLoop
-from tqdm import tqdm
-
 from cifar_lib import hardware as hardware_module
 from cifar_lib.data import ImageSet
 from cifar_lib.fit import resolve
 from cifar_lib.hardware import prepare
 from cifar_lib.recipes import TrainConfig, recipe
-from cifar_lib.train import State, Step, epoch_plan, train_one_epoch
+from cifar_lib.train import State, Step, train_one_epoch
 
 WINOGRAD = hardware_module.cifar_winograd
 
@@ -42,19 +41,17 @@ class Ours:
     """One call, one epoch; `winograd`: with extras/winograd, where it is installed."""
 
     def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device, winograd: bool):
-        self.train, self.config, self.device = train.to(device), config, device
+        self.train, self.device, self.epoch = train.to(device), device, 0
         self.step = Step(State(config, device), config)
         self.convolutions = WINOGRAD if winograd else None
 
     def __call__(self) -> float:
-        state = self.step.state
         hardware_module.cifar_winograd = self.convolutions
         synchronize(self.device)
         start = time.perf_counter()
-        plan = epoch_plan(self.config, len(self.train), state.epoch)
-        train_one_epoch(self.step, self.train, plan, tqdm(disable=True))
+        train_one_epoch(self.step, self.train, self.epoch)
         synchronize(self.device)
-        state.epoch += 1
+        self.epoch += 1
         return len(self.train) / (time.perf_counter() - start)
 
 
@@ -102,7 +99,7 @@ def main() -> None:
         "images": {"published": n[0], "ours": n[1]},
     }
     result |= {"matrix_gflops": peak / 1e9, "ours": chosen, "rows": rows, "rates": measured}
-    publish(
+    record(
         "train_step", {**result, "ratio": ratio(measured["published"], measured[chosen])}, arguments
     )
 

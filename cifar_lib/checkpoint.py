@@ -30,37 +30,60 @@ DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class RunDirectory:
-    """The files of one training run. As a context manager, only one process at a time holds it."""
+    """The files of one training run; as a context manager, one process at a time holds them.
+
+    Entering raises InputError if the folder can't be written, holds something else, or is held by
+    another process. Where the file system has no locks a warning says so.
+    """
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
 
     def __enter__(self) -> "RunDirectory":
-        where = f"run directory: {self.path}"
-        with explained(f"{where} can't be written", "choose another", OSError):
+        with explained(f"{self._where} can't be written", "choose another", OSError):
             self.path.mkdir(parents=True, exist_ok=True)
-            found = {p.name for p in self.path.iterdir() if not p.match(SCRATCH)} - {".lock"}
-            if found and "recipe" not in (self.read_json("config.json") or {}):
-                raise InputError(f"{where} holds {min(found)!r}, no config.json: choose another")
+            self._refuse_other_folders()
             self._lock = open_lock(self.path / ".lock")
+        self._take_lock()
+        self._remove_scratch()
+        return self
+
+    @property
+    def _where(self) -> str:
+        return f"run directory: {self.path}"
+
+    def _refuse_other_folders(self) -> None:
+        """A folder with files, but without a run's config.json, holds something else."""
+        files = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
+        if files and "recipe" not in (self.read_json("config.json") or {}):
+            raise InputError(
+                f"{self._where} holds {min(files)!r}, but no config.json: choose another"
+            )
+
+    def _take_lock(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise InputError(f"{where}: another process trains in it: wait for it") from error
+            raise InputError(f"{self._where}: another process trains in it: wait for it") from error
         except (OSError, NotImplementedError) as error:  # a mounted Drive, say, has no locks
             why = getattr(error, "strerror", None) or error
-            reason = f"{where} can't be locked ({why}): start only one training in it"
-            warnings.warn(reason, stacklevel=2)
-        for scratch in self.path.glob(SCRATCH):  # what a killed process was writing
+            reason = f"{self._where} can't be locked ({why}): start only one training in it"
+            warnings.warn(reason, stacklevel=3)
+
+    def _remove_scratch(self) -> None:
+        """Remove what a process was writing when it was killed."""
+        for scratch in self.path.glob(SCRATCH):
             if scratch.is_file():
                 scratch.unlink()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object that `name` holds, or None where it isn't there."""
+        """Return the object that the JSON file `name` holds, or None if there is no such file.
+
+        Raises InputError if it can't be read.
+        """
         path = self.path / name
         if not os.path.lexists(path):
             return None
@@ -71,14 +94,17 @@ class RunDirectory:
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_rows(self, name: str, rows: list[dict], below: bool = False) -> None:
-        """Write rows of equal keys as CSV, None as an empty field; `below`: under those there."""
+        """Write rows of equal keys as CSV, None as an empty field.
+
+        With `below` they are added under those that the file has.
+        """
         path = self.path / name
         before = path.read_bytes() if below and path.is_file() else b""
         text = pd.DataFrame(rows).to_csv(index=False, header=not before, lineterminator="\n")
         write_atomically(path, before + text.encode())
 
     def save(self, state: dict) -> None:
-        """Write `state`, what `load` gives back, as checkpoint.pt."""
+        """Write `state` as checkpoint.pt, for `load` to return."""
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
         content = buffer.getvalue()
@@ -89,10 +115,11 @@ class RunDirectory:
         write_atomically(self.path / "checkpoint.pt", content, keep=previous)
 
     def load(self) -> dict | None:
-        """The newest whole checkpoint, on the CPU; None where there is none yet.
+        """Return the newest whole checkpoint, on the CPU, or None if there is none yet.
 
-        A damaged one is set aside as checkpoint.damaged.pt for the one before, with a warning;
-        InputError where no other is left.
+        A damaged one is set aside as checkpoint.damaged.pt, with a warning, for the one before.
+
+        Raises InputError if no whole one is left.
         """
         damage: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
@@ -120,8 +147,8 @@ def _read_checkpoint(path: Path) -> dict:
         raise ValueError("damaged (its sha256 differs)")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # nearly any, where it is no file of torch.save
+    except Exception as error:  # torch.load raises nearly any, where torch.save wrote no such file
         raise ValueError(f"unreadable ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"no checkpoint of format {FORMAT}, which this version reads")
+        raise ValueError(f"not a checkpoint of format {FORMAT}, which this version reads")
     return state

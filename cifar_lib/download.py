@@ -27,7 +27,7 @@ SOURCES = (
     CIFAR10.url,
 )
 ARCHIVE_BYTES = 170_498_071
-SLOW = 300_000  # bytes a second: below it for WINDOW seconds, a source is left for the next one
+SLOW = 300_000  # bytes per second: a source below that for WINDOW seconds is left for the next
 WINDOW = 10.0
 REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to another server's folder"
 
@@ -38,43 +38,60 @@ def download_cifar10(
     give_up_after: float = math.inf,
     archives: Path | None = None,
 ) -> Path:
-    """Put the batch files into `root`, all of them or none; returns their folder.
+    """Put CIFAR-10's files into `root`, all of them or none, and return their folder.
 
-    Sources: `mirror` (the address of a folder with the archive), then SOURCES. What has come stays
-    for the next call. `archives`: a folder that keeps the archive. Raises InputError where no
-    source has it, `give_up_after` seconds are over, or `root` can't be written.
+    The archive comes from `mirror`, the address of a folder that has it, else from SOURCES. What
+    has come of it stays for the next call; with `archives`, a folder, the whole archive stays too.
+
+    Raises InputError if no source has it, `give_up_after` seconds are over, or `root` can't be
+    written.
     """
-    if mirror is not None and not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
-        what = "CIFAR10_MIRROR: expected http(s):// and a server's folder, without a password"
-        raise InputError(f"{what}, got another address: {REMEDY}")
-    urls = SOURCES if mirror is None else (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
+    urls = _sources(mirror)
     deadline = time.monotonic() + give_up_after
-    target, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
-    with explained(f"can't write CIFAR-10 into {root}", REMEDY, OSError):
+    folder, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
+    with (
+        explained(f"can't write CIFAR-10 into {root}", REMEDY, OSError),
+        contextlib.ExitStack() as stack,
+    ):
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
+
+        # One process at a time. Whoever waits for the lock finds the work done, so that the lock's
+        # file may go after the release.
         lock = open_lock(archive.with_name(f".{archive.name}.lock"))
-        with contextlib.ExitStack() as stack:
-            # Whoever waits for the lock finds the work done, so its file may go after the release.
-            stack.callback(_remove_if_done, Path(lock.lock_file), target)
-            with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
-                stack.enter_context(lock)
-            if target.is_dir():  # another process has just put it there
-                return target
-            # Windows neither deletes nor replaces a file that is open: it is closed before that.
-            with open(archive, "a+b") as file:
-                if not check_integrity(archive, CIFAR10.tgz_md5):
-                    _fetch(urls, file, deadline)
-            with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
-                extract_archive(archive, scratch)
-                os.replace(Path(scratch) / CIFAR10.base_folder, target)
-            if archives is None:
-                archive.unlink()
-    return target
+        stack.callback(_remove_if_done, Path(lock.lock_file), folder)
+        with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
+            stack.enter_context(lock)
+        if folder.is_dir():  # another process has just put it there
+            return folder
+
+        # Complete the archive. Windows neither deletes nor replaces a file that is open: it is
+        # closed before it is unpacked.
+        with open(archive, "a+b") as file:
+            if not check_integrity(archive, CIFAR10.tgz_md5):
+                _fetch(urls, file, deadline)
+
+        # Unpack it beside the folder, which then appears whole.
+        with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
+            extract_archive(archive, scratch)
+            os.replace(Path(scratch) / CIFAR10.base_folder, folder)
+        if archives is None:
+            archive.unlink()
+    return folder
 
 
-def _remove_if_done(lock_file: Path, target: Path) -> None:
-    if target.is_dir():
+def _sources(mirror: str | None) -> tuple[str, ...]:
+    """The archive's addresses, in the order in which they are tried."""
+    if mirror is None:
+        return SOURCES
+    if not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
+        what = "CIFAR10_MIRROR: expected http(s):// and a server's folder, without a password"
+        raise InputError(f"{what}, got another address: {REMEDY}")
+    return (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
+
+
+def _remove_if_done(lock_file: Path, folder: Path) -> None:
+    if folder.is_dir():
         with contextlib.suppress(OSError):  # on Windows it can be open in a process that waits
             lock_file.unlink()
 
@@ -84,7 +101,7 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
     reasons: list[str] = []
     for url in urls:
         try:
-            # From the start again where what was there is of another archive.
+            # A second time, from the start, where what was there belongs to another archive.
             for _ in range(2 if file.seek(0, os.SEEK_END) else 1):
                 _append(url, file, deadline, patient=url == urls[-1])
                 if check_integrity(file.name, CIFAR10.tgz_md5):
@@ -99,7 +116,10 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 
 
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Append what `file` lacks; raises an OSError, HTTPException or ValueError."""
+    """Append what `file` lacks.
+
+    Raises OSError, HTTPException or ValueError if the source doesn't give it, or gives it slowly.
+    """
     have = file.seek(0, os.SEEK_END)
     headers = {"User-Agent": "cifar_lib"}
     if 0 < have < ARCHIVE_BYTES:

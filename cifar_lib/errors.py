@@ -5,22 +5,26 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """An input from outside is wrong; the message says what was expected, what came and what to do,
-    in one printable line."""
+    """An input from outside is wrong.
+
+    The message says what was expected, what came and what to do, in one printable line.
+    """
 
     def __init__(self, message: str):
         super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
-    """`text` with line ends, control characters and undecoded bytes written out."""
+    """Return `text` with line ends, control characters and undecoded bytes written out."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds, or OSError and ValueError, become an InputError that says why, and
-    what to do: the error's own `remedy`, if it has one."""
+    """Turn errors of these kinds into an InputError: `what` is wrong, why, and the `remedy`.
+
+    The kinds are OSError and ValueError by default. An error with a `remedy` of its own keeps it.
+    """
     kinds = kinds or (OSError, ValueError)
     try:
         yield

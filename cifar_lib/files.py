@@ -1,4 +1,4 @@
-"""Files: what is written is whole and replaces nothing it shouldn't, what is read has bounds."""
+"""Files: written whole, replacing nothing that they shouldn't; read within bounds."""
 
 import contextlib
 import json
@@ -19,8 +19,11 @@ SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
 
 
 def output_file(path: str | os.PathLike) -> Path:
-    """The file that is to be written. A folder is none, whether it is there or only named with a
-    slash at its end, which `Path` would drop. Raises InputError for one."""
+    """Return the path of a file that is to be written.
+
+    Raises InputError for a folder, whether it exists or is only named with a slash at its end,
+    which `Path` would drop.
+    """
     text = os.fspath(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(text):
         raise InputError(f"can't write {text}: it is a folder: name a file in it")
@@ -30,10 +33,12 @@ def output_file(path: str | os.PathLike) -> Path:
 def write_atomically(
     path: Path, content: bytes, inputs: Iterable[str | os.PathLike] = (), keep: Path | None = None
 ) -> None:
-    """Put `content` at `path`, on disk and whole, in place of the file there, which becomes `keep`.
+    """Write `content` to `path`, so that the file there is at every moment the old one or the new.
 
-    Only a regular file is replaced, and none of `inputs`, which the same command has read.
-    Raises InputError where it can't write; nothing is lost then.
+    Only a regular file is replaced, and none of `inputs`, which the same command has read. With
+    `keep` the old file gets that name.
+
+    Raises InputError if it can't be written; nothing is lost then.
     """
     # Nobody can guess the name, "x" follows no link, and the umask says who may read it.
     scratch = path.parent / SCRATCH.replace("*", secrets.token_hex(8))
@@ -59,7 +64,7 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
         return
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
-        reason = "it is a link, a folder or a device, no regular file"
+        reason = "it is a link, a folder or a device, not a regular file"
     elif not mode & stat.S_IWUSR:  # root could
         reason = "it is read-only"
     elif any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
@@ -70,7 +75,7 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
 
 
 def open_lock(path: Path) -> FileLock:
-    """A lock on the file `path`, which is made if it isn't there; `acquire` takes the lock.
+    """Return a lock on the file `path`, which is created if need be; `acquire` takes the lock.
 
     The system undoes a lock when the process that holds it dies. Raises OSError if the file can't
     be written or is a link: some versions of filelock would empty the file that a link points to.
@@ -85,17 +90,23 @@ def open_lock(path: Path) -> FileLock:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes; raises OSError or ValueError."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises OSError if it can't be read, and ValueError for anything else.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for ever, a device never end
-        raise ValueError("it is no regular file")
+        raise ValueError("it isn't a regular file")
     if status.st_size > limit:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
     return path.read_bytes()
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object, not an empty one, that `content` is; raises ValueError where it is none."""
+    """Return the JSON object that `content` is.
+
+    Raises ValueError for anything else, and for an empty object.
+    """
     if re.search(rb"\d{100}", content):
         raise ValueError("it has a number of 100 digits or more")  # 309 are too many for a float
     try:
@@ -103,5 +114,5 @@ def parse_object(content: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     if not isinstance(value, dict) or not value:
-        raise ValueError("it is no JSON object, or an empty one")
+        raise ValueError("it isn't a JSON object, or it is empty")
     return value

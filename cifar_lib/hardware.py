@@ -30,10 +30,11 @@ REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ./extras
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device of this name, once a small computation on it has given the right result.
+    """Return the device of this name, once a small computation on it has given the right result.
 
-    `auto` is a CUDA GPU, else an Apple GPU, else the CPU. A GPU that is present and can't compute
-    is passed over then; one line on standard error, once in a process, says why.
+    `auto` is a CUDA GPU, else an Apple GPU, else the CPU. It passes over a GPU that is present and
+    can't compute; one line on standard error, once per process, says why.
+
     Raises InputError if a device was named that is unknown, isn't here, or can't compute.
     """
     if name == "auto":
@@ -93,7 +94,7 @@ def _first_line(error: Exception) -> str:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """The order in memory of images and weights on `device`, for all that goes through the network.
+    """Return the order in memory of images and weights on `device`, for what the network computes.
 
     Channels-last is the fast one on CPUs and CUDA GPUs. On an Apple GPU the backward pass of batch
     normalisation gives wrong gradients for it, without a word (macOS 14), or an error (macOS 26):
@@ -103,7 +104,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """`values` of the CPU on `device`. A CUDA GPU goes on meanwhile, its host doesn't wait.
+    """Return a copy of CPU `values` on `device`. The host of a CUDA GPU doesn't wait for it.
 
     An Apple GPU would read them after they may have been freed, and compute with what lies there by
     then: pytorch/pytorch#139550 and #189690. There the host waits.
@@ -112,8 +113,12 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32;
-    InputError for an unknown one."""
+    """Return the precision of this name: fp32, bf16 or fp16.
+
+    `auto` is bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32.
+
+    Raises InputError for another name.
+    """
     if name not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}; got {name!r}")
     if name != "auto":
@@ -158,17 +163,20 @@ def _say_that_winograd_is_not_used(why: str) -> None:
 def prepare(device: torch.device, precision: str) -> None:
     """Set this process up to compute fast on `device`.
 
-    On a CPU glibc's malloc keeps the memory of large tensors for the next ones; getting it anew,
-    page by page, takes a quarter of a training step. On CUDA cuDNN looks for its fastest kernels,
-    and fp32 products may use TF32, as convolutions there do (NVIDIA_TF32_OVERRIDE=0: none).
     Where extras/winograd would be used and can't be, a line on standard error says why.
     """
     if device.type == "cpu" and winograd_failure and choose_precision(precision, device) == "fp32":
         _say_that_winograd_is_not_used(winograd_failure)
+
+    # glibc's malloc keeps the memory of large tensors for the next ones: getting it anew, page by
+    # page, takes a quarter of a training step.
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end before they are given back
+
+    # cuDNN looks for its fastest kernels, and fp32 products may use TF32, as its convolutions do
+    # (NVIDIA_TF32_OVERRIDE=0 forbids both).
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if precision == "fp32":
@@ -176,7 +184,7 @@ def prepare(device: torch.device, precision: str) -> None:
 
 
 def computing(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """The context of every forward pass: `precision`, or the fast convolutions if installed."""
+    """Return the context of every forward pass: `precision`, and fast convolutions if installed."""
     if precision != "fp32":
         # No weight is used twice in a pass, so conversions need not be remembered.
         return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
@@ -186,7 +194,7 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
 
 
 def describe(device: torch.device) -> dict[str, str | float | int | None]:
-    """The machine and the versions, as the report's System Specifications; memory in GB (10^9)."""
+    """Return what a run depends on, as the report's System Specifications; memory in GB (10^9)."""
     on_gpu = device.type == "cuda"
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # Linux only
     return {

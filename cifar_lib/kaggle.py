@@ -1,4 +1,4 @@
-"""The competition: an untrusted pickle in, a validated submission out."""
+"""The competition: an untrusted pickle in, a checked submission out."""
 
 import os
 import sys
@@ -51,11 +51,13 @@ STRANGERS = (
 
 
 def read_test_file(path: str | os.PathLike) -> ImageSet:
-    """The unlabelled images and ids of a pickled dict; no code in it runs.
+    """Read the unlabelled images and ids of a pickled dict. No code in it runs.
 
-    `data`: uint8 (N, 32, 32, 3), (N, 3, 32, 32) or (N, 3072); `ids`: N different whole numbers or
-    names. Some programs reshape where they should transpose, so the order of the values is told by
-    the smoothness of the images; `source` says which one was read. What smoothness can't tell is
+    data: uint8 (N, 32, 32, 3), (N, 3, 32, 32) or (N, 3072).
+    ids: N different whole numbers or names.
+
+    Some programs reshape where they should transpose, so the smoothness of the images tells the
+    order of the values; the set's `source` says which one was read. What smoothness can't tell is
     taken as it comes: rows exchanged with columns, images turned or mirrored, blue before red.
 
     Raises InputError for anything else, and for images that are noise in either order.
@@ -130,8 +132,11 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
 
 
 def _steps(images: torch.Tensor) -> tuple[float, float, float]:
-    """Mean absolute differences over a set uint8 (N, 3, 32, 32), of the same channel: between a
-    pixel and the next one in its row, the next one in its column, and any other of its image."""
+    """Mean absolute differences between values of the same channel, over a set (N, 3, 32, 32).
+
+    They are those between a pixel and the next one in its row, the next one in its column, and any
+    other one of its image.
+    """
     shuffled = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))
     sums = torch.zeros(3, dtype=torch.float64)
     for part in images.split(1000):
@@ -147,7 +152,7 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 
 
 def _ids(values: Any, count: int) -> tuple[int | str, ...]:
-    """Counted first: a small array can be a gigabyte of Python's objects."""
+    """The ids, checked. They are counted first: a small array can be a gigabyte of objects."""
     array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
     if not array and not isinstance(values, (list, tuple, range)):
         kind = getattr(values, "shape", type(values).__name__)
@@ -181,9 +186,11 @@ def write_submission(
     label_column: str = "Labels",
     inputs: Sequence[str | os.PathLike] = (),
 ) -> None:
-    """Write `ID,<label_column>` and one row per image in the order given; `-` is standard output.
+    """Write the header `ID,<label_column>` and one row per image, in the order given.
 
-    `labels`: class numbers 0 to 9; `inputs`: files that must not be written over.
+    path: a file, or `-` for standard output.
+    labels: class numbers, 0 to 9.
+    inputs: files that must not be written over.
 
     Raises InputError, and leaves an older file as it was, if the rows aren't a valid submission.
     """

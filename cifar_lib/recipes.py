@@ -1,16 +1,18 @@
-"""What is trained and how: TrainConfig, its recipes, and the learning rate."""
+"""What is trained and how: the configuration, the recipes, the learning rate."""
 
 import math
 import reprlib
 from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from cifar_lib import data
 from cifar_lib.augment import Policy, checked
+from cifar_lib.data import Normalization
 from cifar_lib.errors import InputError
 from cifar_lib.hardware import PRECISIONS
+from cifar_lib.model import check_shape
 
 # How text reads: "3,4,3" or "(3, 4, 3)", and "none" where a field may be None.
 Split = BeforeValidator(lambda v: v.strip("()[] ").split(",") if isinstance(v, str) else v)
@@ -38,25 +40,41 @@ class TrainConfig:
     warmup_epochs: Count = 10
     # published: the report's, by epoch; cosine: by step, down to 0
     schedule: Literal["published", "cosine"] = "published"
-    momentum: Fraction = 0.9  # not 0 with nesterov
+    momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     # the report's s: s / 9 on each wrong class
     label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(data.CLASSES))] = 0.05
     half_size_epochs: Count = 0  # first epochs, never the last, at 16x16: a quarter of the cost
     policy: Policy = Policy()
-    mean: Mean = data.CIFAR10_MEAN
+    mean: Mean = data.CIFAR10_MEAN  # by which training images are normalised
     std: Std = data.PUBLISHED_STD
-    test_mean: Mean = data.PUBLISHED_TEST_MEAN
+    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # and those that are predicted
     test_std: Std = data.PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     precision: Literal[PRECISIONS] = "fp32"  # auto: half, where the hardware is good for it
     # torch.compile; None: on a GPU, for runs that are worth it
     compile: Annotated[bool | None, OrNone] = None
-    ranks: Positive = 1  # processes that share each batch; set by torchrun
     train_size: Annotated[Positive | None, OrNone] = None  # a stratified part; None: all images
     validation_size: Count = 0  # of these, held out and evaluated each epoch
     watch_test: bool = True  # evaluate the test set each epoch, as the report did
+
+    @model_validator(mode="after")
+    def _fields_go_together(self) -> "TrainConfig":
+        check_shape(self.blocks, self.channels)
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov: expected a momentum above 0, got 0: set both or neither")
+        return self
+
+    @property
+    def normalization(self) -> Normalization:
+        """How training images are normalised."""
+        return Normalization(self.mean, self.std)
+
+    @property
+    def test_normalization(self) -> Normalization:
+        """How images are normalised to predict them."""
+        return Normalization(self.test_mean, self.test_std)
 
 
 REPORT = TrainConfig()
@@ -94,10 +112,12 @@ RECIPES = {config.recipe: config for config in (REPORT, BEST, QUICK)}
 
 
 def recipe(name: str, /, **changes: object) -> TrainConfig:
-    """The recipe of that name with fields changed; `policy.<field>` reaches into the augmentation.
+    """Return the recipe of that name with some fields changed.
 
-    Values may be of the field's type or text that reads as one ("0.1", "true", "3,4,3", "none").
-    Raises InputError for an unknown recipe or field, or a value that doesn't fit.
+    `policy.<field>` reaches into the augmentation. Values may be of the field's type, or text that
+    reads as one ("0.1", "true", "3,4,3", "none").
+
+    Raises InputError for an unknown recipe or field, and for a value that doesn't fit.
     """
     if name not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
@@ -108,6 +128,8 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
         return replace(config, policy=asdict(config.policy) | policy)
     except ValidationError as error:
         wrong = error.errors()[0]
+        if not wrong["loc"]:  # fields that don't go together
+            raise wrong["ctx"]["error"] from None
         field = ".".join(map(str, wrong["loc"]))
         reason = wrong["msg"].replace("Input should be", "expected")
         reason = reason.replace("Unexpected keyword argument", "no such setting")
@@ -116,12 +138,16 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
 
 
 def learning_rate(config: TrainConfig, epoch: float) -> float:
-    """The learning rate at `epoch` (0-based; the fraction is the part of it that is done).
+    """Return the learning rate at `epoch`, counted from 0; its fraction is the part that is done.
 
-    published, with peak p, E epochs, w of warm-up and e = floor(epoch): p e / w for e < w, then
-    p (1 + cos(pi (e - 5) / (E - 5))) / 2. The report's program starts its cosine at half the
-    warm-up: the rate jumps from 0.9 p to 0.98 p and the peak is never reached. cosine: linear over
-    the warm-up (at most half the epochs), then p (1 + cos(pi (epoch - w) / (E - w))) / 2.
+    Below, p is the peak, E the number of epochs and w that of warm-up.
+
+    published: by whole epochs e: p e / w for e < w, then p (1 + cos(pi (e - w/2) / (E - w/2))) / 2.
+    The report's program starts its cosine at half the warm-up, so the rate jumps from 0.9 p to
+    0.98 p, and the peak is never reached.
+
+    cosine: step by step, linear over the warm-up (at most half the epochs), then
+    p (1 + cos(pi (epoch - w) / (E - w))) / 2.
     """
     peak, warmup, total = config.learning_rate, config.warmup_epochs, config.epochs
     if config.schedule == "published":
@@ -135,5 +161,5 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
-    """The learning rate at the start of each epoch."""
+    """Return the learning rate at the start of each epoch."""
     return [learning_rate(config, epoch) for epoch in range(config.epochs)]

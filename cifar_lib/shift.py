@@ -1,4 +1,4 @@
-"""Domain shift: adapting to it without labels."""
+"""Domain shift: adapting a network to images of another kind, without their labels."""
 
 import copy
 import math
@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cifar_lib.data import CLASSES, Channels, channel_statistics
-from cifar_lib.errors import InputError
+from cifar_lib.data import CLASSES, Normalization
 from cifar_lib.evaluate import batches, predict
 from cifar_lib.hardware import computing
 
@@ -38,37 +37,48 @@ def adapt(
     method: str,
     model: nn.Module,
     images: Tensor,
-    mean: Channels,
-    std: Channels,
+    normalization: Normalization,
     precision: str = "fp32",
-) -> tuple[nn.Module, Channels, Channels]:
-    """The network, mean and std to predict unlabelled uint8 `images` (N, 3, 32, 32) with.
+) -> tuple[nn.Module, Normalization]:
+    """Return the network and the normalization to predict unlabelled images with.
 
-    none: as they come. normalize: the images' own channel statistics, as the report does.
-    batchnorm: a copy of the network with batch-norm statistics of these images, mixed with the
-    training ones (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779).
-    All but `none` look at the whole set at once. InputError for another, or a constant channel.
+    images: uint8 (N, 3, 32, 32), the whole set, whose statistics every `method` but `none` uses.
+
+    none: as they come.
+    normalize: normalised by the images' own channel statistics, as the report does.
+    batchnorm: a copy of the network whose batch norms have statistics of these images, mixed with
+    the training ones (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779).
+
+    Raises InputError if a channel is constant and the images are to be normalised by their own.
     """
-    if method not in ADAPTATIONS:
-        raise InputError(f"adapt: expected one of {', '.join(ADAPTATIONS)}; got {method!r}")
+    assert method in ADAPTATIONS, method
     if "normalize" in method:
-        own_mean, own_std = channel_statistics(images)
-        if min(own_std) == 0:
-            raise InputError("adapt: a channel of these images is constant: use --adapt none")
-        mean, std = tuple(own_mean.tolist()), tuple(own_std.tolist())
+        normalization = Normalization.of(images)
     if "batchnorm" in method:
-        trained, model = _batch_norms(model), copy.deepcopy(model).eval()
-        for layer in _batch_norms(model):
-            layer.reset_running_stats()
-            layer.momentum = None  # the plain mean over batches
-            layer.train()
-        _forward(model, images, mean, std, precision)
-        for layer, old in zip(_batch_norms(model), trained, strict=True):
-            share = PRIOR / (PRIOR + len(images))
-            layer.running_mean.lerp_(old.running_mean, share)
-            layer.running_var.lerp_(old.running_var, share)
-            layer.eval()
-    return model, mean, std
+        model = _with_statistics_of(images, model, normalization, precision)
+    return model, normalization
+
+
+def _with_statistics_of(
+    images: Tensor, model: nn.Module, normalization: Normalization, precision: str
+) -> nn.Module:
+    """A copy whose batch norms have mixed these images' statistics into the training ones."""
+    adapted = copy.deepcopy(model).eval()
+
+    # Forget the training statistics, and gather those of these images.
+    for layer in _batch_norms(adapted):
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over batches
+        layer.train()
+    _forward(adapted, images, normalization, precision)
+
+    # Mix the training ones in, as if they were of PRIOR more images.
+    share = PRIOR / (PRIOR + len(images))
+    for layer, trained in zip(_batch_norms(adapted), _batch_norms(model), strict=True):
+        layer.running_mean.lerp_(trained.running_mean, share)
+        layer.running_var.lerp_(trained.running_var, share)
+        layer.eval()
+    return adapted
 
 
 class Adapted(NamedTuple):
@@ -82,12 +92,11 @@ class Adapted(NamedTuple):
 def predict_adapted(
     model: nn.Module,
     images: Tensor,
-    mean: Channels,
-    std: Channels,
+    normalization: Normalization,
     precision: str = "fp32",
     tta: str = "none",
 ) -> Adapted:
-    """Predict unlabelled uint8 `images` (N, 3, 32, 32), adapted unless their class mix forbids it.
+    """Predict unlabelled images, uint8 (N, 3, 32, 32), adapted unless their class mix forbids it.
 
     Statistics of a file carry its class mix as well as its shift: on 300 images of one class,
     batch norm removes what makes them that class. So the predictions are looked at. Where the
@@ -96,13 +105,15 @@ def predict_adapted(
 
     Raises InputError if a channel is constant.
     """
-    network, own_mean, own_std = adapt(BALANCED, model, images, mean, std, precision)
-    adapted = predict(network, images, own_mean, own_std, precision, tta)
+    # Adapt, and look at the classes that this predicts.
+    network, own_normalization = adapt(BALANCED, model, images, normalization, precision)
+    adapted = predict(network, images, own_normalization, precision, tta)
     counts = class_counts(adapted)
     if is_balanced(counts):
         return Adapted(adapted, BALANCED, "the predicted classes are balanced")
 
-    unadapted = predict(model, images, mean, std, precision, tta)
+    # They are far from balanced: is that the file's classes, or a strong shift?
+    unadapted = predict(model, images, normalization, precision, tta)
     unadapted_counts = class_counts(unadapted)
     sure, adapted_sure = confidence(unadapted), confidence(adapted)
     allowed = allowed_imbalance(len(images))
@@ -138,8 +149,11 @@ def allowed_imbalance(n: int) -> float:
 
 
 def imbalance(counts: Tensor) -> float:
-    """How far classes, int64 (10,), are from equally frequent: the total variation distance of
-    their shares, the part of the images that would have to change class; 0 to 0.9."""
+    """How far classes, int64 (10,), are from equally frequent, from 0 to 0.9.
+
+    It is the total variation distance of their shares from equal ones: the part of the images that
+    would have to change class.
+    """
     shares = counts / counts.sum()
     return (shares - 1 / len(CLASSES)).abs().sum().item() / 2
 
@@ -161,28 +175,36 @@ def confidence(logits: Tensor) -> float:
 
 @torch.no_grad()
 def rebase_batch_norm(
-    model: nn.Module, images: Tensor, mean: Channels, std: Channels, precision: str = "fp32"
+    model: nn.Module, images: Tensor, normalization: Normalization, precision: str = "fp32"
 ) -> nn.Module:
-    """A copy that computes the same, its batch norms written around these uint8 images' statistics.
+    """Return a copy that computes the same, with batch norms written around other statistics.
 
-    Training leaves those of augmented images, from which others deviate as the weights expect.
-    `adapt` would take that away with the shift; rebased on plain ones, only the shift is left.
+    images: uint8 (N, 3, 32, 32), plain training images, whose statistics they are.
+
+    Training leaves statistics of augmented images, and weights that expect other images to deviate
+    from them. `adapt` would take that deviation away together with the shift; around those of plain
+    images only the shift is left.
     """
     model = copy.deepcopy(model).eval()
+
+    # Measure the variance and mean of what comes into each batch norm, batch by batch.
     moments: dict[nn.Module, list[Tensor]] = {layer: [] for layer in _batch_norms(model)}
 
     def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         moments[layer].append(torch.stack(torch.var_mean(inputs[0].float(), (0, 2, 3))))
 
     hooks = [layer.register_forward_pre_hook(measure) for layer in moments]
-    _forward(model, images, mean, std, precision)
-    for layer, hook in zip(moments, hooks, strict=True):
+    _forward(model, images, normalization, precision)
+    for hook in hooks:
         hook.remove()
-        variance, centre = torch.stack(moments[layer]).mean(0)
+
+    # Exchange the statistics, and undo the exchange in weight and bias.
+    for layer, measured in moments.items():
+        variance, mean = torch.stack(measured).mean(0)  # (channels,) each
         scale = layer.weight / (layer.running_var + layer.eps).sqrt()
-        layer.bias += scale * (centre - layer.running_mean)
+        layer.bias += scale * (mean - layer.running_mean)
         layer.weight.copy_(scale * (variance + layer.eps).sqrt())
-        layer.running_mean.copy_(centre)
+        layer.running_mean.copy_(mean)
         layer.running_var.copy_(variance)
     return model
 
@@ -192,8 +214,9 @@ def _batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 
 def _forward(
-    model: nn.Module, images: Tensor, mean: Channels, std: Channels, precision: str
+    model: nn.Module, images: Tensor, normalization: Normalization, precision: str
 ) -> None:
-    for inputs in batches(model, images, mean, std, STATISTICS_BATCH):
+    """Let the model see all images, for what its layers measure."""
+    for inputs in batches(model, images, normalization, STATISTICS_BATCH):
         with computing(inputs.device, precision):
             model(inputs)

@@ -5,9 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from nbmake.nb_run import NotebookRun
+
 from cifar_lib import environment
 from cifar_lib.errors import InputError
-from nbmake.nb_run import NotebookRun
 
 # Kernels inherit these. JUPYTER_PATH comes before every other place for kernels: without it the
 # "python3" of another interpreter in the user's folder would run the notebooks (jupyter_client#35).

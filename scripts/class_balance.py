@@ -1,4 +1,4 @@
-"""What adapting is worth on files whose classes aren't balanced: `python scripts/class_balance.py`.
+"""What adapting is worth on files whose classes aren't balanced: `python -m scripts.class_balance`.
 
 Each file holds real test images: one class has a share of 10 to 100 %, the other nine have equal
 parts of the rest; or there are two classes, or a long tail. `shift.is_misled` was chosen on
@@ -9,7 +9,6 @@ are measured, so that an interrupted run goes on; `--figure` draws them without 
 
 import argparse
 import csv
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -20,17 +19,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from cifar_lib import shift
+from cifar_lib.data import CLASSES, load_cifar10
+from cifar_lib.evaluate import predict, wilson_interval
+from cifar_lib.hardware import choose_precision
+from cifar_lib.model import SHIPPED, load_model
+from notebooks.course.corruptions import shifted
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
-
-from shifts import shifted  # noqa: E402
-
-from cifar_lib import shift  # noqa: E402
-from cifar_lib.data import CLASSES, load_cifar10  # noqa: E402
-from cifar_lib.evaluate import predict, wilson_interval  # noqa: E402
-from cifar_lib.hardware import choose_precision  # noqa: E402
-from cifar_lib.model import SHIPPED, load_model  # noqa: E402
-
 TABLE = ROOT / "results" / "shift" / "class_balance.csv"
 FIGURE = TABLE.with_suffix(".png")
 SHARES = (0.3, 1.0, 0.1, 0.5, 0.2)
@@ -76,7 +72,6 @@ def measure() -> None:
     """Measures what the table lacks."""
     torch.set_num_threads(2)
     model, info = load_model(SHIPPED)
-    how = (info["mean"], info["std"])
     precision = choose_precision("auto", torch.device("cpu"))
     test = load_cifar10()[1]
     halves = {
@@ -111,11 +106,15 @@ def measure() -> None:
                 if method == "none":
                     missing = where[unadapted[where, 0].isnan()]
                     if len(missing):
-                        unadapted[missing] = predict(model, images[missing], *how, precision)
+                        unadapted[missing] = predict(
+                            model, images[missing], info.normalization, precision
+                        )
                     logits = unadapted[where]
                 else:
-                    network, mean, std = shift.adapt(method, model, images[where], *how, precision)
-                    logits = predict(network, images[where], mean, std, precision)
+                    network, normalization = shift.adapt(
+                        method, model, images[where], info.normalization, precision
+                    )
+                    logits = predict(network, images[where], normalization, precision)
                 labels = logits.argmax(1)
                 confidence = round(shift.confidence(logits), 4)
                 correct = int((labels == half.labels[where]).sum())

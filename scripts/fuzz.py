@@ -33,10 +33,10 @@ from PIL import Image
 
 from cifar_lib import cli
 from cifar_lib.checkpoint import DIGEST_SIZE, RunDirectory
-from cifar_lib.data import read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import load_model
+from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, recipe
 from cifar_lib.train import State
 from notebooks.course.stand_in import generate_stand_in

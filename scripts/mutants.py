@@ -1,8 +1,8 @@
 """Do the tests notice a wrong line? Small changes to the package, one at a time, and who fails.
 
-    python scripts/mutants.py                  200 changes, drawn by a seed, into results/mutants.md
-    python scripts/mutants.py --count 40 --only train fit       some modules, and no report
-    python scripts/mutants.py --count 0 --named scripts/named_mutants.json   those written by hand
+    python -m scripts.mutants                  200 changes, drawn by a seed, into results/mutants.md
+    python -m scripts.mutants --count 40 --only train fit       some modules, and no report
+    python -m scripts.mutants --count 0 --named scripts/named_mutants.json   those written by hand
 
 Every change is made in a copy of the working tree, so the tree itself never changes, and commands
 that tests start as child processes see the change too. Each mutant gets a process that is forked
@@ -245,6 +245,7 @@ def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int
     """pytest's exit code, in this (forked) process, with the package of `tree`."""
     os.chdir(tree)
     sys.path[0] = str(tree)
+    del sys.modules["scripts"]  # this checkout's: the tests import the tree's
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

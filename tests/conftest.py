@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import generate_stand_in
 
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
+from notebooks.course.stand_in import generate_stand_in
 
 torch.set_num_threads(
     1

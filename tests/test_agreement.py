@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from shifts import generate_test_file
-from stand_in import generate_stand_in
 
 from cifar_lib import cli, shift
 from cifar_lib.data import CLASSES, ImageSet, read_picture
@@ -17,6 +15,8 @@ from cifar_lib.evaluate import predict, summarize
 from cifar_lib.explain import beside_heat, grad_cam
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import ResNet, load_model, save_model
+from notebooks.course.corruptions import generate_test_file
+from notebooks.course.stand_in import generate_stand_in
 
 # Far apart in every channel, so that exchanging or replacing them changes the answers.
 MEAN, STD = (0.55, 0.35, 0.45), (0.15, 0.3, 0.2)

@@ -9,7 +9,6 @@ import argparse
 
 import pytest
 import torch
-from fakecuda import COPIES, FakeCuda
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +23,7 @@ from cifar_lib.model import PRETRAINED, ResNet
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import adapt, rebase_batch_norm
 from cifar_lib.train import State, Step
+from tests.fakecuda import COPIES, FakeCuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NORMALISATION = (CIFAR10_MEAN, CIFAR10_STD)
@@ -107,10 +107,10 @@ def test_weights_lie_in_memory_as_their_device_wants_it(request, session_of_pret
 
 @pytest.fixture
 def session_of_pretrained(stand_in, monkeypatch):
-    from session import Session
+    from notebooks.course.session import Session
 
     monkeypatch.setenv("CIFAR_WEIGHTS", PRETRAINED)
-    monkeypatch.setattr("session.choose_device", lambda name: CPU)
+    monkeypatch.setattr("notebooks.course.session.choose_device", lambda name: CPU)
     train, test = stand_in
     return Session("quick", train, test, test, recipe("quick"))
 

@@ -3,7 +3,6 @@ from collections import Counter
 from functools import lru_cache
 
 import numpy as np
-import plain
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +11,7 @@ from torchvision import transforms as tv
 from torchvision.transforms import autoaugment
 from torchvision.transforms import functional as pil
 
+from benchmarks import plain
 from cifar_lib import augment as ours
 from cifar_lib.augment import Policy, augment_epoch, draw, op_table
 from cifar_lib.data import CIFAR10_MEAN

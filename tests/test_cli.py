@@ -17,9 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from session import SHIFT, trials_table
-from shifts import generate_test_file
-from stand_in import generate_stand_in
 
 import cifar_lib
 from cifar_lib import cli, shift
@@ -30,6 +27,9 @@ from cifar_lib.fit import fit, split
 from cifar_lib.model import ResNet, load_model, save_model
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import ADAPTATIONS
+from notebooks.course.corruptions import generate_test_file
+from notebooks.course.reference import SHIFT, trials_table
+from notebooks.course.stand_in import generate_stand_in
 
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {TINY} --device cpu"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fakecuda import FakeCuda
 
 from cifar_lib.augment import RULES, Policy, augment, draw
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD
@@ -11,6 +10,7 @@ from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
 from cifar_lib.shift import adapt
 from cifar_lib.train import State, Step
+from tests.fakecuda import FakeCuda
 
 CUDA = torch.device("cuda")
 NORMALISATION = (CIFAR10_MEAN, CIFAR10_STD)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
-from stand_in import generate_stand_in
 from torchvision.datasets import CIFAR10
 
 from cifar_lib import data
 from cifar_lib.data import CAT, DOG, FOLDER, ImageSet, find_cifar10, load_cifar10, read_picture
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import confusion_matrix
+from notebooks.course.stand_in import generate_stand_in
 
 
 @pytest.fixture

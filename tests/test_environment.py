@@ -107,7 +107,7 @@ def test_a_missing_package_is_one_line_with_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["notebooks/build.py"], ["-m", "pytest", "--nbmake", "notebooks"]]
+    "command", [["-m", "scripts.build_pages"], ["-m", "pytest", "--nbmake", "notebooks"]]
 )
 def test_notebooks_are_not_started_with_a_wrong_variable(command):
     done = subprocess.run(

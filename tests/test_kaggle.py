@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from shifts import FAMILIES, generate_test_file, shifted
-from stand_in import generate_stand_in
 
 from cifar_lib import kaggle
 from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.files import parse_object
 from cifar_lib.kaggle import read_test_file, write_submission
+from notebooks.course.corruptions import FAMILIES, generate_test_file, shifted
+from notebooks.course.stand_in import generate_stand_in
 
 N = 4
 IMAGES = generate_stand_in(N, 0)[0].images

@@ -9,7 +9,6 @@ import pytest
 import safetensors.torch
 import torch
 import torchinfo
-from session import SHIFT, SHIPPED_RUN
 
 from cifar_lib.data import stratified_split
 from cifar_lib.errors import InputError
@@ -22,8 +21,9 @@ from cifar_lib.model import (
     save_model,
     training_normalization,
 )
+from notebooks.course.reference import REFERENCE, SHIFT, SHIPPED_RUN
 
-PUBLISHED_TABLE = Path(__file__).parents[1] / "results" / "published" / "architecture.txt"
+PUBLISHED_TABLE = REFERENCE / "architecture.txt"
 INFO = {"recipe": "report", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
 
 

@@ -11,30 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import build
 import nbformat
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from nbclient import NotebookClient
-from session import (
-    LABEL_CHECKS,
-    Inspector,
-    Session,
-    published_confusion,
-    published_history,
-    show_source,
-    sixty_epochs,
-)
-from stand_in import generate_stand_in
 
-import figures
 from cifar_lib import evaluate
 from cifar_lib.data import CAT, CLASSES, DOG, REAL, STAND_IN
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import recipe
+from notebooks.course import plots
+from notebooks.course.inspector import Inspector
+from notebooks.course.reference import (
+    LABEL_CHECKS,
+    published_confusion,
+    published_history,
+    sixty_epochs,
+)
+from notebooks.course.session import Session, show_source
+from notebooks.course.stand_in import generate_stand_in
+from scripts import build_pages
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
@@ -45,6 +44,7 @@ NAMES = [
     "05_kaggle_submission",
 ]
 SOLUTIONS = "solutions"
+SESSION = "notebooks.course.session"
 ADDRESS = re.search(
     r'Repository = "https://github\.com/(.+)"',
     (ROOT / "pyproject.toml").read_text(encoding="utf-8"),
@@ -174,24 +174,24 @@ def without(package: str, code: str) -> str:
     """The last line that Python says to `code` where `package` isn't installed."""
     missing = f"import importlib.util as u; real = u.find_spec; missing = {package!r}\n"
     missing += "u.find_spec = lambda name, *rest: None if name == missing else real(name, *rest)\n"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", missing + code]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     return (done.stderr.splitlines() or [""])[-1]
 
 
 def test_a_missing_package_is_one_line_with_the_remedy():
-    last = without("torchinfo", "import session")
+    last = without("torchinfo", f"import {SESSION}")
     assert last == "ImportError: missing: torchinfo: pip install -r requirements.txt, restart"
 
 
 def test_a_package_of_one_section_is_asked_for_there():
-    code = "import session, sys; print(set(sys.modules) & set(session.environment.OPTIONAL))"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])
-    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": path}
-    assert subprocess.check_output(command, env=environment, encoding="utf-8").strip() == "set()"
-    last = without("optuna", "import session; session.trials_table()")
+    code = f"import sys; from {SESSION} import environment\n"
+    code += "print(set(sys.modules) & set(environment.OPTIONAL))"
+    done = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, encoding="utf-8")
+    assert done.strip() == "set()"
+    code = "from notebooks.course.reference import trials_table; trials_table()"
+    last = without("optuna", code)
     assert "expected the package optuna" in last and "pip install" in last
 
 
@@ -217,8 +217,8 @@ def test_committed_outputs_are_clean(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_links_to_what_is_there(name, tmp_path, monkeypatch):
     pages = tmp_path / "runs" / "html"
-    monkeypatch.setattr(build, "PAGES", pages)
-    build._write_page(name, nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
+    monkeypatch.setattr(build_pages, "PAGES", pages)
+    build_pages._write_page(name, nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4))
     page = (pages / f"{name}.html").read_text(encoding="utf-8")
     for link in re.findall(r'href="([^"#:]+)["#]', page):
         if link.startswith("../../"):
@@ -237,11 +237,11 @@ def test_the_kernel_is_this_environments_and_figures_come_out_even_under_agg(tmp
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
     code = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'notebooks')!r}]\n"
-        "from types import SimpleNamespace\nfrom pathlib import Path\nimport figures\n"
-        "from session import Session\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from types import SimpleNamespace\nfrom pathlib import Path\n"
+        "from notebooks.course import plots\nfrom notebooks.course.session import Session\n"
         f"place = SimpleNamespace(profile='quick', folder=Path({str(tmp_path)!r}), note=None)\n"
-        "figure = figures.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T')\n"
+        "figure = plots.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T')\n"
         "Session.show(place, figure, 'f', 'a line')\n"
         "print(sys.executable)"
     )
@@ -265,9 +265,9 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.delenv("CIFAR_PROFILE", raising=False)
     monkeypatch.delenv("CIFAR_RUNS", raising=False)
-    monkeypatch.setattr("session.load_cifar10", nothing)
-    monkeypatch.setattr("session.generate_stand_in", lambda: generate_stand_in(1200, 1100))
-    monkeypatch.setattr("session.ROOT", tmp_path)
+    monkeypatch.setattr(f"{SESSION}.load_cifar10", nothing)
+    monkeypatch.setattr(f"{SESSION}.generate_stand_in", lambda: generate_stand_in(1200, 1100))
+    monkeypatch.setattr(f"{SESSION}.ROOT", tmp_path)
 
 
 def test_without_data_quick_goes_on_and_says_so_on_everything(offline, tmp_path, capsys):
@@ -290,13 +290,13 @@ def test_runs_archive_and_figures_go_to_the_folder_that_is_named(offline, monkey
         return generate_stand_in(1200, 1100)
 
     monkeypatch.setenv("CIFAR_RUNS", str(drive))
-    monkeypatch.setattr("session.load_cifar10", load)
+    monkeypatch.setattr(f"{SESSION}.load_cifar10", load)
     place = Session.open()
     assert (
         asked["archives"] == drive and drive in place.folder.parents and drive in place.run.parents
     )
-    place.show(figures.curves({"a": ([0, 1], [0, 1])}, "x", "y", "T"), "f", "a line")
-    replace(place, profile="full").show(figures.curves({"a": ([0], [0])}, "x", "y", "T"), "g", "-")
+    place.show(plots.curves({"a": ([0, 1], [0, 1])}, "x", "y", "T"), "f", "a line")
+    replace(place, profile="full").show(plots.curves({"a": ([0], [0])}, "x", "y", "T"), "g", "-")
     assert (place.folder / "figures" / "f.png").is_file() and (
         drive / "figures" / "g.png"
     ).is_file()
@@ -318,9 +318,9 @@ def test_a_read_only_repository_needs_one_line_or_kaggles_folder(offline, monkey
         asked.update(places)
         return generate_stand_in(1200, 1100)
 
-    monkeypatch.setattr("session._writable", writable)
-    monkeypatch.setattr("session.load_cifar10", load)
-    monkeypatch.setattr("session.KAGGLE_OUTPUT", tmp_path / "working")
+    monkeypatch.setattr(f"{SESSION}._writable", writable)
+    monkeypatch.setattr(f"{SESSION}.load_cifar10", load)
+    monkeypatch.setattr(f"{SESSION}.KAGGLE_OUTPUT", tmp_path / "working")
     with pytest.raises(InputError, match="^CIFAR_RUNS: expected .*Read-only[^\n]*set CIFAR_RUNS"):
         Session.open()
     (tmp_path / "working").mkdir()
@@ -331,7 +331,7 @@ def test_a_read_only_repository_needs_one_line_or_kaggles_folder(offline, monkey
 
 
 def test_relative_paths_mean_the_repository_in_a_kernel(offline, monkeypatch, tmp_path):
-    monkeypatch.setattr("session.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
+    monkeypatch.setattr(f"{SESSION}.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")
     (tmp_path / "own.pkl").touch()
@@ -344,9 +344,9 @@ def test_relative_paths_mean_the_repository_in_a_kernel(offline, monkeypatch, tm
 
 
 def test_the_device_that_is_named_is_used(offline, monkeypatch):
-    monkeypatch.setattr("session.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
-    monkeypatch.setattr("session.choose_device", lambda name: torch.device("meta", len(name)))
-    monkeypatch.setattr("session.prepare", lambda device, _: None)
+    monkeypatch.setattr(f"{SESSION}.load_cifar10", lambda **_: generate_stand_in(1200, 1100))
+    monkeypatch.setattr(f"{SESSION}.choose_device", lambda name: torch.device("meta", len(name)))
+    monkeypatch.setattr(f"{SESSION}.prepare", lambda device, _: None)
     monkeypatch.setenv("CIFAR_DEVICE", "cpu")
     assert Session.open().device == torch.device("meta", 3)
     monkeypatch.delenv("CIFAR_DEVICE")
@@ -378,7 +378,7 @@ def test_an_unknown_profile_is_refused(monkeypatch):
 
 def test_source_is_shown_as_python_and_as_text(monkeypatch):
     shown = []
-    monkeypatch.setattr("session.display", lambda data, raw: shown.append(data))
+    monkeypatch.setattr(f"{SESSION}.display", lambda data, raw: shown.append(data))
     show_source(published_history, Session.fit)
     (data,) = shown
     text = data["text/plain"]
@@ -398,7 +398,7 @@ def test_published_numbers_are_the_reports():
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
-    monkeypatch.setattr("session.ROOT", tmp_path)
+    monkeypatch.setattr(f"{SESSION}.ROOT", tmp_path)
     monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
     train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
     tiny = recipe(
@@ -407,7 +407,7 @@ def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
     session = Session(profile, train, test, test, tiny)
     metrics = session.fit()
     session.show(
-        figures.epoch_curves(sixty_epochs("accuracy"), "accuracy", "T"),
+        plots.epoch_curves(sixty_epochs("accuracy"), "accuracy", "T"),
         "curves",
         "four curves",
     )

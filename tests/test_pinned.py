@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shifts
 import torch
 from PIL import Image
 
 from cifar_lib import data, shift
 from cifar_lib.evaluate import calibration_error, reliability
 from cifar_lib.recipes import recipe
+from notebooks.course import corruptions
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -70,22 +70,22 @@ def test_the_calibration_error_has_15_bins_and_the_training_statistics_count_for
     assert shift.PRIOR == 16
 
 
-@pytest.mark.parametrize("family", shifts.FAMILIES)
+@pytest.mark.parametrize("family", corruptions.FAMILIES)
 def test_the_severities_of_a_shift_move_strictly_away(family):
-    amounts = shifts.FAMILIES[family][1]
+    amounts = corruptions.FAMILIES[family][1]
     signs = {np.sign(after - before) for before, after in pairwise(amounts)}
-    assert len(amounts) == len(shifts.SEVERITIES) and signs in ({1.0}, {-1.0})
+    assert len(amounts) == len(corruptions.SEVERITIES) and signs in ({1.0}, {-1.0})
 
 
 def test_generated_values_are_rounded_not_cut_off(tmp_path, stand_in):
     images = stand_in[1].images
     mean, std = (0.4765, 0.4808, 0.4958), (0.2303, 0.2267, 0.2268)
-    made = shifts.match_statistics(images, mean, std)
+    made = corruptions.match_statistics(images, mean, std)
     found_mean, found_std = data.channel_statistics(made)
     # Cutting off would darken every channel by half a value, 0.002.
     np.testing.assert_allclose(found_mean, mean, atol=5e-4)
     np.testing.assert_allclose(found_std, std, atol=5e-4)
-    shifts.generate_test_file(tmp_path / "test.pkl", stand_in[1])
+    corruptions.generate_test_file(tmp_path / "test.pkl", stand_in[1])
     stored = pickle.loads((tmp_path / "test.pkl").read_bytes())[b"data"]
     assert stored.shape == (len(images), 32, 32, 3)
 

@@ -10,8 +10,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
-import figures
 from cifar_lib.data import CLASSES
+from notebooks.course import plots
 
 MATRIX = np.diag(np.full(10, 90)) + np.arange(100).reshape(10, 10) % 7 * (1 - np.eye(10, dtype=int))
 PICTURES = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), dtype=np.uint8)
@@ -34,7 +34,7 @@ def bars(figure: Figure, panel: int = 0) -> list[list[float]]:
 
 
 def test_pictures_come_row_by_row_with_their_titles():
-    figure = figures.image_grid(PICTURES, 3, [f"t{i}" for i in range(7)], ["a", "b", "c"], "T")
+    figure = plots.image_grid(PICTURES, 3, [f"t{i}" for i in range(7)], ["a", "b", "c"], "T")
     assert len(figure.axes) == 9 and [ax.axison for ax in figure.axes] == 7 * [True] + 2 * [False]
     for i, ax in enumerate(figure.axes[:7]):
         assert np.array_equal(ax.images[0].get_array(), PICTURES[i]) and ax.get_title() == f"t{i}"
@@ -43,37 +43,37 @@ def test_pictures_come_row_by_row_with_their_titles():
 
 def test_a_gallery_lays_heat_over_pictures_and_says_when_it_is_empty():
     heat = np.linspace(0, 1, 7 * 1024).reshape(7, 32, 32)
-    figure = figures.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=heat)
+    figure = plots.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=heat)
     for i, ax in enumerate(figure.axes[:7]):
         picture, overlay = (image.get_array() for image in ax.images)
         assert np.array_equal(picture, PICTURES[i]) and np.array_equal(overlay, heat[i])
         assert ax.get_title() == "a\nb"
-    assert figures.gallery(PICTURES[:0], [], "T").texts[-1].get_text() == "no such image"
+    assert plots.gallery(PICTURES[:0], [], "T").texts[-1].get_text() == "no such image"
 
 
 def test_bars_are_as_long_as_the_counts():
     counts = {"train": list(range(10)), "test": list(range(10, 20))}
-    figure = figures.class_counts(counts, "T")
+    figure = plots.class_counts(counts, "T")
     assert bars(figure) == list(counts.values())
     assert labels(figure.axes[0].xaxis) == list(CLASSES)
-    figure = figures.confused_pairs([("cat", "dog", 5), ("ship", "frog", 4)], [3, 6], "T", "images")
+    figure = plots.confused_pairs([("cat", "dog", 5), ("ship", "frog", 4)], [3, 6], "T", "images")
     assert bars(figure) == [[5, 4]] and lines(figure)["published run"] == ([3, 6], [0, 1])
     assert labels(figure.axes[0].yaxis) == ["cat taken for dog", "ship taken for frog"]
     colours = [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches]
-    assert colours == [figures.COLOURS[5], figures.COLOURS[0]]
+    assert colours == [plots.COLOURS[5], plots.COLOURS[0]]
 
 
 def test_lines_and_dots_go_through_the_numbers():
     counts = np.arange(768.0).reshape(3, 256)
-    drawn = lines(figures.channel_histograms({"a": counts, "b": counts + 1}, "T"), panel=1)
+    drawn = lines(plots.channel_histograms({"a": counts, "b": counts + 1}, "T"), panel=1)
     for name, channel in zip(("red", "green", "blue"), counts + 1, strict=True):
         assert drawn[name] == (list(range(256)), (channel / channel.sum()).tolist())
     sets = {"a": ((0.1, 0.2, 0.3), (1, 2, 3)), "b": ((0.4, 0.5, 0.6), (4, 5, 6))}
-    figure = figures.channel_dots(sets, "T")
+    figure = plots.channel_dots(sets, "T")
     for panel in (0, 1):
         dots = zip(("red", "green", "blue"), sets["a"][panel], sets["b"][panel], strict=True)
         assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
-    figure = figures.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
+    figure = plots.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
     assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])
     patch = figure.axes[0].patches[0]  # a Polygon before Matplotlib 3.9, then a Rectangle
     band = patch.get_path().get_extents(patch.get_patch_transform())
@@ -82,7 +82,7 @@ def test_lines_and_dots_go_through_the_numbers():
 
 def test_an_inset_repeats_the_lines_between_its_limits():
     series = {"a": [0.1, 0.5, 0.91], "b": [0.2, 0.3, 0.95]}
-    (ax,) = figures.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
+    (ax,) = plots.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
     (inset,) = ax.child_axes
     assert inset.get_ylim() == (0.9, 0.96)
     for panel in (ax, inset):
@@ -91,7 +91,7 @@ def test_an_inset_repeats_the_lines_between_its_limits():
 
 def test_only_a_block_that_changes_the_shape_projects_its_input():
     blocks = {"stays": ((16, 8, 8), (16, 8, 8)), "changes": ((16, 8, 8), (32, 4, 4))}
-    axes = figures.block_diagram(blocks, "T").axes
+    axes = plots.block_diagram(blocks, "T").axes
     stays, changes = ([text.get_text() for text in ax.texts] for ax in axes)
     projection = "1×1 convolution,\nstride 2"
     assert projection in changes and projection not in stays
@@ -99,14 +99,14 @@ def test_only_a_block_that_changes_the_shape_projects_its_input():
 
 
 def test_a_network_names_its_parts_and_the_shapes_between_them():
-    figure = figures.network_diagram({"image": (3, 32, 32), "mean": (264,)}, "T")
+    figure = plots.network_diagram({"image": (3, 32, 32), "mean": (264,)}, "T")
     texts = [text.get_text() for text in figure.axes[0].texts if text.get_text()]
     assert texts == ["image", "3", "32×32", "mean", "264", "logits"]
 
 
 def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
     trials = pd.DataFrame({"number": [0, 3], "accuracy": [0.3, 0.5], "rate": [0.1, 0.001]})
-    figure = figures.search_trials(trials, {"rate": "learning rate"}, 0, "T")
+    figure = plots.search_trials(trials, {"rate": "learning rate"}, 0, "T")
     drawn = {"proposed by the search": ([0.001], [0.5]), "Table 1's values": ([0.1], [0.3])}
     assert lines(figure) == drawn
     assert figure.axes[0].get_xscale() == "log"
@@ -114,7 +114,7 @@ def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
 
 @pytest.mark.parametrize("signed, text", [(False, "90"), (True, "+90")])
 def test_confusion_prints_every_cell(signed, text):
-    ax = figures.confusion({"a": MATRIX}, "T", "images", signed).axes[0]
+    ax = plots.confusion({"a": MATRIX}, "T", "images", signed).axes[0]
     cells = {text.get_position(): text.get_text() for text in ax.texts if text.get_text()}
     assert len(cells) == 100 and all(cells[i + 0.5, i + 0.5] == text for i in range(10))
     for true, guess in np.argwhere(MATRIX * (1 - np.eye(10, dtype=int))):
@@ -124,7 +124,7 @@ def test_confusion_prints_every_cell(signed, text):
 
 
 def test_confusion_colours_the_mistakes_only_and_in_one_scale():
-    figure = figures.confusion({"a": MATRIX, "twice": 2 * MATRIX}, "T", "images")
+    figure = plots.confusion({"a": MATRIX, "twice": 2 * MATRIX}, "T", "images")
     first, second = (ax.collections[0] for ax in figure.axes[:2])
     colours = np.ma.filled(first.get_array(), np.nan).reshape(10, 10)
     assert np.isnan(colours.diagonal()).all() and np.nanmax(colours) == 6
@@ -138,7 +138,7 @@ def test_a_bin_of_few_images_has_a_long_interval():
         "confidence": np.array([np.nan, 0.5, 0.9]),
         "accuracy": np.array([np.nan, 0.5, 0.5]),
     }
-    figure = figures.reliability_diagram({"a": bins}, "T")
+    figure = plots.reliability_diagram({"a": bins}, "T")
     _, _, (drawn,) = figure.axes[0].containers[0]
     lengths = [high - low for (_, low), (_, high) in drawn.get_segments()]
     assert lengths == pytest.approx([0.811, 0.137], abs=0.001)  # Wilson's, of 1 in 2 and 100 in 200
@@ -146,7 +146,7 @@ def test_a_bin_of_few_images_has_a_long_interval():
 
 def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
     captions = [f"{i}\n99%" for i in range(7)]
-    figure = figures.contact_sheet({"a": (PICTURES, captions, np.arange(7) > 4)}, "T", columns=3)
+    figure = plots.contact_sheet({"a": (PICTURES, captions, np.arange(7) > 4)}, "T", columns=3)
     (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == captions
     assert len(ax.images) == 7 and len(ax.patches) == 2
@@ -156,7 +156,7 @@ def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
 
 def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
     sets = {"a": np.arange(-3, 9), "b": np.arange(-5, 4)}
-    ax = figures.two_histograms(sets, "T", "x", ("left", "right")).axes[0]
+    ax = plots.two_histograms(sets, "T", "x", ("left", "right")).axes[0]
     for patch, (name, values) in zip(ax.patches, sets.items(), strict=True):
         assert patch.get_label() == f"{name} ({len(values)})"
         x, y = patch.get_xy().T
@@ -167,13 +167,13 @@ def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
 def test_shifts_stand_a_row_each_at_every_severity():
     pictures = np.stack([PICTURES[:3], PICTURES[3:6]])
     accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"])
-    axes = figures.shift_pictures(pictures, accuracy, "T").axes
+    axes = plots.shift_pictures(pictures, accuracy, "T").axes
     shown = [ax.images[0].get_array() for ax in axes if ax.images]
     assert np.array_equal(shown, PICTURES[:6])
 
 
 def test_intervals_reach_from_low_to_high():
-    figure = figures.intervals({"a": (0.5, 0.4, 0.7), "b": (0.2, 0.1, 0.3)}, "T", "accuracy")
+    figure = plots.intervals({"a": (0.5, 0.4, 0.7), "b": (0.2, 0.1, 0.3)}, "T", "accuracy")
     reach = [bar.lines[2][0].get_segments()[0].tolist() for bar in figure.axes[0].containers]
     assert np.allclose(reach, [[[0.4, 0], [0.7, 0]], [[0.1, 1], [0.3, 1]]])
     assert [text.get_text() for text in figure.axes[0].texts] == ["50.00%", "20.00%"]
@@ -182,10 +182,10 @@ def test_intervals_reach_from_low_to_high():
 def test_severity_maps_print_percent_signed_and_bold_where_sure():
     rows = [("noise", 1, 0.1), ("noise", 2, 0.2), ("blur", 1, 0.3), ("blur", 2, -0.4)]
     frame = pd.DataFrame(rows, columns=["family", "severity", "gain"])
-    table = figures.by_severity(frame, "gain")
-    plain = figures.severity_maps({"a": table}, "T").axes[0]
+    table = plots.by_severity(frame, "gain")
+    plain = plots.severity_maps({"a": table}, "T").axes[0]
     assert [text.get_text() for text in plain.texts] == ["10.0", "20.0", "30.0", "-40.0"]
-    signed = figures.severity_maps({"a": -table}, "T", {"a": table > 0}).axes[0]
+    signed = plots.severity_maps({"a": -table}, "T", {"a": table > 0}).axes[0]
     assert [text.get_text() for text in signed.texts] == ["-10.0", "-20.0", "-30.0", "+40.0"]
     assert [text.get_weight() for text in signed.texts] == 3 * ["bold"] + ["normal"]
     assert signed.collections[0].get_array().ravel().tolist() == [-0.1, -0.2, -0.3, 0.4]
@@ -196,9 +196,9 @@ def test_severity_maps_print_percent_signed_and_bold_where_sure():
 
 
 def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_path):
-    figure = figures.intervals({"a": (0.5, 0.4, 0.7)}, "T", "accuracy")
+    figure = plots.intervals({"a": (0.5, 0.4, 0.7)}, "T", "accuracy")
     path = tmp_path / "new" / "f.png"
-    png = figures.save_figure(figure, path, note="stand-in data")
+    png = plots.save_figure(figure, path, note="stand-in data")
     assert path.read_bytes() == png
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
     note = np.abs(pixels - [213, 94, 0]).sum(axis=2) < 30  # the note's colour
@@ -219,8 +219,8 @@ def test_a_users_matplotlibrc_changes_no_figure(tmp_path):
     )
 
     def drawn() -> list[bytes]:
-        made = figures.image_grid(PICTURES[:1], 1), figures.curves({"a": ([0], [0])}, "x", "y", "T")
-        return [figures.to_png(figure) for figure in made]
+        made = plots.image_grid(PICTURES[:1], 1), plots.curves({"a": ([0], [0])}, "x", "y", "T")
+        return [plots.to_png(figure) for figure in made]
 
     expected = drawn()
     with matplotlib.rc_context(fname=matplotlibrc):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_in import generate_stand_in
 
 from cifar_lib import ranks
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.errors import InputError
 from cifar_lib.fit import fit
 from cifar_lib.recipes import TrainConfig, recipe
+from notebooks.course.stand_in import generate_stand_in
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one worker, so that `together` runs once
 
@@ -27,7 +27,7 @@ FIELDS |= {"validation_size": "10", "precision": "fp32"}
 SCRIPT = """
 import contextlib, sys, torch
 from cifar_lib import cli, fit, ranks
-from stand_in import generate_stand_in
+from notebooks.course.stand_in import generate_stand_in
 cli.load_cifar10 = lambda root: generate_stand_in(70, 31)
 train_one_epoch, interrupts = fit.train_one_epoch, [KeyboardInterrupt]
 def remember(step, *arguments):
@@ -64,7 +64,7 @@ def together(tmp_path_factory) -> Path:
             *(f"--set={k}={FIELDS[k]}" for k in FIELDS),
         ],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/notebooks", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         encoding="utf-8",
         timeout=120,

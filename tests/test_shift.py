@@ -1,23 +1,22 @@
 import copy
-import importlib.util
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import shifts
 import torch
 from scipy.linalg import sqrtm
-from session import SHIFT
-from stand_in import generate_stand_in
 
 from cifar_lib import data, shift
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.hardware import choose_precision
 from cifar_lib.model import SHIPPED, ResNet, load_model
+from notebooks.course import corruptions
+from notebooks.course.reference import SHIFT
+from notebooks.course.stand_in import generate_stand_in
+from scripts import ablation
 
 HEADER = "| accuracy, % | none | normalize | batchnorm | both | both, mirror image: the default |"
 ROWS = {
@@ -33,7 +32,7 @@ MEAN, STD = data.CIFAR10_MEAN, data.CIFAR10_STD
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
     """260: two batches of statistics, which count alike, so both must have 130."""
-    return shifts.match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
+    return corruptions.match_statistics(generate_stand_in(260, 0, seed=5)[0].images, MEAN, STD)
 
 
 @pytest.fixture(scope="module")
@@ -57,47 +56,47 @@ def first_inputs(model, images) -> torch.Tensor:
     return model.conv1(data.normalize(images, MEAN, STD)).detach()
 
 
-@pytest.mark.parametrize("family", shifts.FAMILIES)
+@pytest.mark.parametrize("family", corruptions.FAMILIES)
 def test_a_shift_is_deterministic_and_grows_with_its_severity(family, images):
     images = images[:50]
-    results = [shifts.shifted(images, family, severity) for severity in shifts.SEVERITIES]
+    results = [corruptions.shifted(images, family, severity) for severity in corruptions.SEVERITIES]
     assert all(r.shape == images.shape and r.dtype == torch.uint8 for r in results)
-    assert torch.equal(results[2], shifts.shifted(images, family, 3))
+    assert torch.equal(results[2], corruptions.shifted(images, family, 3))
     changes = [(r.float() - images.float()).abs().mean().item() for r in results]
     assert changes[0] > 0.05 and changes == sorted(changes)
 
 
 def test_noise_has_the_standard_deviation_of_its_severity(images):
-    moved = shifts.shifted(images, "noise", 5).float() - images.float()
+    moved = corruptions.shifted(images, "noise", 5).float() - images.float()
     inside = (images > 90) & (images < 165)  # where nothing is cut off
     assert moved[inside].std().item() == pytest.approx(0.10 * 255, rel=0.02)
 
 
 def test_the_first_severity_of_statistics_is_the_published_runs_custom_set(images):
-    mean, std = data.channel_statistics(shifts.shifted(images, "statistics", 1))
+    mean, std = data.channel_statistics(corruptions.shifted(images, "statistics", 1))
     np.testing.assert_allclose(mean, data.KAGGLE_MEAN, atol=2e-3)
     np.testing.assert_allclose(std, data.KAGGLE_STD, atol=2e-3)
 
 
-def test_channel_distance_of_a_constant_move_is_the_move(script):
+def test_channel_distance_of_a_constant_move_is_the_move():
     low = torch.randint(0, 200, (20, 3, 8, 8), dtype=torch.uint8)
     high = low + torch.tensor([0, 10, 51], dtype=torch.uint8).view(1, 3, 1, 1)
-    np.testing.assert_allclose(script.channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
+    np.testing.assert_allclose(ablation.channel_distance(low, high), [0, 10 / 255, 0.2], atol=1e-12)
 
 
-def test_frechet_distance_is_the_formula(script):
+def test_frechet_distance_is_the_formula():
     torch.manual_seed(0)
     a, b = torch.randn(300, 5).numpy(), (torch.randn(300, 5) @ torch.randn(5, 5) + 1).numpy()
     c1, c2 = (np.cov(x.astype(np.float64), rowvar=False) for x in (a, b))
     means = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
     wanted = (means**2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     a, b = torch.from_numpy(a), torch.from_numpy(b)
-    assert script.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
-    assert script.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert ablation.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
+    assert ablation.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
 def test_normalize_undoes_gain_and_offset_and_none_nothing(model, images):
-    moved = shifts.match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
+    moved = corruptions.match_statistics(images, [0.5, 0.45, 0.4], [0.2, 0.2, 0.2])
     assert shift.adapt("none", model, moved, MEAN, STD) == (model, MEAN, STD)
     network, mean, std = shift.adapt("normalize", model, moved, MEAN, STD)
     normalized, plain = predict(network, moved, mean, std), predict(model, moved, MEAN, STD)
@@ -137,7 +136,7 @@ def test_images_without_statistics_of_their_own_are_refused(model, images):
     flat = images.clone()
     flat[:, 1] = 7
     with pytest.raises(InputError, match="shift: a channel of these images is constant"):
-        shifts.match_statistics(flat, data.KAGGLE_MEAN, data.KAGGLE_STD)
+        corruptions.match_statistics(flat, data.KAGGLE_MEAN, data.KAGGLE_STD)
     with pytest.raises(InputError, match="adapt: a channel of these images is constant"):
         shift.adapt("normalize", model, flat, MEAN, STD)
     with pytest.raises(InputError, match="adapt: expected one of none, normalize.* got 'magic'"):
@@ -147,64 +146,55 @@ def test_images_without_statistics_of_their_own_are_refused(model, images):
 # What the ablation makes of its measurements
 
 
-@pytest.fixture
-def script():
-    path = Path(__file__).parent.parent / "results" / "ablation.py"
-    spec = importlib.util.spec_from_file_location("ablation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("helped", ["all", "chosen on", "nothing"])
-def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(script, helped):
+def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(helped):
     dice = np.random.default_rng(0)
-    best, right = script.WAYS.index(("batchnorm", "flip")), {}
-    every = [f"{family} {severity}" for family, severity in product(shifts.FAMILIES, (1, 2))]
-    for name in (script.CLEAN, script.CUSTOM, *every):
-        right[name] = np.tile(dice.random(200) < 0.6, (len(script.WAYS), 1))
-        if helped == "all" or (helped == "chosen on" and name.split()[0] in script.CHOSEN_ON):
+    best, right = ablation.WAYS.index(("batchnorm", "flip")), {}
+    every = [f"{family} {severity}" for family, severity in product(corruptions.FAMILIES, (1, 2))]
+    for name in (ablation.CLEAN, ablation.CUSTOM, *every):
+        right[name] = np.tile(dice.random(200) < 0.6, (len(ablation.WAYS), 1))
+        if helped == "all" or (helped == "chosen on" and name.split()[0] in ablation.CHOSEN_ON):
             right[name][best] |= dice.random(200) < 0.5
-    verdict = script.verdict(right)
+    verdict = ablation.verdict(right)
     confirmed = helped == "all"
     assert verdict["confirmed"] == confirmed
     assert verdict["beats_none_outside_the_intervals_on_the_custom_set"] == confirmed
     default = {"adapt": "batchnorm", "tta": "flip"} if confirmed else dict(adapt="none", tta="none")
     assert verdict["default"] == default
-    table = script.accuracy_table({name: right[name] for name in (script.CLEAN, "noise 2")})
-    assert len(table) == 2 * len(script.WAYS)
+    table = ablation.accuracy_table({name: right[name] for name in (ablation.CLEAN, "noise 2")})
+    assert len(table) == 2 * len(ablation.WAYS)
     row = table.query("family == 'noise' and adapt == 'batchnorm' and tta == 'flip'").iloc[0]
     assert (row.severity, row.accuracy) == (2, right["noise 2"][best].mean())
     assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
     if confirmed:
-        assert all(picture.startswith(b"\x89PNG") for picture in script.draw(table).values())
+        assert all(picture.startswith(b"\x89PNG") for picture in ablation.draw(table).values())
 
 
-def test_the_ablation_scores_what_the_library_predicts(script, model, images):
+def test_the_ablation_scores_what_the_library_predicts(model, images):
     test = data.ImageSet(images[:60], torch.arange(60) % 10, "generated")
-    right = script.score(test.images, test, model, {"mean": MEAN, "std": STD})
+    right = ablation.score(test.images, test, model, {"mean": MEAN, "std": STD})
     for adaptation, tta in (("none", "flip"), ("batchnorm", "none")):
         network, mean, std = shift.adapt(adaptation, model, test.images, MEAN, STD)
         guesses = predict(network, test.images, mean, std, tta=tta).argmax(1)
-        found = right[script.WAYS.index((adaptation, tta))]
+        found = right[ablation.WAYS.index((adaptation, tta))]
         assert np.array_equal(found, (guesses == test.labels).numpy())
 
 
-def test_the_ablation_goes_on_only_with_the_same_weights_and_images(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "FOLDER", tmp_path)
-    assert script.measured("abc", 3) == ({}, [])
-    answers = np.ones((len(script.WAYS), 3), bool)
-    np.savez(tmp_path / "right.npz", weights="abc", **{script.CLEAN: answers})
+def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "FOLDER", tmp_path)
+    assert ablation.measured("abc", 3) == ({}, [])
+    answers = np.ones((len(ablation.WAYS), 3), bool)
+    np.savez(tmp_path / "right.npz", weights="abc", **{ablation.CLEAN: answers})
     # The second row was written before a kill, and its answers are missing.
     (tmp_path / "measures.csv").write_text(
         "family,severity,frechet\nclean,0,0\nnoise,1,2\n", encoding="utf-8"
     )
-    right, measures = script.measured("abc", 3)
-    assert list(right) == [script.CLEAN] and np.array_equal(right[script.CLEAN], answers)
+    right, measures = ablation.measured("abc", 3)
+    assert list(right) == [ablation.CLEAN] and np.array_equal(right[ablation.CLEAN], answers)
     assert measures == [{"family": "clean", "severity": 0, "frechet": 0}]
     for other in (("abd", 3), ("abc", 4)):
         with pytest.raises(InputError, match="expected .* found 3 by abc.*: move the folder"):
-            script.measured(*other)
+            ablation.measured(*other)
 
 
 def test_the_documented_table_is_what_was_measured():
@@ -213,7 +203,7 @@ def test_the_documented_table_is_what_was_measured():
     ways = [*(f"{name} + none" for name in shift.ADAPTATIONS), "normalize+batchnorm + flip"]
     lines = (SHIFT.parents[1] / "docs" / "shift.md").read_text(encoding="utf-8").splitlines()
     start = lines.index(HEADER) + 2
-    for line in lines[start : start + 2 + len(shifts.FAMILIES)]:
+    for line in lines[start : start + 2 + len(corruptions.FAMILIES)]:
         name, *said = line.strip("| ").split(" | ")
         name = name.removesuffix(", mean of five")
         family = ROWS.get(name, name.lower())
@@ -301,7 +291,7 @@ def test_a_strong_shift_is_not_taken_for_a_class_mix(cifar10):
     """Pixelation makes bird and cat of nearly all images, and the unadapted network is sure."""
     model, info = load_model(SHIPPED)
     test = cifar10[1][:400]
-    images = shifts.shifted(test.images, "pixelate", 5)
+    images = corruptions.shifted(test.images, "pixelate", 5)
     how = info["mean"], info["std"], choose_precision("auto", torch.device("cpu"))
     found = shift.predict_adapted(model, images, *how)
     counts = shift.class_counts(found.logits)

@@ -24,7 +24,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--without-notebooks", action="store_true")
     options = parser.parse_args()
-    folders = [HERE, ROOT, ROOT / "notebooks", ROOT / "extras" / "search"]
+    folders = [HERE, ROOT, ROOT / "extras" / "search"]
     # The C locale without Python's own remedies: text that names no encoding is ASCII.
     os.environ |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, folders))
@@ -34,7 +34,7 @@ def main() -> int:
     step("all tests collected", "-m", "pytest", "-q", "--collect-only", "tests", "extras")
     if not options.without_notebooks:
         shutil.rmtree(PAGES, ignore_errors=True)  # else an older page could pass for a new one
-        step("five notebooks run", "notebooks/build.py", "0")
+        step("five notebooks run", "-m", "scripts.build_pages", "0")
         _check_pages()
     return 0
 
@@ -59,8 +59,9 @@ def _check_commands(place: Path) -> None:
         step("evaluate on stand-in data", COMMAND, "evaluate")
 
     # A picture and a competition's file to predict.
-    made = "import sys; from PIL import Image; from shifts import generate_test_file\n"
-    made += "from stand_in import generate_stand_in; place = sys.argv[1]\n"
+    made = "import sys; from PIL import Image\n"
+    made += "from notebooks.course.corruptions import generate_test_file\n"
+    made += "from notebooks.course.stand_in import generate_stand_in; place = sys.argv[1]\n"
     made += "Image.new('RGB', (40, 30), 'red').save(f'{place}/red.png')\n"
     made += "generate_test_file(f'{place}/test.pkl', generate_stand_in(0, 20)[1])\n"
     step("inputs made", "-c", made, str(place))

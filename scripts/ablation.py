@@ -1,7 +1,7 @@
 """Every adaptation on every shift and severity, also with test-time views, by the package's
 weights: results/shift/.
 
-    python results/ablation.py [--images N]
+    python -m scripts.ablation [--images N]
 
 Each shift with a part of the test images, then the generated custom test set with all of them. Goes
 on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image)
@@ -23,21 +23,24 @@ import pandas as pd
 import torch
 from scipy.stats import ttest_1samp, wasserstein_distance
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
-
-import figures
-from cifar_lib.files import write_atomically
-from cifar_lib.data import ImageSet, channel_histogram, load_cifar10, stratified_split
+from cifar_lib.data import (
+    ImageSet,
+    Normalization,
+    channel_histogram,
+    load_cifar10,
+    stratified_split,
+)
 from cifar_lib.errors import InputError
-from cifar_lib.evaluate import TTA, features, mcnemar, predict, wilson_interval
+from cifar_lib.evaluate import TTA, features, mcnemar, predict_views, wilson_interval
+from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import ADAPTATIONS, adapt
-from shifts import FAMILIES, SEVERITIES, shifted
+from notebooks.course import plots
+from notebooks.course.corruptions import FAMILIES, SEVERITIES, shifted
 
-
-FOLDER = Path(__file__).parent / "shift"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "results" / "shift"
 # Ways to predict; the first, no adaptation and one view, is what all are compared with.
 WAYS = tuple(itertools.product(ADAPTATIONS, TTA))
 CLEAN = "clean 0"
@@ -67,13 +70,15 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]
 
 
-def score(images: torch.Tensor, test: ImageSet, model: ResNet, info: dict) -> np.ndarray:
+def score(
+    images: torch.Tensor, test: ImageSet, model: ResNet, normalization: Normalization
+) -> np.ndarray:
     """Whether each way finds each image's label: bool (ways, images)."""
     right = {}
     for method in ADAPTATIONS:
-        network, mean, std = adapt(method, model, images, info["mean"], info["std"])
-        plain, mirrored = (predict(network, part, mean, std) for part in (images, images.flip(3)))
-        logits = {"none": plain, "flip": (plain + mirrored) / 2}
+        network, own_normalization = adapt(method, model, images, normalization)
+        views = predict_views(network, images, own_normalization)  # (2, images, 10)
+        logits = {"none": views[0], "flip": views.mean(0)}
         for tta in logits:
             right[method, tta] = logits[tta].argmax(1) == test.labels
     return torch.stack([right[way] for way in WAYS]).numpy()
@@ -196,20 +201,20 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
     losses = {
-        f"no adaptation (clean: {clean:.1%})": figures.by_severity(
+        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
             plain[plain.adapt == "none"], "accuracy"
         )
     }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
-    sure = {name: figures.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
+    sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "losses.png": figures.to_png(
-            figures.severity_maps(losses, "What a shift costs: accuracy in percent")
+        "losses.png": plots.to_png(
+            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
         ),
-        "gains.png": figures.to_png(
-            figures.severity_maps(
-                {name: figures.by_severity(rows, "gain") for name, rows in ways.items()},
+        "gains.png": plots.to_png(
+            plots.severity_maps(
+                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
                 "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
                 sure,
             )
@@ -231,35 +236,30 @@ def main() -> None:
     _, test = load_cifar10()
     _, part = stratified_split(test.labels, options.images, seed=3)
     part = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
-    clean = features(model, part.images, info["mean"], info["std"])
+    clean = features(model, part.images, info.normalization)
     for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
         shift = f"{family} {severity}"
         if shift in right:
             continue
         images = shifted(part.images, family, severity) if severity else part.images
-        found = score(images, part, model, info)
+        found = score(images, part, model, info.normalization)
         red, green, blue = channel_distance(images, part.images)
         measures.append(
             {"family": family, "severity": severity}
             | {"wasserstein_red": red, "wasserstein_green": green, "wasserstein_blue": blue}
-            | {
-                "frechet": frechet_distance(
-                    features(model, images, info["mean"], info["std"]), clean
-                )
-            }
+            | {"frechet": frechet_distance(features(model, images, info.normalization), clean)}
         )
         text = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", text.encode())
         keep(right, shift, found, weights)
     if CUSTOM not in right:
-        keep(
-            right, CUSTOM, score(shifted(test.images, "statistics", 1), test, model, info), weights
-        )
+        custom = shifted(test.images, "statistics", 1)
+        keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
     table = accuracy_table(right)
     write_atomically(
         FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode()
     )
-    shipped = info | {"name": PRETRAINED, "sha256": weights}
+    shipped = info.as_record() | {"name": PRETRAINED, "sha256": weights}
     summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
     write_atomically(
         FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode()

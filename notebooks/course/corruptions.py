@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as kernels
+
 from cifar_lib import data
 from cifar_lib.data import Channels, ImageSet
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
-from torch import Tensor
-from torchvision.transforms.v2 import functional as kernels
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

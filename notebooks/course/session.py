@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import sqlite3
 import tempfile
 import textwrap
 from dataclasses import asdict, dataclass, replace
@@ -20,57 +19,53 @@ if _MISSING:
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 import torchinfo
-from cifar_lib import environment, evaluate, explain
-from cifar_lib.data import (
-    CLASSES,
-    FOLDER,
-    REAL,
-    STAND_IN,
-    ImageSet,
-    load_cifar10,
-    stratified_split,
-)
-from cifar_lib.errors import InputError
-from cifar_lib.evaluate import wilson_interval
-from cifar_lib.files import write_atomically
-from cifar_lib.fit import fit
-from cifar_lib.hardware import choose_device, choose_precision, memory_format, prepare
-from cifar_lib.kaggle import read_test_file
-from cifar_lib.model import PRETRAINED, ResNet, load_model
-from cifar_lib.recipes import TrainConfig, recipe
 from IPython.display import Image, display
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
-from torch import Tensor
 
-from figures import inspection, save_figure
-from shifts import generate_test_file
-from stand_in import generate_stand_in
+from cifar_lib import environment
+from cifar_lib.data import (
+    FOLDER,
+    STAND_IN,
+    ImageSet,
+    load_cifar10,
+    stratified_split,
+)
+from cifar_lib.errors import InputError
+from cifar_lib.files import write_atomically
+from cifar_lib.fit import fit
+from cifar_lib.hardware import choose_device, choose_precision, memory_format, prepare
+from cifar_lib.kaggle import read_test_file
+from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
+from cifar_lib.recipes import TrainConfig, recipe
+from notebooks.course.corruptions import generate_test_file
+from notebooks.course.plots import save_figure
+from notebooks.course.reference import (
+    PUBLISHED_SYSTEM,
+    SHIPPED_RUN,
+    interval_text,
+    published_table_2,
+)
+from notebooks.course.stand_in import generate_stand_in
 
-ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ROOT / "results" / "published"
-SEARCH = ROOT / "results" / "tuning" / "study.db"  # a search's trials
-SHIPPED_RUN = ROOT / "results" / "report-seed42"  # the records of the package's weights
-SHIFT = ROOT / "results" / "shift"  # every adaptation on every shift, with the package's weights
-LABEL_CHECKS = ROOT / "results" / "label-errors" / "cifar10.csv"  # people's votes on test labels
+ROOT = Path(__file__).resolve().parents[2]
 KAGGLE_OUTPUT = Path("/kaggle/working")  # on Kaggle the place for results
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
-SYSTEM = {  # what environment.json calls it: its name, and what the report says
-    "cpu": ("CPU", "Intel(R) Xeon(R) CPU @ 2.20GHz"),
-    "cpu_cores": ("CPU cores", None),
-    "gpu": ("GPU", "NVIDIA A100-SXM4-40GB"),
-    "memory_gb": ("memory (GB)", "82.9648"),
-    "python": ("Python", "3.9.18"),
-    "cuda": ("CUDA", "12.4"),
-    "torch": ("torch", "2.6.0+cu124"),
-    "torchvision": ("torchvision", None),
-    "commit": ("commit of this package", None),
+SYSTEM = {  # what environment.json calls it: its name in the table
+    "cpu": "CPU",
+    "cpu_cores": "CPU cores",
+    "gpu": "GPU",
+    "memory_gb": "memory (GB)",
+    "python": "Python",
+    "cuda": "CUDA",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "commit": "commit of this package",
 }
 
 
@@ -148,8 +143,8 @@ class Session:
         its metrics."""
         return fit(self.config, self.run, self.train, self.scored, device=str(self.device))
 
-    def trained_model(self) -> tuple[ResNet, dict]:
-        """The network that is looked at, on the best device, and its `info`.
+    def trained_model(self) -> tuple[ResNet, WeightsInfo]:
+        """Return the network that is looked at, on the best device, and what is known of it.
 
         `CIFAR_WEIGHTS` names its file, or `pretrained`, the default: the package's weights, trained
         on CIFAR-10; or `trained`, the default on stand-in data: this session's own run, trained now
@@ -201,17 +196,6 @@ class Session:
         )
         megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
         sizes = (f"{size.total_params:,}", f"{size.total_mult_adds / 1e6:.2f}", f"{megabytes:.2f}")
-        theirs = published_history().iloc[-1]
-        correct = int(published_confusion().to_numpy().trace())
-        published = (
-            *("4,916,284", "769.05", "34.01", "60", "50,000", f"{theirs.train_accuracy:.2%}"),
-            *(
-                f"{theirs.test_accuracy:.2%}",
-                _interval(*wilson_interval(correct, 10_000)),
-                "10,000",
-                REAL,
-            ),
-        )
         ours = self.config == recipe("report") and not self.stand_in
         shorter = "" if ours else "this run: what two processor cores train in minutes"
         chance = "the weights: other random numbers, another GPU"
@@ -228,8 +212,9 @@ class Session:
             "test images": "",
             "test data": self.note or "",
         }
+        published = published_table_2()
         columns = {
-            "published": published,
+            "published": tuple(published[quantity] for quantity in reasons),
             "the package's weights": (*sizes, *_trained(SHIPPED_RUN)),
             "this run": (*sizes, *_trained(self.run)),
             "why they differ": tuple(reasons.values()),
@@ -242,11 +227,11 @@ class Session:
         """The report's system specifications, and those of the machines that the package's weights
         and this session's run were trained on."""
         runs = {"the package's weights": SHIPPED_RUN, "this run": self.run}
-        columns = {"published": [published or "–" for _, published in SYSTEM.values()]}
+        columns = {"published": [PUBLISHED_SYSTEM.get(key, "–") for key in SYSTEM]}
         for name, run in runs.items():
             found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
             columns[name] = [str(found.get(key) or "–") for key in SYSTEM]
-        return pd.DataFrame(columns, index=[name for name, _ in SYSTEM.values()])
+        return pd.DataFrame(columns, index=list(SYSTEM.values()))
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Save the figure as `name`.png and show it; `alt` says what it shows.
@@ -266,59 +251,6 @@ class Session:
         look = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
         styles = [{"selector": "caption", "props": look}]
         return frame.style.format(formats).set_caption(caption + note).set_table_styles(styles)
-
-
-class Inspector:
-    """One test image at a time: what the network answers, where it looks, what it resembles.
-
-    `temperature` divides the logits before probabilities are made of them. Neighbours are looked
-    for among `compared` training images, as many of each class, whose features are computed once.
-    """
-
-    def __init__(
-        self, session: Session, model: ResNet, info: dict, temperature: float, compared: int
-    ):
-        self.test, self.model, self.temperature = session.test, model, temperature
-        self.mean_std, self.precision = (info["mean"], info["std"]), session.precision
-        _, part = stratified_split(session.train.labels, compared, seed=0)
-        self.known = session.train[part]
-        self.known_features = self.features(self.known.images)
-
-    def features(self, images: Tensor) -> Tensor:
-        return evaluate.features(self.model, images, *self.mean_std, self.precision)
-
-    def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest training images of each image: cosine, position in `known`, (N, 5) each."""
-        ours, known = (F.normalize(f, dim=1) for f in (self.features(images), self.known_features))
-        found = (ours @ known.T).topk(5, dim=1)
-        return found.values, found.indices
-
-    def figure(self, index: int) -> Figure:
-        """Test image `index`: calibrated probabilities, Grad-CAM for the answer and for the true
-        class (the runner-up where the answer is right), and the nearest training images."""
-        if index not in range(len(self.test)):
-            raise InputError(
-                f"test image: expected 0 to {len(self.test) - 1}, got {index!r}: choose another"
-            )
-        image, label = self.test.images[index : index + 1], int(self.test.labels[index])
-        logits = evaluate.predict(self.model, image, *self.mean_std, self.precision)
-        probabilities, classes = (logits / self.temperature).softmax(1)[0].sort(descending=True)
-        answer, runner_up = classes[:2].tolist()
-        asked = [answer, runner_up if answer == label else label]
-        heat = explain.grad_cam(
-            self.model, image.repeat(2, 1, 1, 1), torch.tensor(asked), *self.mean_std
-        )
-        cosine, position = self.nearest(image)
-        near = self.known[position[0]]
-        captions = zip(near.labels.tolist(), cosine[0], strict=True)
-        return inspection(
-            image[0].permute(1, 2, 0).numpy(),
-            {CLASSES[c]: float(p) for c, p in zip(classes[:5], probabilities, strict=False)},
-            {f"speaks for {CLASSES[c]}": each.numpy() for c, each in zip(asked, heat, strict=True)},
-            near.images.permute(0, 2, 3, 1).numpy(),
-            [f"{CLASSES[c]}, {similarity:.2f}" for c, similarity in captions],
-            f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
-        )
 
 
 def _variable(name: str) -> str | None:
@@ -394,51 +326,10 @@ def _trained(run: Path) -> tuple[str, ...]:
     return (
         *counts,
         f"{test['accuracy']:.2%}",
-        _interval(*test["interval"]),
+        interval_text(*test["interval"]),
         f"{test['n']:,}",
         metrics["data"],
     )
-
-
-def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
-    """`loss` or `accuracy` by epoch, on training and test images, of the published run and of the
-    package's weights."""
-    runs = {"published": published_history(), "ours": pd.read_csv(SHIPPED_RUN / "history.csv")}
-    return {
-        f"{images} images ({name})": history[f"{column}_{quantity}"]
-        for name, history in runs.items()
-        for column, images in (("train", "training"), ("test", "test"))
-    }
-
-
-def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A search's trials that finished or were pruned, and how much of the differences each
-    parameter explains.
-
-    The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
-    state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
-    2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError where the file
-    is missing or holds no search, or where optuna isn't installed.
-    """
-    environment.require("optuna", "A search's trials")
-    import optuna  # here, as it takes a second
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-    from sqlalchemy.pool import NullPool  # comes with optuna
-
-    try:
-        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # a look changes nothing
-        connect = {"creator": lambda: sqlite3.connect(database, uri=True), "poolclass": NullPool}
-        storage = optuna.storages.RDBStorage("sqlite://", connect, skip_table_creation=True)
-        study = optuna.load_study(study_name="table-1", storage=storage)
-        table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
-        table.columns = table.columns.str.removeprefix("params_")
-        table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
-        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    except Exception as error:  # a damaged file can end in nearly any
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(
-            f"study: expected a search's SQLite file, got {path} ({reason}): get results/ again"
-        ) from error
 
 
 def show_source(*parts: object) -> None:
@@ -450,21 +341,3 @@ def show_source(*parts: object) -> None:
     look["prestyles"] = "color: #222222; background: none; font-family: monospace"
     page = highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, **look))
     display({"text/html": page, "text/plain": text}, raw=True)
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{low:.2%} to {high:.2%}"
-
-
-def published_history() -> pd.DataFrame:
-    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test
-    set."""
-    history = pd.read_csv(PUBLISHED / "history.csv")
-    return history.assign(
-        train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100
-    )
-
-
-def published_confusion() -> pd.DataFrame:
-    """The published confusion matrix, rows true, columns predicted, 1000 images a row."""
-    return pd.read_csv(PUBLISHED / "confusion_matrix.csv", index_col=0)

@@ -1,6 +1,6 @@
 """Run the notebooks top to bottom: as HTML pages (`make run`), or in place (`make notebooks`).
 
-    python notebooks/build.py [--in-place] [NAME...]
+    python -m scripts.build_pages [--in-place] [NAME...]
 
 Which profile they run in is CIFAR_PROFILE's to say (quick, the default, or full).
 """
@@ -19,14 +19,13 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors import ExecutePreprocessor
 from traitlets.config import Config
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 from cifar_lib import environment
 from cifar_lib.errors import InputError
 
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PAGES = HERE.parent / "runs" / "html"
+PAGES = ROOT / "runs" / "html"
 
 
 def main() -> int:
@@ -48,7 +47,7 @@ def main() -> int:
     in_place = options.in_place
     paths = [
         path
-        for path in sorted(HERE.glob("*.ipynb"))
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
         if path.name.startswith(tuple(options.names or [""]))
     ]
     os.environ["JUPYTER_PATH"] = str(
@@ -60,7 +59,7 @@ def main() -> int:
         notebook = nbformat.read(path, as_version=4)
         executor = ExecutePreprocessor(timeout=None, config=_encrypted())
         try:
-            executor.preprocess(notebook, {"metadata": {"path": str(HERE)}})
+            executor.preprocess(notebook, {"metadata": {"path": str(NOTEBOOKS)}})
         except CellExecutionError as error:
             print(f"error: {path.name} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
@@ -71,7 +70,7 @@ def main() -> int:
             _write_page(path.stem, notebook)
     if not in_place:
         _write_index()
-        print(f"\npages: {PAGES.relative_to(HERE.parent)}/index.html\n")
+        print(f"\npages: {PAGES.relative_to(ROOT)}/index.html\n")
         _print_comparison()
     return 0
 
@@ -100,7 +99,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
             page = page.replace(
                 "No description has been provided for this image", html.escape(alt), 1
             )
-    for target in HERE.glob("*.ipynb"):  # the pages point at each other as the notebooks do
+    for target in NOTEBOOKS.glob("*.ipynb"):  # the pages point at each other as the notebooks do
         page = page.replace(f'href="{target.name}"', f'href="{target.stem}.html"')
     page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
     page = page.replace('href="../', 'href="../../')  # a page lies a folder deeper than a notebook
@@ -111,7 +110,7 @@ def _write_index() -> None:
     """Links to every page there is, also those of earlier calls."""
     items = "\n".join(
         f'<li><a href="{path.stem}.html">{html.escape(_title(path))}</a></li>'
-        for path in sorted(HERE.glob("*.ipynb"))
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
         if (PAGES / f"{path.stem}.html").exists()
     )
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'
@@ -129,7 +128,7 @@ def _title(path: Path) -> str:
 def _print_comparison() -> None:
     """The table that notebook 3 wrote last, if any: published, this run, why they differ."""
     written = sorted(
-        (HERE.parent / "runs").glob("*/comparison.csv"), key=lambda path: path.stat().st_mtime
+        (ROOT / "runs").glob("*/comparison.csv"), key=lambda path: path.stat().st_mtime
     )
     if not written:
         return

@@ -1,13 +1,11 @@
-"""What makes of finished runs the records and weights of the repository."""
+"""What makes the records and weights of the repository from finished runs."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from shifts import shifted
 
 from cifar_lib.data import channel_statistics
 from cifar_lib.errors import InputError
@@ -15,23 +13,21 @@ from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import fit
 from cifar_lib.model import SHIPPED, ResNet, load_model
 from cifar_lib.recipes import recipe
+from notebooks.course.corruptions import shifted
+from scripts import archive_run
 
 SMALL = {"blocks": "1", "channels": "16", "epochs": "1", "half_size_epochs": "0"}
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch, cifar10):
-    """results/publish.py with folders of its own, and 100 test images."""
-    path = Path(__file__).parent.parent / "results" / "publish.py"
-    spec = importlib.util.spec_from_file_location("publish", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """The program with folders of its own, and 100 test images."""
     for name in ("RESULTS", "WEIGHTS"):
         (tmp_path / name).mkdir()
-        monkeypatch.setattr(module, name, tmp_path / name)
+        monkeypatch.setattr(archive_run, name, tmp_path / name)
     train, test = cifar10
-    monkeypatch.setattr(module, "load_cifar10", lambda: (train, test[:100]))
-    return module
+    monkeypatch.setattr(archive_run, "load_cifar10", lambda: (train, test[:100]))
+    return archive_run
 
 
 def trained(folder: Path, cifar10, seed: int, **changes: str) -> Path:
@@ -44,7 +40,7 @@ def trained(folder: Path, cifar10, seed: int, **changes: str) -> Path:
 
 def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_path, cifar10):
     run = trained(tmp_path, cifar10, 42)
-    metrics = script.publish(run)
+    metrics = script.archive(run)
     weights = script.WEIGHTS / "quick.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (script.WEIGHTS / "SHA256SUMS").read_text(
@@ -64,19 +60,19 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
 
 def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):
     runs = [trained(tmp_path, cifar10, seed) for seed in (0, 1)]
-    scores = [100 * script.publish(run)["test"]["accuracy"] for run in runs]
+    scores = [100 * script.archive(run)["test"]["accuracy"] for run in runs]
     assert not list(script.WEIGHTS.iterdir())
     mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
     expected = f"quick, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
     assert script.over_seeds("quick") == expected
-    script.publish(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
+    script.archive(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
     assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration, no other seed"
 
 
 def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
     runs = [trained(tmp_path / f"{i}", cifar10, 0, learning_rate=f"0.0{i}") for i in (1, 2, 3)]
     for run in (*runs, runs[-1]):  # the last one twice
-        script.publish(run)
+        script.archive(run)
     names = ("quick-seed0-1-epochs", "quick-seed0-1-epochs-2", "quick-seed0")
     found = {folder.name: folder / "config.json" for folder in script.RESULTS.iterdir()}
     assert found.keys() == set(names)
@@ -84,12 +80,12 @@ def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
         assert found[name].read_bytes() == (run / "config.json").read_bytes()
 
 
-def test_only_a_finished_run_on_real_data_is_published(script, tmp_path, stand_in):
-    with pytest.raises(InputError, match="publish: expected a finished run, found no metrics.json"):
-        script.publish(tmp_path)
+def test_only_a_finished_run_on_real_data_is_archived(script, tmp_path, stand_in):
+    with pytest.raises(InputError, match="archive: expected a finished run, found no metrics.json"):
+        script.archive(tmp_path)
     run = trained(tmp_path, stand_in, 42, train_size="20")
-    with pytest.raises(InputError, match="publish: expected a run on"):
-        script.publish(run)
+    with pytest.raises(InputError, match="archive: expected a run on"):
+        script.archive(run)
     assert not list(script.WEIGHTS.iterdir()) and not list(script.RESULTS.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+
 from cifar_lib.data import CAT, CLASSES, DOG, STAND_IN, ImageSet
 
 VARIANTS = 6  # patterns of each class

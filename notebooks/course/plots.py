@@ -11,14 +11,15 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from cifar_lib.data import CLASSES
-from cifar_lib.evaluate import wilson_interval
-from cifar_lib.files import write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
+
+from cifar_lib.data import CLASSES
+from cifar_lib.evaluate import wilson_interval
+from cifar_lib.files import write_atomically
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}

@@ -1,8 +1,8 @@
 """Take a finished run into the repository, or measure anew what the package's weights are said to
 score.
 
-    python results/publish.py RUN_DIRECTORY
-    python results/publish.py --check
+    python -m scripts.archive_run RUN_DIRECTORY
+    python -m scripts.archive_run --check
 
 The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as
 ...-<n>-epochs) and says what the recipe's seeds come to. Of seed 42, which was chosen before any
@@ -23,11 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]  # so that it runs without an installation
-
-from cifar_lib.files import write_atomically
-from cifar_lib.data import REAL, ImageSet, load_cifar10
+from cifar_lib.data import REAL, ImageSet, Normalization, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import (
     accuracy,
@@ -35,38 +31,43 @@ from cifar_lib.evaluate import (
     fit_temperature,
     mcnemar,
     predict,
+    predict_views,
     summarize,
     wilson_interval,
 )
+from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, memory_format, prepare
-from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model, save_model
+from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, WeightsInfo, load_model, save_model
 from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
-from session import GIVE_UP_AFTER, SHIFT, SHIPPED_RUN
-from shifts import shifted
+from notebooks.course.corruptions import shifted
+from notebooks.course.reference import SHIFT, SHIPPED_RUN
+from notebooks.course.session import GIVE_UP_AFTER
 
-RESULTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
 WEIGHTS = SHIPPED.parent
 SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
 TOLERANCE = 0.002  # of a fraction: other hardware's rounding turns a few of 10,000 close calls
 
 
-def publish(run: Path) -> dict:
+def archive(run: Path) -> dict:
     """Returns what is written as metrics.json: the run's own, and the halved weights' scores
     (`half_precision`)."""
     if not os.path.isfile(run / "metrics.json"):
         raise InputError(
-            f"publish: expected a finished run, found no metrics.json in {run}: train it to its end"
+            f"archive: expected a finished run, found no metrics.json in {run}: train it to its end"
         )
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["data"] != REAL:
-        raise InputError(f"publish: expected a run on {REAL}, got one on {metrics['data']}")
+        raise InputError(f"archive: expected a run on {REAL}, got one on {metrics['data']}")
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
-    whole = predict(model.to(device), test.images, info["mean"], info["std"])
-    info["temperature"] = round(fit_temperature(whole, test.labels), 4)
+    whole = predict(model.to(device), test.images, info.normalization)
+    temperature = round(fit_temperature(whole, test.labels), 4)
+    info = info.model_copy(update={"temperature": temperature})
     weights = run / "half.safetensors"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -97,8 +98,10 @@ def publish(run: Path) -> dict:
 
 
 def over_seeds(recipe: str) -> str:
-    """Mean and standard deviation of the test accuracy over the recipe's published runs of the same
-    configuration."""
+    """Return mean and standard deviation of the test accuracy over a recipe's archived runs.
+
+    There is one line for each configuration; only their seeds differ.
+    """
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
         config = _config(folder)
@@ -133,22 +136,24 @@ def _config(folder: Path) -> dict:
     return {name: value for name, value in config.items() if name in known}
 
 
-def score(model: ResNet, info: dict, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
-    """What the card and the README say of weights trained by `config`, and the logits (N, 10)
-    without views."""
-    plain, mirrored = (
-        predict(model, images, info["mean"], info["std"])
-        for images in (test.images, test.images.flip(3))
-    )
+def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
+    """Return what the card and the README say of weights trained by `config`, and the logits.
+
+    The logits, float32 (N, 10), are those of the images as they are.
+    """
+    views = predict_views(model, test.images, info.normalization)  # (2, N, 10)
+    plain = views[0]
     scores = {}
-    for tta, logits in {"none": plain, "flip": (plain + mirrored) / 2}.items():
+    for tta, logits in {"none": plain, "flip": views.mean(0)}.items():
         summary = summarize(logits, test.labels)
         scores[f"tta_{tta}"] = {
             name: summary[name] for name in ("accuracy", "interval", "n", "calibration_error")
         }
-    scores["temperature"] = info["temperature"]
+    scores["temperature"] = info.temperature
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
-    trained = predict(model, test.images, config["mean"], config["std"])
+
+    # And normalised as in training, which the published run didn't do.
+    trained = predict(model, test.images, Normalization(config["mean"], config["std"]))
     gained, lost, p = mcnemar(trained.argmax(1) == test.labels, plain.argmax(1) == test.labels)
     scores["training_normalisation"] = {
         "accuracy": accuracy(trained, test.labels),
@@ -158,8 +163,7 @@ def score(model: ResNet, info: dict, test: ImageSet, config: dict) -> tuple[dict
 
 
 def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
-    """The calibration error when each half of the images is scaled by the temperature of the other
-    one."""
+    """Return the calibration error, each half of the images scaled by the other's temperature."""
     halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
     scaled = logits.clone()
     for fitted, measured in (halves, halves[::-1]):
@@ -168,8 +172,7 @@ def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def check() -> bool:
-    """Measure the package's weights on all test images, print the numbers, and tell whether they
-    are the recorded ones.
+    """Measure the package's weights on all test images; are the numbers those recorded?
 
     Without CIFAR-10 there is nothing to measure, and nothing to complain of.
     """
@@ -203,33 +206,30 @@ def check() -> bool:
     p = f"McNemar's p = {trained['mcnemar_p']:.1e}"
     changed = f"{trained['lost']} lost, {trained['gained']} gained ({p})"
     print(f"  {'images, normalised as in training':46} {changed}")
-    for name, now, then in (
-        (
-            "calibration error",
-            *(each["tta_none"]["calibration_error"] for each in (scores, recorded)),
-        ),
-        (
-            "  after temperature scaling",
-            *(each["calibration_error_after_temperature"] for each in (scores, recorded)),
-        ),
-    ):
-        print(f"  {name:46} {now:.2%}, recorded {then:.2%}")
+    now, then = (each["tta_none"]["calibration_error"] for each in (scores, recorded))
+    print(f"  {'calibration error':46} {now:.2%}, recorded {then:.2%}")
+    now, then = (each["calibration_error_after_temperature"] for each in (scores, recorded))
+    print(f"  {'  after temperature scaling':46} {now:.2%}, recorded {then:.2%}")
     return all(abs(now - then) <= TOLERANCE for now, then in pairs.values())
 
 
-def on_custom_set(model: ResNet, info: dict, test: ImageSet) -> dict[str, tuple[float, float]]:
-    """Accuracy now and as recorded in results/shift, with the channel statistics of the published
-    run's custom set: without adaptation, and by the default of `submit`."""
+def on_custom_set(
+    model: ResNet, info: WeightsInfo, test: ImageSet
+) -> dict[str, tuple[float, float]]:
+    """Return accuracies now and as recorded, with the channel statistics of the custom set.
+
+    They are those without adaptation and by the default of `submit`, recorded in results/shift.
+    """
     verdict = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():
-        print("  results/shift was measured with other weights: see results/ablation.py")
+        print("  results/shift was measured with other weights: see scripts/ablation.py")
         return {}
     images = shifted(test.images, "statistics", 1)
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
     pairs = {}
     for adaptation, tta in (("none", "none"), default):
-        network, mean, std = adapt(adaptation, model, images, info["mean"], info["std"])
-        now = accuracy(predict(network, images, mean, std, tta=tta), test.labels)
+        network, normalization = adapt(adaptation, model, images, info.normalization)
+        now = accuracy(predict(network, images, normalization, tta=tta), test.labels)
         pairs[f"custom set, {adaptation}, views {tta}"] = (
             now,
             verdict["custom"][f"{adaptation} + {tta}"]["accuracy"],
@@ -245,9 +245,9 @@ if __name__ == "__main__":
             raise SystemExit(
                 0
                 if check()
-                else "error: these differ by more than rounding: see results/publish.py"
+                else "error: these differ by more than rounding: see scripts/archive_run.py"
             )
-        metrics = publish(Path(sys.argv[1]))
+        metrics = archive(Path(sys.argv[1]))
         print(json.dumps(metrics["half_precision"], indent=2))
         print(over_seeds(metrics["recipe"]))
     except InputError as error:

@@ -1,0 +1,1 @@
+"""The five notebooks, their solutions, and what they share (`course`)."""

@@ -1,0 +1,1 @@
+"""What the notebooks share: session, stored records, figures, shifted and generated images."""

@@ -1,0 +1,108 @@
+"""The stored numbers that the notebooks compare with: the report's, and this repository's records.
+
+The report's are in results/reference: its run of sixty epochs is "the published run".
+"""
+
+import sqlite3
+from pathlib import Path
+
+import pandas as pd
+
+from cifar_lib import environment
+from cifar_lib.data import REAL
+from cifar_lib.errors import InputError
+from cifar_lib.evaluate import wilson_interval
+
+RESULTS = Path(__file__).resolve().parents[2] / "results"
+REFERENCE = RESULTS / "reference"
+SHIPPED_RUN = RESULTS / "report-seed42"  # the records of the package's weights
+SEARCH = RESULTS / "tuning" / "study.db"  # a search's trials
+SHIFT = RESULTS / "shift"  # every adaptation on every shift, with the package's weights
+LABEL_CHECKS = RESULTS / "label-errors" / "cifar10.csv"  # people's votes on test labels
+
+# The machine of the published run, in the words of the report; the keys are environment.json's.
+PUBLISHED_SYSTEM = {
+    "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz",
+    "gpu": "NVIDIA A100-SXM4-40GB",
+    "memory_gb": "82.9648",
+    "python": "3.9.18",
+    "cuda": "12.4",
+    "torch": "2.6.0+cu124",
+}
+
+
+def published_history() -> pd.DataFrame:
+    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test
+    set."""
+    history = pd.read_csv(REFERENCE / "history.csv")
+    return history.assign(
+        train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100
+    )
+
+
+def published_confusion() -> pd.DataFrame:
+    """The published confusion matrix, rows true, columns predicted, 1000 images a row."""
+    return pd.read_csv(REFERENCE / "confusion_matrix.csv", index_col=0)
+
+
+def published_table_2() -> dict[str, str]:
+    """The report's Table 2 by quantity, with the interval that its test accuracy leaves open."""
+    last = published_history().iloc[-1]
+    correct = int(published_confusion().to_numpy().trace())
+    return {
+        "parameters": "4,916,284",
+        "multiply-adds (M)": "769.05",
+        "estimated size (MB)": "34.01",
+        "epochs": "60",
+        "training images": "50,000",
+        "last train accuracy": f"{last.train_accuracy:.2%}",
+        "test accuracy": f"{last.test_accuracy:.2%}",
+        "its 95 % interval": interval_text(*wilson_interval(correct, 10_000)),
+        "test images": "10,000",
+        "test data": REAL,
+    }
+
+
+def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
+    """`loss` or `accuracy` by epoch, on training and test images, of the published run and of the
+    package's weights."""
+    runs = {"published": published_history(), "ours": pd.read_csv(SHIPPED_RUN / "history.csv")}
+    return {
+        f"{images} images ({name})": history[f"{column}_{quantity}"]
+        for name, history in runs.items()
+        for column, images in (("train", "training"), ("test", "test"))
+    }
+
+
+def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
+    """A search's trials that finished or were pruned, and how much of the differences each
+    parameter explains.
+
+    The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
+    state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
+    2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError where the file
+    is missing or holds no search, or where optuna isn't installed.
+    """
+    environment.require("optuna", "A search's trials")
+    import optuna  # here, as it takes a second
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from sqlalchemy.pool import NullPool  # comes with optuna
+
+    try:
+        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # a look changes nothing
+        connect = {"creator": lambda: sqlite3.connect(database, uri=True), "poolclass": NullPool}
+        storage = optuna.storages.RDBStorage("sqlite://", connect, skip_table_creation=True)
+        study = optuna.load_study(study_name="table-1", storage=storage)
+        table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
+        table.columns = table.columns.str.removeprefix("params_")
+        table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
+        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    except Exception as error:  # a damaged file can end in nearly any
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"study: expected a search's SQLite file, got {path} ({reason}): get results/ again"
+        ) from error
+
+
+def interval_text(low: float, high: float) -> str:
+    return f"{low:.2%} to {high:.2%}"

@@ -1,0 +1,1 @@
+"""Programs, run from the root of the repository: `python -m scripts.NAME`."""
