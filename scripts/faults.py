@@ -113,7 +113,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-# Traps
+# Traps, set in the process that trains. What they replace is torch's or the system's, not the
+# package's, so that they stay right when the package changes.
 
 
 def die() -> None:
@@ -141,7 +142,7 @@ def at_step(nth: int, action: Callable[[], object] = die) -> None:
 
 
 def limit_files() -> None:
-    """The system kills this process when a file of it, as one of checkpoint.pt, gets too long."""
+    """From now on the system kills this process in the middle of writing a long file."""
     size = random.randrange(1, len(undisturbed("fp32")[0]["checkpoint.pt"]))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -177,8 +178,8 @@ MOMENTS: dict[str, Callable[[], None]] = {  # the traps of a training that is ki
 }
 
 
-# Faults. Each does it once, in an empty folder, and returns what happened, or how many times what
-# happened. The docstring is the promise; AssertionError is raised if it is broken.
+# Faults. Each function does one once, in an empty folder, and returns what happened, or how many
+# times what happened. Its docstring is the promise; it raises AssertionError if that is broken.
 
 
 def killed(folder: Path, moment: str) -> Counter[str]:
@@ -348,7 +349,7 @@ def wrong_commands(folder: Path) -> Counter[str]:
 
 
 def tests(folder: Path, name: str) -> Counter[str]:
-    """What the tests say: one line that names what is wrong; nothing is lost, nothing is run."""
+    """One line that says what is wrong, or a way around it; nothing is lost, nothing is run."""
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout
@@ -356,7 +357,7 @@ def tests(folder: Path, name: str) -> Counter[str]:
     return Counter({f"tests passed in tests/{name}": passed})
 
 
-FAULTS: list[tuple] = [  # name, times, function, and what else it takes
+FAULTS: list[tuple] = [  # name, times, function, and its arguments after the folder
     *((f"training killed {moment}", 10, killed, moment) for moment in MOMENTS),
     ("newest checkpoint truncated", 10, newest_damaged, truncate),
     ("newest checkpoint with a bit flipped", 10, newest_damaged, flip_a_bit),

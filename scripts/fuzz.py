@@ -152,10 +152,14 @@ def checkpoint() -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
+@functools.cache
+def state() -> State:
+    return State(recipe("quick", **NETWORK), torch.device("cpu"))
+
+
 def read_checkpoint(path: Path) -> None:
     path.rename(path.with_name("checkpoint.pt"))
-    state = State(recipe("quick", **NETWORK), torch.device("cpu"))
-    state.load(RunDirectory(path.parent).load())
+    state().load(RunDirectory(path.parent).load())
 
 
 def configuration() -> bytes:
@@ -186,7 +190,7 @@ def read_files(reader: str, seconds: float, seed: int) -> Counter[str]:
     random.seed(seed)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for prepare in (honest_pickles, honest_pictures, honest_run):
+    for prepare in (honest_pickles, honest_pictures, honest_run, state):
         prepare()  # before memory is limited
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
