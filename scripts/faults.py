@@ -80,22 +80,20 @@ class Training:
 
 
 @functools.cache
-def undisturbed(precision: str) -> tuple[dict[str, bytes], float]:
-    """The files that a whole run ends with, by name, and the seconds that it takes."""
-    start = time.monotonic()
+def undisturbed(precision: str) -> dict[str, bytes]:
+    """The files that a run ends with where nothing happens to it, by name."""
     with tempfile.TemporaryDirectory() as folder:
         code, said = Training(Path(folder), precision).end()
         assert code == 0, said
-        files = {name: (Path(folder) / name).read_bytes() for name in ENDS_WITH.split()}
-    return files, time.monotonic() - start
+        return {name: (Path(folder) / name).read_bytes() for name in ENDS_WITH.split()}
 
 
 def check_goes_on(run: Path, precision: str = "fp32", trap: Callable[[], None] = nothing) -> str:
     """The same command ends the run as if nothing had happened; returns what it printed."""
     code, said = Training(run, precision, trap).end()
     assert code == 0, said
-    files, _ = undisturbed(precision)
-    assert {name: (run / name).read_bytes() for name in files} == files, f"{run} differs"
+    expected = undisturbed(precision)
+    assert {name: (run / name).read_bytes() for name in expected} == expected, f"{run} differs"
     assert not list(run.glob("*.tmp")), os.listdir(run)
     return said
 
@@ -143,17 +141,20 @@ def at_step(nth: int, action: Callable[[], object] = die) -> None:
 
 def limit_files() -> None:
     """From now on the system kills this process in the middle of writing a long file."""
-    size = random.randrange(1, len(undisturbed("fp32")[0]["checkpoint.pt"]))
+    size = random.randrange(1, len(undisturbed("fp32")["checkpoint.pt"]))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def signal_later(number: int) -> None:
-    """A signal at some time of the run."""
-    _, seconds = undisturbed("fp32")
-    timer = threading.Timer(random.uniform(0, seconds), os.kill, (os.getpid(), number))
-    timer.daemon = True
-    timer.start()
+    """A signal from outside, at any time from a random step on: it waits for no call."""
+
+    def start_timer() -> None:
+        timer = threading.Timer(random.uniform(0, 0.2), os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
+
+    at_step(random.randint(1, STEPS), start_timer)
 
 
 def take_locks_away() -> None:
@@ -185,7 +186,7 @@ MOMENTS: dict[str, Callable[[], None]] = {  # the traps of a training that is ki
 def killed(folder: Path, moment: str) -> Counter[str]:
     """The same command goes on, however often; every file ends with the same bytes."""
     precision, kills = random.choice(["fp32", "bf16"]), 0
-    undisturbed("fp32")
+    undisturbed("fp32")  # known before the fork: a trap asks for it
     for _ in range(random.randint(1, 3)):
         code, said = Training(folder, precision, MOMENTS[moment]).end()
         assert code in (0, *KILLED), (code, said)
@@ -268,8 +269,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 def disk_full(folder: Path) -> str:
     """Exit code 2, one line, no scratch file; with more room the run ends with the same bytes."""
-    files, _ = undisturbed("fp32")
-    size = random.randrange(1 << 14, sum(map(len, files.values())))
+    size = random.randrange(1 << 14, sum(map(len, undisturbed("fp32").values())))
     with small_disk(folder, size) as disk:
         check_refused(Training(disk / "run"), "can't ")
         assert not list(disk.rglob("*.tmp"))
