@@ -24,9 +24,9 @@ SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}  # and what e
 # A file in another order than its shape promises is smoother in that other order. The larger mean
 # step to the next pixel, across or down, in the right order is this multiple of the wrong order's:
 # 0.45 (planes) and 0.29 (pixels) over CIFAR-10's test images; at most 0.71 over those of any family
-# of notebooks/course/corruptions.py at its highest severity. Of these 90,000 images, each taken as a file of
-# one, none got below 0.9 in the wrong order, so that much is asked for to contradict a shape.
-# Without a promise, 6 of them would be read wrongly, all of them grey.
+# of notebooks/course/corruptions.py at its highest severity. Of these 90,000 images, each taken as
+# a file of one, none got below 0.9 in the wrong order, so that much is asked for to contradict a
+# shape. Without a promise, 6 of them would be read wrongly, all of them grey.
 CONTRADICTION = 0.9
 # The mean step to the next pixel, over the mean step between any two pixels of the same image:
 # 0.26 for CIFAR-10, at most 0.51 for a family above and 0.60 for 20 images of one (noise); 1.00

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STORE = ROOT / "runs" / "mutants"
 JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new), and why they may
 HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
-HEAVY += " matplotlib.pyplot captum.attr optuna torch._dynamo PIL.Image"
+HEAVY += " matplotlib.pyplot optuna torch._dynamo PIL.Image"
 SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in"}
 COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
@@ -56,8 +56,10 @@ NO_MEANING = (
     "BLOCK",
     "set_desc",
 )
-# Keywords that say how fast or where, or repeat the default.
-NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners")
+# Keywords that say how fast or where, repeat the default (the last one on Linux), or state what the
+# code itself holds (strict).
+NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners", "strict")
+NEUTRAL += ("lineterminator",)
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,6 @@ def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
         here = [verdict for mutant, verdict in pairs if mutant.module == module]
         killed = sum(verdict != "survived" for verdict in here)
         rows.append(f"| {module} | {len(here)} | {killed} |")
-    killed = sum(verdict != "survived" for verdict in verdicts)
     for mutant, verdict in pairs:
         if verdict == "survived":
             old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
@@ -354,8 +355,11 @@ def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
         [
             "# Mutants",
             "",
-            f"Written by scripts/mutants.py (seed {seed}). Of {len(mutants)} small changes to the",
-            f"package, the tests notice {killed}: {killed / max(len(mutants), 1):.1%}.",
+            "Small changes to the package, and whether its tests notice; written by",
+            f"`python -m scripts.mutants --named scripts/named_mutants.json` (seed {seed}).",
+            "",
+            f"- Drawn: {_share(pairs, by_hand=False)}",
+            f"- Written by hand: {_share(pairs, by_hand=True)}",
             "",
             "| module | tried | killed |",
             "| --- | ---: | ---: |",
@@ -366,6 +370,17 @@ def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
             *(survivors or ["None."]),
             "",
         ]
+    )
+
+
+def _share(pairs: list[tuple[Mutant, str]], by_hand: bool) -> str:
+    """How many of the changes of one origin the tests notice."""
+    verdicts = [verdict for mutant, verdict in pairs if (mutant.kind == "by hand") == by_hand]
+    killed = sum(verdict != "survived" for verdict in verdicts)
+    hanging = verdicts.count("timeout")
+    return (
+        f"of {len(verdicts)} changes {killed} are noticed ({killed / max(len(verdicts), 1):.1%}), "
+        f"{hanging} of them because the tests ran out of time."
     )
 
 
