@@ -44,7 +44,7 @@ benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epo
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
 
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
-	$(PY) -m scripts.faults --notebooks --write
+	$(PY) -m scripts.faults --write
 
 mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
 	$(PY) -m scripts.mutants --named scripts/named_mutants.json $(ARGS)

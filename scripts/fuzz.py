@@ -1,227 +1,238 @@
 """Random files for every reader of files: python -m scripts.fuzz [--seconds 60] [READER ...]
 
-Each file is read, or refused in one line, within 10 s and 1 GB. Anything else ends the campaign
-with the reader's name and the seed; `--seed` tries that again. Needs a POSIX system.
+Most are honest files with a few changes. Each is read, or refused in one printable line, within
+10 seconds and 1 GB. Anything else ends the campaign with the reader's name and the seed; `--seed`
+makes the same files again. Needs Linux.
 """
 
 import argparse
+import contextlib
+import faulthandler
+import functools
 import hashlib
 import io
+import itertools
 import json
+import multiprocessing
+import pickle
 import random
 import resource
-import signal
-import subprocess
-import sys
+import runpy
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 
-from cifar_lib import checkpoint
+from cifar_lib import cli
+from cifar_lib.checkpoint import DIGEST_SIZE, RunDirectory
 from cifar_lib.errors import InputError
 from cifar_lib.kaggle import read_test_file
-from cifar_lib.model import ResNet, load_model, save_model
+from cifar_lib.model import load_model
 from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, recipe
 from cifar_lib.train import State
-from notebooks.course.reference import trials_table
-from tests.test_pickles import CORPUS, HONEST, mutated
+from notebooks.course.stand_in import generate_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS, ROOM = 10, 1 << 30  # for one file
-NASTY = (None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), "", "x" * 10_000, "0", [], {})
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SECONDS, ROOM = 10, 1 << 30  # what one file may take of time and of memory
+NETWORK = {"blocks": "1", "channels": "16", "precision": "fp32"}
+# What nobody expects as a value; the words also as a field's name.
+WORDS = ["", "0", "0x10", "1_0", "1,2", "none", "name", "self", "\x00", "½", "x" * 10_000]
+NASTY = [None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), [], {}, *WORDS]
 
 
-def nasty(value: Any, dice: random.Random) -> Any:
-    """`value` with one part of it replaced, renamed, lost or put into many lists."""
-    if isinstance(value, (dict, list)) and value and dice.random() < 0.85:
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        key = dice.choice(keys)
+# Ways to change an honest file.
+
+
+def mutated(content: bytes) -> bytes:
+    """A few bytes changed, lost or added, mostly near the ends: in the middle lie only pixels."""
+    changed = bytearray(content)
+    for _ in range(random.randint(1, 6)):
+        head, tail = random.randrange(400), max(len(changed) - random.randrange(300), 0)
+        at = random.choice([head, tail, random.randrange(len(changed) + 1)])
+        changed[at : at + random.randint(0, 4)] = random.randbytes(random.randint(0, 8))
+    return bytes(changed)
+
+
+def nasty(value: Any) -> Any:
+    """`value` with one of its parts replaced, renamed, lost or put into many lists."""
+    if isinstance(value, (dict, list)) and value and random.random() < 0.85:
+        key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
         changed = value.copy()
-        changed[key] = nasty(value[key], dice)
-        if dice.random() < 0.1:
-            del changed[key]
+        changed[key] = nasty(value[key])
+        if random.random() < 0.1:
+            lost = changed.pop(key)
+            if isinstance(changed, dict) and random.random() < 0.5:
+                changed[random.choice(WORDS)] = lost
         return changed
-    if dice.random() < 0.1:
-        for _ in range(300):
-            value = [value]
-        return value
-    return dice.choice(NASTY)
+    if random.random() < 0.1:
+        return functools.reduce(lambda inner, _: [inner], range(300), value)
+    return random.choice(NASTY)
 
 
-def deep(text: bytes, dice: random.Random) -> bytes:
-    """Now and then JSON that is nested beyond any parser's stack."""
-    return text.replace(b"[", b"[" * 200_000, 1) if dice.random() < 0.02 else text
+def nasty_json(value: Any) -> bytes:
+    """A nasty value as JSON, now and then nested deeper than any parser's stack."""
+    text = json.dumps(nasty(value)).encode()
+    return text.replace(b"[", b"[" * 200_000, 1) if random.random() < 0.02 else text
 
 
-def test_files(dice: random.Random) -> bytes:
-    short = [content for content in CORPUS.values() if 0 < len(content) < 10**5]
-    return mutated(dice.choice([*HONEST.values(), *short]), dice)
+# A random file for each reader.
 
 
-def weights(dice: random.Random) -> bytes:
+@functools.cache
+def honest_pickles() -> list[bytes]:
+    """Test files of every protocol, and the short ones of the tests' hostile files."""
+    images = generate_stand_in(0, 2)[1].images.permute(0, 2, 3, 1)  # (2, 32, 32, 3)
+    content = {b"data": images.numpy(), b"ids": [0, 1]}
+    hostile = runpy.run_path(str(ROOT / "tests" / "test_pickles.py"))["CORPUS"].values()
+    honest = [pickle.dumps(content, protocol) for protocol in range(6)]
+    return honest + [file for file in hostile if 0 < len(file) < 10**5]
+
+
+@functools.cache
+def honest_pictures() -> list[bytes]:
+    files = []
+    formats = "PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"
+    sizes = (1, 1), (40, 30), (300, 200)
+    for kind, size, mode in itertools.product(formats, sizes, ("RGB", "L")):
+        files.append(io.BytesIO())
+        Image.effect_noise(size, 64).convert(mode).save(files[-1], kind)
+    return [file.getvalue() for file in files]
+
+
+@functools.cache
+def honest_run() -> dict[str, bytes]:
+    """The files of a run of one epoch, by name."""
+    cli.load_cifar10 = lambda *_: generate_stand_in(60, 20)
+    words = "train --recipe quick --epochs 1 --train-size 60 --set validation_size=0 --device cpu"
+    settings = [f"--set={field}={value}" for field, value in NETWORK.items()]
+    quiet = io.StringIO()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(quiet),
+        contextlib.redirect_stderr(quiet),
+    ):
+        assert cli.main([*words.split(), *settings, "--run", folder]) == 0
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def weights() -> bytes:
     """Changed bytes, or an honest file with another header."""
-    content = WEIGHTS
-    if dice.random() < 0.3:
-        return mutated(content, dice)
-    size = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:size])
-    own = json.loads(header["__metadata__"]["cifar_lib"])
-    if dice.random() < 0.5:
-        header["__metadata__"]["cifar_lib"] = json.dumps(nasty(own, dice))
+    content = honest_run()["model.safetensors"]
+    if random.random() < 0.3:
+        return mutated(content)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    if random.random() < 0.5:
+        text = nasty_json(header)
     else:
-        header = nasty(header, dice)
-    text = deep(json.dumps(header).encode(), dice)
-    return len(text).to_bytes(8, "little") + text + content[size:]
+        ours = json.loads(header["__metadata__"]["cifar_lib"])
+        header["__metadata__"]["cifar_lib"] = nasty_json(ours).decode()
+        text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def pictures(dice: random.Random) -> bytes:
-    size = dice.choice([(1, 1), (40, 30), (300, 200)])
-    picture = Image.frombytes("RGB", size, dice.randbytes(3 * size[0] * size[1]))
-    mode = dice.choice(["RGB", "L"])
-    file = io.BytesIO()
-    picture.convert(mode).save(file, dice.choice(FORMATS))
-    return mutated(file.getvalue(), dice)
-
-
-def configurations(dice: random.Random) -> bytes:
-    content = deep(json.dumps(nasty(CONFIG, dice)).encode(), dice)
-    return mutated(content, dice) if dice.random() < 0.3 else content
-
-
-def checkpoints(dice: random.Random) -> bytes:
-    """With the right digest, as only a run of somebody else's would have it."""
-    if dice.random() < 0.5:
-        payload = mutated(CHECKPOINT, dice)
+def checkpoint() -> bytes:
+    """With the right digest, as only somebody else's run would have it."""
+    content = honest_run()["checkpoint.pt"][:-DIGEST_SIZE]
+    if random.random() < 0.5:
+        content = mutated(content)
     else:
         file = io.BytesIO()
-        torch.save(nasty(STATE, dice), file)
-        payload = file.getvalue()
-    return payload + hashlib.sha256(payload).digest()
+        torch.save(nasty(torch.load(io.BytesIO(content), weights_only=True)), file)
+        content = file.getvalue()
+    return content + hashlib.sha256(content).digest()
 
 
-def studies(dice: random.Random) -> bytes:
-    return mutated(STUDY, dice)
-
-
-def settings(dice: random.Random) -> bytes:
-    names = [*CONFIG, *(f"policy.{name}" for name in CONFIG["policy"]), "name", "self", ""]
-    value = dice.choice(
-        [str(dice.choice(NASTY)), "0x10", "1_0", "1,2", "(3,)", "none", "\x00", "½"]
-    )
-    return f"{dice.choice(names)}={value}".encode()
-
-
-def read_setting(path: Path) -> None:
-    name, _, value = path.read_text(encoding="utf-8").partition("=")
-    recipe("report", **{name: value})
-
-
-def read_configuration(path: Path) -> None:
-    stored = checkpoint.RunDirectory(path.parent).read_json(path.name)
-    recipe("report", **stored)
+@functools.cache
+def state() -> State:
+    return State(recipe("quick", **NETWORK), torch.device("cpu"))
 
 
 def read_checkpoint(path: Path) -> None:
     path.rename(path.with_name("checkpoint.pt"))
-    State(SMALL, torch.device("cpu")).load(checkpoint.RunDirectory(path.parent).load())
+    state().load(RunDirectory(path.parent).load())
 
 
-READERS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], object]]] = {
-    "pickle": (test_files, read_test_file),
+def configuration() -> bytes:
+    content = nasty_json(asdict(RECIPES["quick"]))
+    return mutated(content) if random.random() < 0.3 else content
+
+
+def read_configuration(path: Path) -> None:
+    recipe("report", **RunDirectory(path.parent).read_json(path.name))
+
+
+READERS = {
+    "pickle": (lambda: mutated(random.choice(honest_pickles())), read_test_file),
+    "picture": (lambda: mutated(random.choice(honest_pictures())), read_picture),
     "weights": (weights, load_model),
-    "picture": (pictures, read_picture),
-    "configuration": (configurations, read_configuration),
-    "settings": (settings, read_setting),
-    "checkpoint": (checkpoints, read_checkpoint),
-    "study": (studies, trials_table),
+    "checkpoint": (checkpoint, read_checkpoint),
+    "configuration": (configuration, read_configuration),
 }
 
 
-def prepare() -> None:
-    """The honest files that are changed."""
-    global WEIGHTS, CONFIG, SMALL, STATE, CHECKPOINT, STUDY
-    torch.manual_seed(0)
-    network = ResNet((1,), (16,))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        info = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "temperature": 1.1}
-        save_model(path, network, info)
-        WEIGHTS = path.read_bytes()
-    CONFIG = json.loads(json.dumps(asdict(RECIPES["quick"])))
-    SMALL = recipe("quick", blocks="1", channels="16", precision="fp32")
-    STATE = {"format": checkpoint.FORMAT, **State(SMALL, torch.device("cpu")).content()}
-    file = io.BytesIO()
-    torch.save(STATE, file)
-    CHECKPOINT = file.getvalue()
-    STUDY = next(iter((ROOT / "results" / "tuning").iterdir())).read_bytes()
+# A campaign.
 
 
-def campaign(name: str, seconds: float, seed: int) -> str:
-    """In this process; ends it where a file is neither read nor refused in the bounds."""
-    prepare()
+def read_files(reader: str, seconds: float, seed: int) -> Counter[str]:
+    """Let a reader read random files in this process; count those read and those refused."""
+    make, read = READERS[reader]
+    happened: Counter[str] = Counter()
+    random.seed(seed)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    make, read = READERS[name]
-    loaded = (
-        int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-        * resource.getpagesize()
-    )
-    resource.setrlimit(resource.RLIMIT_AS, (loaded + ROOM, loaded + ROOM))
-    dice, was_read, refused, slowest = random.Random(seed), 0, 0, 0.0
+    for prepare in (honest_pickles, honest_pictures, honest_run, state):
+        prepare()  # before memory is limited
+    used = psutil.Process().memory_info().vms
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        content = make(dice)
+        content = make()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "file"
             path.write_bytes(content)
-            start = time.perf_counter()
-            signal.alarm(SECONDS)  # not caught: it ends the process
+            faulthandler.dump_traceback_later(SECONDS, exit=True)  # also in the middle of C code
             try:
                 read(path)
-                was_read += 1
+                happened["read"] += 1
             except InputError as error:
-                refused += 1
                 assert str(error).isprintable() and "MemoryError" not in str(error), error
-            signal.alarm(0)
-            slowest = max(slowest, time.perf_counter() - start)
-    return f"{was_read} {refused} {slowest:.2f}"
+                happened["refused"] += 1
+            faulthandler.cancel_dump_traceback_later()
+    return happened
 
 
-def fuzz(name: str, seconds: float, seed: int | None = None) -> tuple[int, int, float]:
-    """Files read, files refused, seconds of the slowest; RuntimeError where a bound was broken."""
-    seed = time.time_ns() % 2**32 if seed is None else seed
-    command = [sys.executable, __file__, "--here", name, "--seconds", str(seconds)]
-    done = subprocess.run([*command, "--seed", str(seed)], capture_output=True, encoding="utf-8")
-    if done.returncode:
-        raise RuntimeError(f"{name}, seed {seed}: {done.returncode}: {done.stderr[-3000:]}")
-    was_read, refused, slowest = done.stdout.split()
-    return int(was_read), int(refused), float(slowest)
+def fuzz(reader: str, seconds: float, seed: int) -> Counter[str]:
+    """The same in a process of its own, for the limits hold until it ends.
+
+    Raises RuntimeError if a file was neither read nor refused within them.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
+        try:
+            return process.submit(read_files, reader, seconds, seed).result()
+        except Exception as error:
+            raise RuntimeError(f"reader {reader}, --seed {seed}: {error!r}") from error
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("readers", nargs="*", metavar="READER", help=", ".join(READERS))
     parser.add_argument("--seconds", type=float, default=60, help="for each reader")
-    parser.add_argument("--seed", type=int, help="the one that an error named")
-    parser.add_argument("--here", choices=READERS, help="in this process")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     options = parser.parse_args()
-    if options.here:
-        print(campaign(options.here, options.seconds, options.seed))
-        return 0
-    for name in options.readers or READERS:
-        was_read, refused, slowest = fuzz(name, options.seconds, options.seed)
-        print(f"{name}: {was_read:,} read, {refused:,} refused, slowest {slowest:.2f} s")
-    return 0
+    for reader in options.readers or READERS:
+        happened = fuzz(reader, options.seconds, options.seed)
+        print(f"{reader}: {happened['read']:,} read, {happened['refused']:,} refused", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
