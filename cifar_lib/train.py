@@ -92,7 +92,14 @@ class State:
         Raises InputError if `saved` belongs to another configuration.
         """
         what = "run directory: its checkpoint isn't of this run"
-        another_run = (KeyError, TypeError, AttributeError, ValueError, RuntimeError)
+        another_run = (
+            LookupError,
+            TypeError,
+            AttributeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        )
         with explained(what, "choose another directory", *another_run):
             self.model.load_state_dict(saved["model"])
             for buffer, stored in zip(self._momenta(), saved["momenta"], strict=True):
