@@ -28,11 +28,12 @@ def grad_cam(
     hook = model.stages[-1].register_forward_hook(lambda stage, args, output: kept.append(output))
     with torch.enable_grad():
         logits = model(inputs)  # (N, 10)
+        of_class = logits.gather(1, classes[:, None]).sum()
     hook.remove()
 
     # How fast the class's logit grows with each channel, averaged over its places, is its weight.
     activations = kept[0]  # (N, 264, 8, 8)
-    gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), activations)[0]
+    gradients = torch.autograd.grad(of_class, activations)[0]
     weights = gradients.mean((2, 3), keepdim=True)  # (N, 264, 1, 1)
 
     # The weighted sum of the channels; what speaks against the class counts as nothing.
