@@ -203,7 +203,9 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     """The recipe, with what --set says, then with what the options of their own say."""
     changes: dict[str, str] = {}
     for text in options.set:
-        field, _, value = text.partition("=")
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: write the value, too")
         changes[field] = value
     for field in OWN_OPTIONS:
         value = getattr(options, field)
