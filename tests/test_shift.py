@@ -75,12 +75,9 @@ def test_a_shift_is_deterministic_and_grows_with_its_severity(family, images):
     amounts = corruptions.FAMILIES[family][1]
     signs = {np.sign(after - before) for before, after in pairwise(amounts)}
     assert len(amounts) == len(corruptions.SEVERITIES) and signs in ({1.0}, {-1.0})
-
-
-def test_noise_has_the_standard_deviation_of_its_severity(images):
-    moved = corruptions.shifted(images, "noise", 5).float() - images.float()
-    inside = (images > 90) & (images < 165)  # where nothing is cut off
-    assert moved[inside].std().item() == pytest.approx(0.10 * 255, rel=0.02)
+    if family == "noise":  # its deviation, where nothing is cut off
+        moved = (results[4].float() - images.float())[(images > 90) & (images < 165)]
+        assert moved.std().item() == pytest.approx(0.10 * 255, rel=0.02)
 
 
 def test_the_first_severity_of_statistics_and_generated_files_are_as_the_published_custom_set(
@@ -131,14 +128,11 @@ def test_rebasing_keeps_the_function_and_leaves_batchnorm_only_the_shift(
     torch.testing.assert_close(same, reference, atol=1e-4, rtol=1e-4)
     wanted = first_inputs.mean((0, 2, 3))
     torch.testing.assert_close(rebased.bn1.running_mean, wanted, rtol=1e-4, atol=1e-4)
-    moved = [
-        predict(
-            *shift.adapt("batchnorm", network, images, NORMALIZATION)[:1], images, NORMALIZATION
-        )
-        for network in (model, rebased)
-    ]
-    as_trained, once_rebased = ((logits - reference).abs().mean() for logits in moved)
-    assert once_rebased < 0.02 * as_trained
+    change = {}
+    for network in (model, rebased):
+        adapted, _ = shift.adapt("batchnorm", network, images, NORMALIZATION)
+        change[network] = (predict(adapted, images, NORMALIZATION) - reference).abs().mean()
+    assert change[rebased] < 0.02 * change[model]
 
 
 def test_images_without_statistics_of_their_own_are_refused(model, images):
@@ -206,26 +200,22 @@ def test_imbalance_is_the_part_that_would_have_to_change_class():
     assert shift.allowed_imbalance(200) == pytest.approx(mean + 0.05, rel=0.03)
 
 
-@pytest.mark.parametrize("case", ["one class", "a strong shift"])
-def test_one_class_is_not_ruined_and_a_strong_shift_is_not_taken_for_a_class_mix(cifar10, case):
-    """300 ships: 39 % are right when adapted, 96 % as they come. Pixelation makes bird and cat of
-    nearly all images, and the unadapted network is sure."""
+def test_one_class_is_not_ruined_and_a_strong_shift_is_not_taken_for_a_class_mix(cifar10):
     model, info = load_model(SHIPPED)
     how = info.normalization, choose_precision("auto", torch.device("cpu"))
+    # Of 300 ships 39 % are right when adapted, 96 % as they come.
     test = cifar10[1]
-    if case == "one class":
-        test = test[(test.labels == data.CLASSES.index("ship")).nonzero()[:300, 0]]
-        found = shift.predict_adapted(model, test.images, *how)
-        assert found.method == "none" and accuracy(found.logits, test.labels) >= 0.9
-        return
-    test = test[:400]
-    images = corruptions.shifted(test.images, "pixelate", 5)
+    ships = test[(test.labels == data.CLASSES.index("ship")).nonzero()[:300, 0]]
+    found = shift.predict_adapted(model, ships.images, *how)
+    assert found.method == "none" and accuracy(found.logits, ships.labels) >= 0.9
+    # Pixelation makes bird and cat of nearly all images, and the unadapted network is sure.
+    images = corruptions.shifted(test.images[:400], "pixelate", 5)
     found = shift.predict_adapted(model, images, *how)
     counts = shift.class_counts(found.logits)
     unadapted_counts = shift.class_counts(predict(model, images, *how))
     assert not shift.is_balanced(counts) and shift.agreement(counts, unadapted_counts) < 0
     assert found.method == shift.BALANCED and "quite others" in found.why
-    assert accuracy(found.logits, test.labels) > 0.25
+    assert accuracy(found.logits, test.labels[:400]) > 0.25
 
 
 # What the ablation makes of its measurements.
@@ -239,11 +229,10 @@ def test_channel_distance_of_a_constant_move_is_the_move():
 
 def test_frechet_distance_is_the_formula():
     torch.manual_seed(0)
-    a, b = torch.randn(300, 5).numpy(), (torch.randn(300, 5) @ torch.randn(5, 5) + 1).numpy()
-    c1, c2 = (np.cov(x.astype(np.float64), rowvar=False) for x in (a, b))
-    means = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
-    wanted = (means**2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
-    a, b = torch.from_numpy(a), torch.from_numpy(b)
+    a, b = torch.randn(300, 5).double(), (torch.randn(300, 5) @ torch.randn(5, 5) + 1).double()
+    c1, c2 = (np.cov(features.numpy(), rowvar=False) for features in (a, b))
+    means = (a.mean(0) - b.mean(0)).square().sum().item()
+    wanted = means + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
     assert ablation.frechet_distance(a, b) == pytest.approx(wanted, rel=1e-9)
     assert ablation.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
@@ -288,9 +277,8 @@ def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, mo
     answers = np.ones((len(ablation.WAYS), 3), bool)
     np.savez(tmp_path / "right.npz", weights="abc", **{ablation.CLEAN: answers})
     # The second row was written before a kill, and its answers are missing.
-    (tmp_path / "measures.csv").write_text(
-        "family,severity,frechet\nclean,0,0\nnoise,1,2\n", encoding="utf-8"
-    )
+    table = "family,severity,frechet\nclean,0,0\nnoise,1,2\n"
+    (tmp_path / "measures.csv").write_text(table, encoding="utf-8")
     right, measures = ablation.measured("abc", 3)
     assert list(right) == [ablation.CLEAN] and np.array_equal(right[ablation.CLEAN], answers)
     assert measures == [{"family": "clean", "severity": 0, "frechet": 0}]
