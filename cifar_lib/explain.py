@@ -16,7 +16,8 @@ def grad_cam(
     """Return what in each image speaks for its class, by the network's last stage.
 
     images uint8 (N, 3, 32, 32), classes int64 (N,) -> heat float32 (N, 32, 32) in [0, 1] on the
-    CPU. Each is divided by its own maximum; all are 0 where nothing speaks for the class.
+    CPU. Each image's heat is divided by its own maximum; it is 0 everywhere if nothing speaks for
+    the class.
 
     Source: Grad-CAM, Selvaraju et al. 2016, arXiv:1610.02391.
     """
