@@ -184,21 +184,32 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
 
 def draw(table: pd.DataFrame) -> dict[str, bytes]:
     """The two pictures as PNG, by name."""
-    unadapted = table.groupby(["family", "severity"]).accuracy.transform("first")
-    table = table.assign(gain=table.accuracy - unadapted)
+    table = table.assign(
+        gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first")
+    )
     shifts = table[table.severity > 0]
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
-    by_severity = plots.by_severity(plain[plain.adapt == "none"], "accuracy")
-    losses = {f"no adaptation (clean: {clean:.1%})": by_severity}
+    losses = {
+        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
+            plain[plain.adapt == "none"], "accuracy"
+        )
+    }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
-    points = {name: plots.by_severity(rows, "gain") for name, rows in ways.items()}
     sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
-    bought = "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)"
-    costs = plots.severity_maps(losses, "What a shift costs: accuracy in percent")
-    buys = plots.severity_maps(points, bought, sure)
-    return {"losses.png": plots.to_png(costs), "gains.png": plots.to_png(buys)}
+    return {
+        "losses.png": plots.to_png(
+            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
+        ),
+        "gains.png": plots.to_png(
+            plots.severity_maps(
+                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
+                "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
+                sure,
+            )
+        ),
+    }
 
 
 def main() -> None:
