@@ -203,7 +203,9 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     """The recipe, with what --set says, then with what the options of their own say."""
     changes: dict[str, str] = {}
     for text in options.set:
-        field, _, value = text.partition("=")
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: write the value, too")
         changes[field] = value
     for field in OWN_OPTIONS:
         value = getattr(options, field)
@@ -228,7 +230,8 @@ def _predict(options: argparse.Namespace) -> None:
     paths = [Path(name) for name in options.images]
     images = torch.stack([read_picture(path) for path in paths])  # uint8 (N, 3, 32, 32)
     if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
-        raise InputError("predict: --grad-cam names its pictures after yours, two have one name")
+        what = "predict: --grad-cam names its pictures after yours, and two have one name"
+        raise InputError(f"{what}: rename one, or give them one by one")
 
     # The guesses.
     model, info, precision = _load(options)

@@ -32,7 +32,8 @@ def predict(
 ) -> Tensor:
     """Return the logits of uint8 images (N, 3, 32, 32): float32 (N, 10) on the CPU.
 
-    They are the mean over the views of `tta`. The model computes in evaluation mode, where it lies.
+    They are the mean over the views of `tta`. The model runs in evaluation mode, on the device that
+    holds it, and is left in the mode that it was in.
     """
     return predict_views(model, images, normalization, precision, tta).mean(0)
 
@@ -47,7 +48,7 @@ def predict_views(
 ) -> Tensor:
     """Return the logits of each view by itself: float32 (views, N, 10) on the CPU.
 
-    The first view is the image as it is, so that one pass serves with and without the others.
+    The first view is the image as it is, so one pass gives the logits for both values of `tta`.
     """
     was_training = model.training
     model.eval()
@@ -64,9 +65,9 @@ def predict_views(
 def batches(
     model: nn.Module, images: Tensor, normalization: Normalization, size: int
 ) -> Iterator[Tensor]:
-    """Yield normalised batches of uint8 images, float32 (b, 3, 32, 32), where the weights lie.
+    """Yield normalised batches of uint8 images, float32 (b, 3, 32, 32), on the weights' device.
 
-    None has more than `size` images, and all have nearly as many, instead of a small last one.
+    They have nearly the same size, at most `size` images, instead of a small last one.
     """
     device = next(model.parameters()).device
     for piece in images.tensor_split(max(math.ceil(len(images) / size), 1)):
@@ -76,7 +77,7 @@ def batches(
 def features(
     model: ResNet, images: Tensor, normalization: Normalization, precision: str = "fp32"
 ) -> Tensor:
-    """Return what the last layer sees, the means of the last stage: float32 (N, channels), CPU."""
+    """Return what the last layer sees, the last stage's averages: float32 (N, channels), CPU."""
     headless = copy.deepcopy(model)
     headless.linear = nn.Identity()
     return predict(headless, images, normalization, precision)
@@ -136,7 +137,8 @@ def most_confident_mistakes(
 ) -> Tensor:
     """Return the positions of the misclassified images, int64, the most confident first.
 
-    With `true` or `predicted`, class numbers, only the mistakes of that class or for that class.
+    `true` leaves only images of that class, `predicted` only images that were taken for that class;
+    both are class numbers.
     """
     confidence, guess = logits.softmax(1).max(1)  # (N,) each
     labels = labels.cpu()
@@ -150,7 +152,7 @@ def most_confident_mistakes(
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
-    """Compare confidence with accuracy in equal bins of confidence, each open below.
+    """Compare confidence with accuracy in bins of confidence of equal width, each (low, high].
 
     Returns `edges` (bins + 1,) and, for each bin, `count`, mean `confidence` and `accuracy`
     (bins,), nan where the bin is empty.

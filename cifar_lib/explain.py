@@ -16,7 +16,8 @@ def grad_cam(
     """Return what in each image speaks for its class, by the network's last stage.
 
     images uint8 (N, 3, 32, 32), classes int64 (N,) -> heat float32 (N, 32, 32) in [0, 1] on the
-    CPU. Each is divided by its own maximum; all are 0 where nothing speaks for the class.
+    CPU. Each image's heat is divided by its own maximum; it is 0 everywhere if nothing speaks for
+    the class.
 
     Source: Grad-CAM, Selvaraju et al. 2016, arXiv:1610.02391.
     """
@@ -28,11 +29,12 @@ def grad_cam(
     hook = model.stages[-1].register_forward_hook(lambda stage, args, output: kept.append(output))
     with torch.enable_grad():
         logits = model(inputs)  # (N, 10)
+        of_class = logits.gather(1, classes[:, None]).sum()
     hook.remove()
 
     # How fast the class's logit grows with each channel, averaged over its places, is its weight.
     activations = kept[0]  # (N, 264, 8, 8)
-    gradients = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), activations)[0]
+    gradients = torch.autograd.grad(of_class, activations)[0]
     weights = gradients.mean((2, 3), keepdim=True)  # (N, 264, 1, 1)
 
     # The weighted sum of the channels; what speaks against the class counts as nothing.

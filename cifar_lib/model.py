@@ -170,7 +170,7 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
 
     @property
     def training_normalization(self) -> Normalization:
-        """How images were normalised in training. The recipe's name doesn't tell: fields change.
+        """How images were normalised in training; the recipe's name doesn't tell, as fields change.
 
         Raises InputError where the file doesn't say, as older ones don't.
         """
@@ -184,7 +184,7 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
         return (logits / (self.temperature or 1.0)).softmax(1)
 
     def as_record(self) -> dict:
-        """As it stands in files: what is known, for JSON."""
+        """Return what is known, for JSON, as files hold it."""
         return self.model_dump(exclude_none=True)
 
 

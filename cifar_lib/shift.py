@@ -131,8 +131,12 @@ def predict_adapted(
 def is_misled(counts: Tensor, unadapted_counts: Tensor, confidence_lost: float) -> bool:
     """Whether the classes of a file, and not a shift, unbalance what an adapted network predicts.
 
-    A class mix shows in the predictions without adapting too, int64 (10,) each, and adapting to it
-    costs confidence. A strong shift makes the unadapted network doubt, or see quite other classes.
+    counts, unadapted_counts: int64 (10,), the images of each predicted class, with adapting and
+    without.
+    confidence_lost: by how much adapting lowers the mean confidence.
+
+    A class mix shows without adapting too, and adapting to it costs confidence. A strong shift
+    makes the unadapted network doubt, or see quite other classes.
     """
     both_see_it = agreement(counts, unadapted_counts) >= AGREEMENT
     return not is_balanced(counts) and both_see_it and confidence_lost > DOUBT

@@ -62,10 +62,9 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
         right = dict(stored)
     before = str(right.pop("weights", "unknown")), len(right[CLEAN][0])
     if before != (weights, images):
-        raise InputError(
-            f"{FOLDER.name}: expected measurements of {images} images by weights {weights[:12]}"
-            f"..., found {before[1]} by {before[0][:12]}...: move the folder away to measure anew"
-        )
+        what = f"expected measurements of {images} images by weights {weights[:12]}..."
+        found = f"found {before[1]} by {before[0][:12]}..."
+        raise InputError(f"{FOLDER.name}: {what}, {found}: move the folder away to measure anew")
     measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]
 
@@ -112,10 +111,9 @@ def keep(right: dict[str, np.ndarray], shift: str, found: np.ndarray, weights: s
     packed = io.BytesIO()
     np.savez_compressed(packed, weights=weights, **right)
     write_atomically(FOLDER / "right.npz", packed.getvalue())
-    best = found.mean(1).argmax()
-    print(
-        f"{shift}: {found[0].mean():.1%}; best {found[best].mean():.1%} by {WAYS[best]}", flush=True
-    )
+    accuracies = found.mean(1)
+    best = accuracies.argmax()
+    print(f"{shift}: {accuracies[0]:.1%}; best {accuracies[best]:.1%} by {WAYS[best]}", flush=True)
 
 
 def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -127,17 +125,9 @@ def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
         for (method, tta), ours in zip(WAYS, table, strict=True):
             low, high = wilson_interval(int(ours.sum()), len(ours))
             gained, lost, p = mcnemar(ours, table[0])
-            rows.append(
-                {
-                    "family": family,
-                    "severity": int(severity),
-                    "adapt": method,
-                    "tta": tta,
-                    "n": len(ours),
-                }
-                | {"accuracy": ours.mean(), "low": low, "high": high}
-                | {"gained": gained, "lost": lost, "mcnemar_p": p}
-            )
+            row = {"family": family, "severity": int(severity), "adapt": method, "tta": tta}
+            row |= {"n": len(ours), "accuracy": ours.mean(), "low": low, "high": high}
+            rows.append(row | {"gained": gained, "lost": lost, "mcnemar_p": p})
     return pd.DataFrame(rows)
 
 
@@ -256,14 +246,12 @@ def main() -> None:
         custom = shifted(test.images, "statistics", 1)
         keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
     table = accuracy_table(right)
-    write_atomically(
-        FOLDER / "accuracy.csv", table.to_csv(index=False, float_format="%.6g").encode()
-    )
+    text = table.to_csv(index=False, float_format="%.6g")
+    write_atomically(FOLDER / "accuracy.csv", text.encode())
     shipped = info.as_record() | {"name": PRETRAINED, "sha256": weights}
     summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
-    write_atomically(
-        FOLDER / "verdict.json", (json.dumps(summary | verdict(right), indent=2) + "\n").encode()
-    )
+    text = json.dumps(summary | verdict(right), indent=2) + "\n"
+    write_atomically(FOLDER / "verdict.json", text.encode())
     for name, picture in draw(table).items():
         write_atomically(FOLDER / name, picture)
 

@@ -56,9 +56,8 @@ def archive(run: Path) -> dict:
     """Returns what is written as metrics.json: the run's own, and the halved weights' scores
     (`half_precision`)."""
     if not os.path.isfile(run / "metrics.json"):
-        raise InputError(
-            f"archive: expected a finished run, found no metrics.json in {run}: train it to its end"
-        )
+        what = f"archive: expected a finished run, found no metrics.json in {run}"
+        raise InputError(f"{what}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["data"] != REAL:
         raise InputError(f"archive: expected a run on {REAL}, got one on {metrics['data']}")
@@ -90,9 +89,8 @@ def archive(run: Path) -> dict:
     if metrics["seed"] == SHIPPED_SEED:
         write_atomically(WEIGHTS / f"{metrics['recipe']}.safetensors", weights.read_bytes())
         files = sorted(WEIGHTS.glob("*.safetensors"))
-        sums = "".join(
-            f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files
-        )
+        digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        sums = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
         write_atomically(WEIGHTS / "SHA256SUMS", sums.encode())
     return metrics
 
@@ -107,26 +105,21 @@ def over_seeds(recipe: str) -> str:
         config = _config(folder)
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         seed = config.pop("seed")
-        groups.setdefault(json.dumps(config, sort_keys=True), {})[seed] = metrics["test"][
-            "accuracy"
-        ]
+        scores = groups.setdefault(json.dumps(config, sort_keys=True), {})
+        scores[seed] = metrics["test"]["accuracy"]
     lines = []
     for config, scores in groups.items():
         spread = f" ± {statistics.stdev(scores.values()):.2%}" if len(scores) > 1 else ""
         seeds = ", ".join(map(str, sorted(scores)))
-        mean = statistics.mean(scores.values())
-        lines.append(
-            f"{recipe}, {json.loads(config)['epochs']} epochs, seed {seeds}: {mean:.2%}{spread}"
-        )
+        mean, epochs = statistics.mean(scores.values()), json.loads(config)["epochs"]
+        lines.append(f"{recipe}, {epochs} epochs, seed {seeds}: {mean:.2%}{spread}")
     return "\n".join(lines)
 
 
 def _unused(path: Path) -> Path:
     """`path`, or with a number at its end where there is something already."""
-    names = itertools.chain(
-        [path], (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
-    )
-    return next(name for name in names if not name.exists())
+    numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def _config(folder: Path) -> dict:
@@ -186,9 +179,8 @@ def check() -> bool:
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=memory_format(device))
     scores, _ = score(model, info, test, _config(SHIPPED_RUN))
-    recorded = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))[
-        "half_precision"
-    ]
+    metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))
+    recorded = metrics["half_precision"]
     place = f"results/{SHIPPED_RUN.name}"
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in {place})")
     pairs = {
@@ -230,10 +222,8 @@ def on_custom_set(
     for adaptation, tta in (("none", "none"), default):
         network, normalization = adapt(adaptation, model, images, info.normalization)
         now = accuracy(predict(network, images, normalization, tta=tta), test.labels)
-        pairs[f"custom set, {adaptation}, views {tta}"] = (
-            now,
-            verdict["custom"][f"{adaptation} + {tta}"]["accuracy"],
-        )
+        then = verdict["custom"][f"{adaptation} + {tta}"]["accuracy"]
+        pairs[f"custom set, {adaptation}, views {tta}"] = now, then
     return pairs
 
 
@@ -242,10 +232,10 @@ if __name__ == "__main__":
         raise SystemExit(__doc__)
     try:
         if sys.argv[1] == "--check":
+            if check():
+                raise SystemExit(0)
             raise SystemExit(
-                0
-                if check()
-                else "error: these differ by more than rounding: see scripts/archive_run.py"
+                "error: these differ by more than rounding: see scripts/archive_run.py"
             )
         metrics = archive(Path(sys.argv[1]))
         print(json.dumps(metrics["half_precision"], indent=2))

@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from cifar_lib.data import channel_statistics
+from cifar_lib.data import Normalization
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, predict
 from cifar_lib.fit import fit
-from cifar_lib.model import SHIPPED, ResNet, load_model
+from cifar_lib.model import SHIPPED, ResNet, WeightsInfo, load_model
 from cifar_lib.recipes import recipe
 from notebooks.course.corruptions import shifted
 from scripts import archive_run
 
 SMALL = {"blocks": "1", "channels": "16", "epochs": "1", "half_size_epochs": "0"}
+SMALL |= {"train_size": "40", "validation_size": "10"}
 
 
 @pytest.fixture
@@ -26,16 +27,19 @@ def script(tmp_path, monkeypatch, cifar10):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(archive_run, name, tmp_path / name)
     train, test = cifar10
-    monkeypatch.setattr(archive_run, "load_cifar10", lambda: (train, test[:100]))
+    monkeypatch.setattr(archive_run, "load_cifar10", lambda **_: (train, test[:100]))
     return archive_run
 
 
-def trained(folder: Path, cifar10, seed: int, **changes: str) -> Path:
-    train, test = cifar10
-    sizes = {"train_size": "40", "validation_size": "10", "seed": str(seed)}
-    config = recipe("quick", **{**SMALL, **sizes, **changes})
+def trained(folder: Path, images, seed: int, **changes: str) -> Path:
+    train, test = images
+    config = recipe("quick", **{**SMALL, "seed": str(seed), **changes})
     fit(config, folder / f"{seed}", train, test[:100], "cpu", log=lambda _: None)
     return folder / f"{seed}"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_path, cifar10):
@@ -43,19 +47,16 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     metrics = script.archive(run)
     weights = script.WEIGHTS / "quick.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert (script.WEIGHTS / "SHA256SUMS").read_text(
-        encoding="utf-8"
-    ) == f"{digest}  quick.safetensors\n"
+    listed = (script.WEIGHTS / "SHA256SUMS").read_text(encoding="utf-8")
+    assert listed == f"{digest}  quick.safetensors\n"
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
     assert torch.equal(model.conv1.weight, whole.conv1.weight.half().float())
-    assert info["temperature"] == metrics["half_precision"]["temperature"] > 0
+    assert info.temperature == metrics["half_precision"]["temperature"] > 0
     folder = script.RESULTS / "quick-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8")) == json.loads(
-        json.dumps(metrics)
-    )
-    assert metrics["test"] == json.loads((run / "metrics.json").read_text(encoding="utf-8"))["test"]
+    assert read(folder / "metrics.json") == json.loads(json.dumps(metrics))
+    assert metrics["test"] == read(run / "metrics.json")["test"]
 
 
 def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):
@@ -65,19 +66,16 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
     mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
     expected = f"quick, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
     assert script.over_seeds("quick") == expected
-    script.archive(trained(tmp_path, cifar10, 5, learning_rate="0.01"))
-    assert len(script.over_seeds("quick").splitlines()) == 2, "another configuration, no other seed"
 
-
-def test_the_records_of_another_run_are_kept(script, tmp_path, cifar10):
-    runs = [trained(tmp_path / f"{i}", cifar10, 0, learning_rate=f"0.0{i}") for i in (1, 2, 3)]
-    for run in (*runs, runs[-1]):  # the last one twice
+    # Another configuration is no other seed, and takes the name of what was there.
+    others = [trained(tmp_path / f"{i}", cifar10, 0, learning_rate=f"0.0{i}") for i in (1, 2)]
+    for run in (*others, others[-1]):  # the last one twice
         script.archive(run)
-    names = ("quick-seed0-1-epochs", "quick-seed0-1-epochs-2", "quick-seed0")
-    found = {folder.name: folder / "config.json" for folder in script.RESULTS.iterdir()}
-    assert found.keys() == set(names)
-    for run, name in zip(runs, names, strict=True):
-        assert found[name].read_bytes() == (run / "config.json").read_bytes()
+    assert len(script.over_seeds("quick").splitlines()) == 3
+    names = ("quick-seed0-1-epochs", "quick-seed1", "quick-seed0-1-epochs-2", "quick-seed0")
+    assert {folder.name for folder in script.RESULTS.iterdir()} == set(names)
+    for run, name in zip((*runs, *others), names, strict=True):
+        assert read(script.RESULTS / name / "config.json") == read(run / "config.json")
 
 
 def test_only_a_finished_run_on_real_data_is_archived(script, tmp_path, stand_in):
@@ -93,20 +91,23 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
     test = cifar10[1][:100]
     torch.manual_seed(0)
     model = ResNet((1,), (16,)).eval()
-    info = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "temperature": 1.0}
-    monkeypatch.setattr(script, "load_cifar10", lambda **_: (None, test))
+    info = WeightsInfo(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), temperature=1.0)
     monkeypatch.setattr(script, "load_model", lambda _: (model, info))
-    monkeypatch.setattr(script, "SHIPPED_RUN", tmp_path)
-    monkeypatch.setattr(script, "SHIFT", tmp_path)
+    for name in ("SHIPPED_RUN", "SHIFT"):
+        monkeypatch.setattr(script, name, tmp_path)
     config = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2]}  # that of training
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     scores, _ = script.score(model, info, test, config)
-    mirrored = predict(model, test.images, info["mean"], info["std"], tta="flip")
-    assert scores["tta_flip"]["accuracy"] == accuracy(mirrored, test.labels)
+
+    def measured(images: torch.Tensor, normalization: Normalization, tta: str = "none") -> float:
+        return accuracy(predict(model, images, normalization, tta=tta), test.labels)
+
+    trained_with = Normalization(config["mean"], config["std"])
+    assert scores["tta_flip"]["accuracy"] == measured(test.images, info.normalization, "flip")
+    assert scores["training_normalisation"]["accuracy"] == measured(test.images, trained_with)
     (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}), encoding="utf-8")
     moved = shifted(test.images, "statistics", 1)
-    plain = accuracy(predict(model, moved, info["mean"], info["std"]), test.labels)
-    normalized = accuracy(predict(model, moved, *channel_statistics(moved)), test.labels)
+    plain, normalized = (measured(moved, n) for n in (info.normalization, Normalization.of(moved)))
 
     def check(recorded: float, sha256: str) -> tuple[bool, str]:
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}
