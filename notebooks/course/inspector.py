@@ -9,8 +9,8 @@ from cifar_lib import evaluate, explain
 from cifar_lib.data import CLASSES, Normalization, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet
-from notebooks.course.plots import inspection
 from notebooks.course.session import Session
+from notebooks.course.sheets import inspection
 
 
 class Inspector:

@@ -43,7 +43,6 @@ from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
 from cifar_lib.recipes import TrainConfig, recipe
 from notebooks.course.corruptions import generate_test_file
-from notebooks.course.plots import save_figure
 from notebooks.course.reference import (
     PUBLISHED_SYSTEM,
     SHIPPED_RUN,
@@ -51,6 +50,7 @@ from notebooks.course.reference import (
     published_table_2,
 )
 from notebooks.course.stand_in import generate_stand_in
+from notebooks.course.style import save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 KAGGLE_OUTPUT = Path("/kaggle/working")  # on Kaggle the place for results
