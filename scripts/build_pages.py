@@ -144,8 +144,7 @@ def _print_comparison() -> None:
         return
     newest = max(written, key=lambda path: path.stat().st_mtime)
     table = pd.read_csv(newest, dtype=str, keep_default_na=False)
-    with pd.option_context("display.width", 200, "display.max_colwidth", None):
-        print(table.to_string(index=False, justify="left"))
+    print(table.to_string(index=False, justify="left"))
 
 
 if __name__ == "__main__":
