@@ -36,8 +36,9 @@ from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import ADAPTATIONS, adapt
-from notebooks.course import plots
 from notebooks.course.corruptions import FAMILIES, SEVERITIES, shifted
+from notebooks.course.error_plots import by_severity, severity_maps
+from notebooks.course.style import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "shift"
@@ -191,20 +192,16 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
     losses = {
-        f"no adaptation (clean: {clean:.1%})": plots.by_severity(
-            plain[plain.adapt == "none"], "accuracy"
-        )
+        f"no adaptation (clean: {clean:.1%})": by_severity(plain[plain.adapt == "none"], "accuracy")
     }
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
-    sure = {name: plots.by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
+    sure = {name: by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
     return {
-        "losses.png": plots.to_png(
-            plots.severity_maps(losses, "What a shift costs: accuracy in percent")
-        ),
-        "gains.png": plots.to_png(
-            plots.severity_maps(
-                {name: plots.by_severity(rows, "gain") for name, rows in ways.items()},
+        "losses.png": to_png(severity_maps(losses, "What a shift costs: accuracy in percent")),
+        "gains.png": to_png(
+            severity_maps(
+                {name: by_severity(rows, "gain") for name, rows in ways.items()},
                 "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
                 sure,
             )

@@ -1,1 +1,1 @@
-"""What the notebooks share: session, stored records, figures, shifted and generated images."""
+"""What the notebooks share: session, records, charts and sheets, shifted and generated images."""

@@ -9,8 +9,8 @@ from cifar_lib import evaluate, explain
 from cifar_lib.data import CLASSES, Normalization, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet
-from notebooks.course.plots import inspection
 from notebooks.course.session import Session
+from notebooks.course.sheets import inspection
 
 
 class Inspector:
@@ -73,14 +73,16 @@ class Inspector:
         heat = explain.grad_cam(self.model, twice, torch.tensor(asked), self.normalization)
 
         # What the image resembles.
-        cosine, position = self.nearest(image)
-        near = self.known[position[0]]
-        captions = zip(near.labels.tolist(), cosine[0], strict=True)
+        cosines, positions = self.nearest(image)
+        near = self.known[positions[0]]
+        neighbours = zip(near.labels.tolist(), cosines[0].tolist(), strict=True)
+
+        first_five = zip(classes[:5].tolist(), probabilities[:5].tolist(), strict=True)
         return inspection(
-            image[0].permute(1, 2, 0).numpy(),
-            {CLASSES[c]: float(p) for c, p in zip(classes[:5], probabilities, strict=False)},
-            {f"speaks for {CLASSES[c]}": each.numpy() for c, each in zip(asked, heat, strict=True)},
-            near.images.permute(0, 2, 3, 1).numpy(),
-            [f"{CLASSES[c]}, {similarity:.2f}" for c, similarity in captions],
-            f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
+            image[0].permute(1, 2, 0).numpy(),  # (32, 32, 3)
+            probabilities={CLASSES[c]: probability for c, probability in first_five},
+            maps={f"speaks for {CLASSES[asked[i]]}": heat[i].numpy() for i in (0, 1)},
+            neighbours=near.images.permute(0, 2, 3, 1).numpy(),  # (5, 32, 32, 3)
+            captions=[f"{CLASSES[c]}, {cosine:.2f}" for c, cosine in neighbours],
+            title=f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
         )

@@ -32,8 +32,10 @@ PUBLISHED_SYSTEM = {
 
 
 def published_history() -> pd.DataFrame:
-    """The published run's 60 epochs, accuracies as fractions; what it calls validation is the test
-    set."""
+    """Return the published run's 60 epochs, one row per epoch, accuracies as fractions.
+
+    What the report calls validation is the test set.
+    """
     history = pd.read_csv(REFERENCE / "history.csv")
     return history.assign(
         train_accuracy=history.train_accuracy / 100, test_accuracy=history.test_accuracy / 100
@@ -41,12 +43,12 @@ def published_history() -> pd.DataFrame:
 
 
 def published_confusion() -> pd.DataFrame:
-    """The published confusion matrix, rows true, columns predicted, 1000 images a row."""
+    """Return the published confusion matrix: rows true, columns predicted, 1,000 images per row."""
     return pd.read_csv(REFERENCE / "confusion_matrix.csv", index_col=0)
 
 
 def published_table_2() -> dict[str, str]:
-    """The report's Table 2 by quantity, with the interval that its test accuracy leaves open."""
+    """Return the report's Table 2 by quantity, with the interval that its test accuracy leaves."""
     last = published_history().iloc[-1]
     correct = int(published_confusion().to_numpy().trace())
     return {
@@ -64,13 +66,16 @@ def published_table_2() -> dict[str, str]:
 
 
 def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
-    """`loss` or `accuracy` by epoch, on training and test images, of the published run and of the
-    package's weights."""
-    runs = {"published": published_history(), "ours": pd.read_csv(SHIPPED_RUN / "history.csv")}
+    """Return `loss` or `accuracy` by epoch, of the published run and of the package's weights.
+
+    There are four series, named by images and run: two runs, on training and on test images.
+    """
+    published, ours = published_history(), pd.read_csv(SHIPPED_RUN / "history.csv")
     return {
-        f"{images} images ({name})": history[f"{column}_{quantity}"]
-        for name, history in runs.items()
-        for column, images in (("train", "training"), ("test", "test"))
+        "training images (published)": published[f"train_{quantity}"],
+        "test images (published)": published[f"test_{quantity}"],
+        "training images (ours)": ours[f"train_{quantity}"],
+        "test images (ours)": ours[f"test_{quantity}"],
     }
 
 
@@ -105,4 +110,5 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
 
 
 def interval_text(low: float, high: float) -> str:
+    """Return an interval of two fractions in percent."""
     return f"{low:.2%} to {high:.2%}"

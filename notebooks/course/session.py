@@ -1,5 +1,4 @@
-"""What the five notebooks share: the profile, the data it gets, the run it trains, how figures and
-tables are shown."""
+"""What the five notebooks share: a profile, its data, its run, and how its results are shown."""
 
 import functools
 import hashlib
@@ -11,7 +10,7 @@ import textwrap
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# What every notebook needs; what only a section needs is asked for there (environment.require).
+# What every notebook needs. What only one section needs is asked for there (environment.require).
 _NEEDED = ("pydantic", "safetensors", "sklearn", "torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
@@ -28,13 +27,7 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from cifar_lib import environment
-from cifar_lib.data import (
-    FOLDER,
-    STAND_IN,
-    ImageSet,
-    load_cifar10,
-    stratified_split,
-)
+from cifar_lib.data import FOLDER, STAND_IN, ImageSet, load_cifar10, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
@@ -43,7 +36,6 @@ from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
 from cifar_lib.recipes import TrainConfig, recipe
 from notebooks.course.corruptions import generate_test_file
-from notebooks.course.plots import save_figure
 from notebooks.course.reference import (
     PUBLISHED_SYSTEM,
     SHIPPED_RUN,
@@ -51,12 +43,13 @@ from notebooks.course.reference import (
     published_table_2,
 )
 from notebooks.course.stand_in import generate_stand_in
+from notebooks.course.style import save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
-KAGGLE_OUTPUT = Path("/kaggle/working")  # on Kaggle the place for results
+KAGGLE_OUTPUT = Path("/kaggle/working")  # where results go on Kaggle
 GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
 QUICK_TEST_IMAGES = 1000
-SYSTEM = {  # what environment.json calls it: its name in the table
+SYSTEM = {  # each key of environment.json that the table has, and its name there
     "cpu": "CPU",
     "cpu_cores": "CPU cores",
     "gpu": "GPU",
@@ -73,10 +66,10 @@ SYSTEM = {  # what environment.json calls it: its name in the table
 class Session:
     """One notebook's profile and data.
 
-    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/ and
-    goes on with generated stand-in data where there is no CIFAR-10. `full` takes real data only,
-    evaluates all test images, writes figures/, and on a GPU trains the report's recipe, in the run
-    directory of `make full`; without one it trains as `quick` does.
+    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/, and
+    goes on with generated stand-in data where there is no CIFAR-10.
+    `full` takes real data only, evaluates all test images, and writes figures/. On a GPU it trains
+    the report's recipe, in the run directory of `make full`; without one it trains as `quick` does.
     """
 
     profile: str
@@ -87,18 +80,20 @@ class Session:
 
     @classmethod
     def open(cls) -> "Session":
-        """The session of `CIFAR_PROFILE` (quick or full; default quick).
+        """Return the session of the profile in `CIFAR_PROFILE`: quick, the default, or full.
 
-        Raises InputError if a variable is wrong, results can't be written, or the data is missing.
+        Raises InputError if a variable is wrong, results can't be written, or data is missing.
         """
         profile = _variable("CIFAR_PROFILE") or "quick"
         prepare(_device(), "auto")
         places = {"home": _data_folder(), "archives": _results_folder()}
+
         if profile == "full":
             train, test = load_cifar10(**places)
             test = replace(test, ids=tuple(range(len(test))))
             name = "quick" if _device().type == "cpu" else "report"
             return cls(profile, train, test, test, recipe(name))
+
         try:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
@@ -118,67 +113,76 @@ class Session:
 
     @property
     def note(self) -> str | None:
-        """What every figure, table and file made from generated data says on its face."""
+        """What every figure and table made from generated data says; None on real data."""
         return "stand-in data: generated images, not CIFAR-10" if self.stand_in else None
 
     @property
     def folder(self) -> Path:
-        """Where this session writes everything but figures: <profile> or <profile>-stand-in, under
-        runs/ or in the folder that `CIFAR_RUNS` names."""
-        return runs_folder() / (f"{self.profile}-stand-in" if self.stand_in else self.profile)
+        """Where this session writes everything but the figures of the full profile.
+
+        It is <profile> or <profile>-stand-in, under runs/ or in the folder that `CIFAR_RUNS` names.
+        """
+        name = f"{self.profile}-stand-in" if self.stand_in else self.profile
+        return runs_folder() / name
 
     @property
     def run(self) -> Path:
-        """The run directory of this session's configuration; another configuration gets another
-        one."""
+        """The run directory of this session's configuration, and of no other configuration."""
         if self.profile == "full" and self.config == recipe("report"):
             return runs_folder() / "report-seed42"
-        digest = hashlib.sha256(
-            json.dumps(asdict(self.config), sort_keys=True).encode()
-        ).hexdigest()
+        settings = json.dumps(asdict(self.config), sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()
         return self.folder / f"{self.config.recipe}-seed{self.config.seed}-{digest[:8]}"
 
     def fit(self) -> dict:
-        """Train this session's configuration, or go on with it, or read what it came to; returns
-        its metrics."""
+        """Train this session's configuration and return its metrics.
+
+        A run that was interrupted goes on, and of a finished one the metrics are read.
+        """
         return fit(self.config, self.run, self.train, self.scored, device=str(self.device))
 
     def trained_model(self) -> tuple[ResNet, WeightsInfo]:
-        """Return the network that is looked at, on the best device, and what is known of it.
+        """Return the network that is looked at, on this session's device, and what is known of it.
 
-        `CIFAR_WEIGHTS` names its file, or `pretrained`, the default: the package's weights, trained
-        on CIFAR-10; or `trained`, the default on stand-in data: this session's own run, trained now
-        if it isn't yet.
+        `CIFAR_WEIGHTS` names its file, or `pretrained`: the package's weights, trained on CIFAR-10;
+        or `trained`: this session's own run, trained now if it isn't yet. The default is
+        `pretrained`, and on stand-in data `trained`.
+
+        Raises InputError if the file isn't weights of this package.
         """
-        named = _variable("CIFAR_WEIGHTS") or ("trained" if self.stand_in else PRETRAINED)
-        if named == "trained":
+        default = "trained" if self.stand_in else PRETRAINED
+        weights = _variable("CIFAR_WEIGHTS") or default
+        if weights == "trained":
             if not (self.run / "metrics.json").exists():
                 print("No trained network yet: training one as in notebook 3.")
             self.fit()
-        model, info = load_model(self.run / "model.safetensors" if named == "trained" else named)
+            weights = self.run / "model.safetensors"
+        model, info = load_model(weights)
         device = self.device
         return model.to(device, memory_format=memory_format(device)), info
 
     @property
     def device(self) -> torch.device:
-        """The one that `CIFAR_DEVICE` names, else the best one here."""
+        """The device that `CIFAR_DEVICE` names, else the best one here."""
         return _device()
 
     @property
     def precision(self) -> str:
+        """The precision that suits the device."""
         return choose_precision("auto", self.device)
 
     @property
     def test_file(self) -> Path:
-        """The competition's file: the one that `CIFAR_TEST_FILE` names, else the generated one of
-        `custom_test`."""
+        """The competition's file: what `CIFAR_TEST_FILE` names, else what `custom_test` makes."""
         named = _variable("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
     def custom_test(self) -> ImageSet:
-        """The images of `test_file`, read as what it is: a stranger's pickle.
+        """Return the images of `test_file`, read as what it is: a stranger's pickle.
 
-        Where none is named it is generated from the scored test images; only then there are labels.
+        Where none is named, it is generated from the scored test images; only then it has labels.
+
+        Raises InputError if the file isn't the competition's.
         """
         if _variable("CIFAR_TEST_FILE"):
             return read_test_file(self.test_file)
@@ -186,58 +190,54 @@ class Session:
         return replace(read_test_file(self.test_file), labels=known.labels)
 
     def comparison(self) -> pd.DataFrame:
-        """The report's Table 2 beside the package's weights and this session's finished run, and
-        why they differ.
+        """Return the report's Table 2 beside the package's weights and this session's finished run.
 
-        Also written, as comparison.csv.
+        The last column says why they differ. The table is also written, as comparison.csv.
         """
-        size = torchinfo.summary(
-            ResNet(self.config.blocks, self.config.channels), (1, 3, 32, 32), verbose=0
-        )
-        megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
-        sizes = (f"{size.total_params:,}", f"{size.total_mult_adds / 1e6:.2f}", f"{megabytes:.2f}")
-        ours = self.config == recipe("report") and not self.stand_in
-        shorter = "" if ours else "this run: what two processor cores train in minutes"
-        chance = "the weights: other random numbers, another GPU"
-        few = len(self.scored) < 10_000
-        reasons = {
-            "parameters": "",
-            "multiply-adds (M)": "",
-            "estimated size (MB)": "",
-            "epochs": shorter,
-            "training images": shorter,
-            "last train accuracy": chance,
-            "test accuracy": chance,
-            "its 95 % interval": "this run: fewer test images, a wider interval" if few else "",
-            "test images": "",
-            "test data": self.note or "",
-        }
+        network = _complexity(ResNet(self.config.blocks, self.config.channels))
         published = published_table_2()
         columns = {
-            "published": tuple(published[quantity] for quantity in reasons),
-            "the package's weights": (*sizes, *_trained(SHIPPED_RUN)),
-            "this run": (*sizes, *_trained(self.run)),
-            "why they differ": tuple(reasons.values()),
+            "published": published,
+            "the package's weights": {**network, **_outcome(SHIPPED_RUN)},
+            "this run": {**network, **_outcome(self.run)},
+            "why they differ": self._why_they_differ(),
         }
-        table = pd.DataFrame(columns, index=pd.Index(reasons, name="quantity"))
+        table = pd.DataFrame(columns, index=pd.Index(published, name="quantity")).fillna("")
         write_atomically(self.folder / "comparison.csv", table.to_csv().encode())
         return table
 
+    def _why_they_differ(self) -> dict[str, str]:
+        """Return the reasons by the quantities of Table 2 that may differ."""
+        chance = "the weights: other random numbers, another GPU"
+        reasons = {"last train accuracy": chance, "test accuracy": chance}
+        if self.config != recipe("report") or self.stand_in:
+            shorter = "this run: what two processor cores train in minutes"
+            reasons["epochs"] = reasons["training images"] = shorter
+        if len(self.scored) < 10_000:
+            reasons["its 95 % interval"] = "this run: fewer test images, a wider interval"
+        if self.note:
+            reasons["test data"] = self.note
+        return reasons
+
     def specifications(self) -> pd.DataFrame:
-        """The report's system specifications, and those of the machines that the package's weights
-        and this session's run were trained on."""
-        runs = {"the package's weights": SHIPPED_RUN, "this run": self.run}
-        columns = {"published": [PUBLISHED_SYSTEM.get(key, "–") for key in SYSTEM]}
-        for name, run in runs.items():
-            found = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-            columns[name] = [str(found.get(key) or "–") for key in SYSTEM]
-        return pd.DataFrame(columns, index=list(SYSTEM.values()))
+        """Return the system specifications of the report, of the package's weights and of this run.
+
+        They are those of the machines that each was trained on.
+        """
+        columns = {"published": PUBLISHED_SYSTEM}
+        for name, run in {"the package's weights": SHIPPED_RUN, "this run": self.run}.items():
+            columns[name] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        cells = {
+            name: [str(system.get(key) or "–") for key in SYSTEM]
+            for name, system in columns.items()
+        }
+        return pd.DataFrame(cells, index=list(SYSTEM.values()))
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Save the figure as `name`.png and show it; `alt` says what it shows.
 
-        It goes to figures/ in the full profile (in the folder of `CIFAR_RUNS`, if named), else
-        beside the other files of this session.
+        In the full profile it goes to figures/, of the repository or of the folder that
+        `CIFAR_RUNS` names; else it goes beside the other files of this session.
         """
         folder = self.folder / "figures"
         if self.profile == "full":
@@ -246,7 +246,7 @@ class Session:
         display(Image(png, metadata={"alt": alt}))  # as `alt=`, which Colab's IPython 7 lacks
 
     def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
-        """The frame with its caption, and where the data come from if they aren't CIFAR-10."""
+        """Return the frame with its caption, which says so if the data isn't CIFAR-10."""
         note = f" ({self.note})" if self.note else ""
         look = "caption-side: top; text-align: left; font-weight: bold; white-space: nowrap"
         styles = [{"selector": "caption", "props": look}]
@@ -254,25 +254,28 @@ class Session:
 
 
 def _variable(name: str) -> str | None:
-    """An environment variable. Kernels start in notebooks/, which nobody means by a relative path:
-    it is taken as relative to the repository, unless `make run` has made it absolute before."""
+    """Return an environment variable, or None.
+
+    Kernels start in notebooks/, which nobody means by a relative path: paths are taken as relative
+    to the repository, unless `make run` has made them absolute before.
+    """
     environment.make_absolute(ROOT)
     return environment.read(name)
 
 
 def _device() -> torch.device:
-    named = _variable("CIFAR_DEVICE")
     try:
-        return choose_device(named or "auto")
+        return choose_device(_variable("CIFAR_DEVICE") or "auto")
     except InputError as error:
         raise InputError(f"CIFAR_DEVICE: {error}") from error
 
 
 def _results_folder() -> Path | None:
-    """The folder that `CIFAR_RUNS` names, say on a mounted Drive: what a lost machine must not take
-    along goes there. None: results go into the repository.
+    """Return the folder that `CIFAR_RUNS` names, or None: results go into the repository.
 
-    On Kaggle an attached repository can't be written, so results go to Kaggle's folder for them.
+    It may be on a mounted Drive: what must outlive this machine goes there. On Kaggle an attached
+    repository can't be written, so results go to Kaggle's folder for them.
+
     Raises InputError if there is no folder that can be written.
     """
     named = _variable("CIFAR_RUNS")
@@ -292,17 +295,22 @@ def _results_folder() -> Path | None:
         ) from error
 
 
-@functools.cache  # of the folders that can be written; the others are tried again
+@functools.cache  # an error isn't cached: a folder that can't be written is tried again
 def _writable(folder: Path) -> Path:
-    """The folder, made if need be; raises OSError if no file can be written in it."""
+    """Return the folder, made if need be.
+
+    Raises OSError if no file can be written in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell
     return folder
 
 
 def _data_folder() -> Path:
-    """Where CIFAR-10 is, or is downloaded to: data/ of the repository, or of the results' folder if
-    the repository can't be written."""
+    """Return where CIFAR-10 is, or is downloaded to.
+
+    It is data/ of the repository, or of the results' folder if the repository can't be written.
+    """
     data = ROOT / "data"
     try:
         if not (data / FOLDER).is_dir():
@@ -313,31 +321,49 @@ def _data_folder() -> Path:
 
 
 def runs_folder() -> Path:
+    """Return the folder of all runs: runs/, or the one that `CIFAR_RUNS` names."""
     return _results_folder() or ROOT / "runs"
 
 
-def _trained(run: Path) -> tuple[str, ...]:
-    """Epochs, training images, last training accuracy, test accuracy, its interval, test images and
-    data of a run."""
+def _complexity(network: ResNet) -> dict[str, str]:
+    """Return a network's size by the quantities of Table 2."""
+    size = torchinfo.summary(network, (1, 3, 32, 32), verbose=0)
+    megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
+    return {
+        "parameters": f"{size.total_params:,}",
+        "multiply-adds (M)": f"{size.total_mult_adds / 1e6:.2f}",
+        "estimated size (MB)": f"{megabytes:.2f}",
+    }
+
+
+def _outcome(run: Path) -> dict[str, str]:
+    """Return what a finished run came to, by the quantities of Table 2."""
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
-    counts = (str(metrics["epochs"]), f"{metrics['train_images']:,}", f"{last.train_accuracy:.2%}")
-    return (
-        *counts,
-        f"{test['accuracy']:.2%}",
-        interval_text(*test["interval"]),
-        f"{test['n']:,}",
-        metrics["data"],
-    )
+    return {
+        "epochs": str(metrics["epochs"]),
+        "training images": f"{metrics['train_images']:,}",
+        "last train accuracy": f"{last.train_accuracy:.2%}",
+        "test accuracy": f"{test['accuracy']:.2%}",
+        "its 95 % interval": interval_text(*test["interval"]),
+        "test images": f"{test['n']:,}",
+        "test data": metrics["data"],
+    }
 
 
 def show_source(*parts: object) -> None:
-    """Display functions and classes as the package has them: as highlighted Python, or as plain
-    text where no HTML is shown."""
-    text = "\n\n".join(textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts)
+    """Display functions and classes as the package has them, as highlighted Python.
+
+    Where no HTML is shown, they are plain text.
+    """
+    sources = [textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts]
+    text = "\n\n".join(sources)
     # Colours for light and dark pages alike; styles stand in the tags, as pages differ in classes.
-    look = {"cssstyles": "padding: 0.4em 0.8em"}
-    look["prestyles"] = "color: #222222; background: none; font-family: monospace"
-    page = highlight(text, PythonLexer(), HtmlFormatter(noclasses=True, **look))
+    formatter = HtmlFormatter(
+        noclasses=True,
+        cssstyles="padding: 0.4em 0.8em",
+        prestyles="color: #222222; background: none; font-family: monospace",
+    )
+    page = highlight(text, PythonLexer(), formatter)
     display({"text/html": page, "text/plain": text}, raw=True)

@@ -1,0 +1,194 @@
+"""Charts of a network's mistakes: confusions, the border of two classes, confidence, shifts."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from cifar_lib.data import CLASSES
+from cifar_lib.evaluate import wilson_interval
+from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
+
+
+@in_style
+def confusion(
+    matrices: Mapping[str, np.ndarray], title: str, unit: str, signed: bool = False
+) -> Figure:
+    """Draw confusion matrices of whole numbers side by side, in one colour scale, in `unit`.
+
+    matrices: {name: (10, 10)}, rows true, columns predicted; where `signed`, differences, with a
+    scale around 0. Colours leave the diagonal out, which would drown the mistakes.
+    """
+    figure, axes = new_figure(1, len(matrices), (3.4 * len(matrices) + 1.5, 4.8))
+    figure.set_layout_engine("compressed")  # no gaps around axes of a fixed shape
+    figure.suptitle(title)
+    diagonal = np.eye(len(CLASSES), dtype=bool)
+    limit = max(np.abs(matrix[~diagonal]).max() for matrix in matrices.values())
+    scale = {"cmap": "Blues", "vmin": 0, "vmax": limit}
+    if signed:
+        scale = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
+    for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        texts = np.vectorize(_signed if signed else str, otypes=[object])(matrix)
+        _draw_cells(ax, np.where(diagonal, np.nan, matrix), texts, scale, square=True)
+        for k in range(len(CLASSES)):  # a cell that is nan gets no text
+            ax.text(k + 0.5, k + 0.5, texts[k, k], ha="center", va="center", size=9, weight="bold")
+        middles = np.arange(len(CLASSES)) + 0.5
+        ax.set_xticks(middles, CLASSES, rotation=45, ha="right")
+        ax.set_yticks(middles, CLASSES, rotation=0)
+        is_first = ax is axes[0, 0]
+        ax.tick_params(length=0, labelleft=is_first)
+        ax.set(title=name, xlabel="predicted", ylabel="true" if is_first else "")
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, label=unit, shrink=0.75, pad=0.02)
+    return figure
+
+
+def _signed(count: int) -> str:
+    return f"{count:+d}" if count else "0"
+
+
+def _draw_cells(
+    ax: Axes, values: np.ndarray | pd.DataFrame, texts: object, scale: dict, square: bool = False
+) -> None:
+    """Draw a heat map (rows, columns) with the text of each cell, without grid and colour bar."""
+    sns.heatmap(
+        values,
+        ax=ax,
+        annot=texts,
+        fmt="",
+        annot_kws={"size": 9},
+        cbar=False,
+        square=square,
+        linewidths=0.5,
+        **scale,
+    )
+    ax.grid(False)
+
+
+@in_style
+def confused_pairs(
+    pairs: Sequence[tuple[str, str, int]], published: Sequence[int], title: str, xlabel: str
+) -> Figure:
+    """Draw the most frequent mistakes as bars, and the published run's numbers of the same ones.
+
+    pairs: (true class, predicted class, images), most first; those of cat and dog are red.
+    published: one number per pair.
+    """
+    figure, axes = new_figure(size=(7.5, 1.2 + 0.3 * max(len(pairs), 3)))
+    ax, rows = axes[0, 0], range(len(pairs))
+    pets = {"cat", "dog"}
+    counts = [count for _, _, count in pairs]
+    colours = [RED if {true, guess} == pets else BLUE for true, guess, _ in pairs]
+    ax.barh(rows, counts, color=colours, label="this network")
+    look = {"color": "white", "va": "center", "fontsize": 9, "transform": ax.get_yaxis_transform()}
+    for i, count in enumerate(counts):
+        ax.text(0.008, i, str(count), **look)  # at the foot: at the tip the diamond may be
+    ax.plot(published, rows, "D", color=BLACK, label="published run")
+    ax.set_yticks(rows, [f"{true} taken for {guess}" for true, guess, _ in pairs])
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(title=title, xlabel=xlabel)
+    ax.legend(loc="lower right")
+    return figure
+
+
+@in_style
+def two_histograms(
+    values: Mapping[str, np.ndarray], title: str, xlabel: str, sides: tuple[str, str]
+) -> Figure:
+    """Draw the histograms of two sets over each other, with a threshold at 0.
+
+    values: {name: (n,)}. sides: what is answered left and right of the threshold.
+    """
+    figure, axes = new_figure(size=(8, 3.8))
+    ax = axes[0, 0]
+    everything = np.concatenate(list(values.values()))
+    low, high, width = everything.min(), everything.max(), np.ptp(everything) / 60
+    # Edges are multiples of the width, so 0 is one of them: no bin lies on both sides.
+    edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
+    for (name, numbers), colour in zip(values.items(), (BLUE, RED), strict=True):
+        look = {"histtype": "stepfilled", "alpha": 0.5, "edgecolor": colour}
+        ax.hist(numbers, edges, color=colour, label=f"{name} ({len(numbers):,})", **look)
+
+    # The threshold, and at its top what is answered on both sides.
+    ax.axvline(0, color="black", linestyle="--", linewidth=1)
+    top = {"xy": (0, 0.97), "xycoords": ("data", "axes fraction"), "va": "top"}
+    left, right = sides
+    ax.annotate(left, xytext=(-8, 0), textcoords="offset points", ha="right", **top)
+    ax.annotate(right, xytext=(8, 0), textcoords="offset points", ha="left", **top)
+    ax.set(title=title, xlabel=xlabel, ylabel="images")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+@in_style
+def reliability_diagram(series: Mapping[str, Mapping[str, np.ndarray]], title: str) -> Figure:
+    """Draw accuracy against confidence, and below it how many images each bin holds.
+
+    series: {name: the bins of `evaluate.reliability`}, two at most. The accuracy of each bin has
+    its 95 % Wilson interval.
+    """
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], "--", color="#444444", label="perfectly calibrated")
+    looks = [{"color": RED, "marker": "o"}, {"color": BLUE, "marker": "s"}]
+    for (name, bins), look in zip(series.items(), looks, strict=False):
+        filled = bins["count"] > 0
+        images = bins["count"][filled]
+        confidence, accuracy = bins["confidence"][filled], bins["accuracy"][filled]
+        reach = np.abs(_wilson_intervals(accuracy, images) - accuracy)
+        top.errorbar(confidence, accuracy, reach, label=name, capsize=3, linewidth=1.2, **look)
+        bottom.stairs(bins["count"], bins["edges"], color=look["color"], linewidth=1.6)
+    top.set(ylabel="accuracy, 95 % interval", title=title, ylim=(0, 1.02))
+    top.legend(loc="lower right")
+    bottom.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
+    for axis in (top.xaxis, top.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return figure
+
+
+def _wilson_intervals(accuracy: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Return the lows and highs (2, bins) of the accuracies of so many images each."""
+    pairs = zip(accuracy, images, strict=True)
+    return np.array([wilson_interval(round(share * n), int(n)) for share, n in pairs]).T
+
+
+def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column of an ablation's rows as families, in their order, by severities."""
+    table = rows.pivot(index="family", columns="severity", values=column)
+    return table.loc[list(dict.fromkeys(rows.family))]
+
+
+@in_style
+def severity_maps(
+    tables: Mapping[str, pd.DataFrame], title: str, sure: Mapping[str, pd.DataFrame] | None = None
+) -> Figure:
+    """Draw tables of families by severities as heat maps in percent, two in a row.
+
+    tables: {name: fractions (families, severities)}. With `sure` (bool, same shape) the tables are
+    differences: signed, in one colour scale around 0, bold where sure.
+    """
+    families = len(next(iter(tables.values())))
+    columns = min(len(tables), 2)
+    rows = -(-len(tables) // columns)
+    size = (1.4 + 3.2 * columns, 0.5 + rows * (0.7 + 0.34 * families))
+    figure, axes = new_figure(rows, columns, size)
+    figure.suptitle(title)
+
+    number, scale = "{:.1f}", {"cmap": "Blues", "vmin": 0, "vmax": 1}
+    if sure:
+        limit = max(table.abs().to_numpy().max() for table in tables.values())
+        number, scale = "{:+.1f}", {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
+    for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
+        _draw_cells(ax, table, (100 * table).map(number.format), scale)
+        if sure:
+            for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
+                text.set_weight("bold" if bold else "normal")
+        ax.set(title=name, xlabel="severity", ylabel="")
+        ax.tick_params(length=0, labelleft=ax in axes[:, 0], labelrotation=0)
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
+    return figure

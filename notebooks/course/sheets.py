@@ -1,0 +1,192 @@
+"""Sheets of CIFAR-10's pictures: grids, galleries, contact sheets, and one image in detail."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from notebooks.course.style import RED, in_style, new_figure, show_heat, show_image
+
+
+@in_style
+def image_grid(
+    images: np.ndarray,
+    columns: int,
+    titles: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    title: str = "",
+    scale: float = 0.85,
+) -> Figure:
+    """Draw pictures, uint8 (n, H, W, 3), row by row, `scale` inches each.
+
+    titles: one per picture, or none. row_labels: one per row, or none.
+    """
+    rows = _rows_of(len(images), columns)
+    titles = list(titles) or [""] * len(images)
+
+    # A row is as high as a picture and the lines of its longest title.
+    title_rows = [titles[start : start + columns] for start in range(0, len(titles), columns)]
+    lines = sum(max(_line_count(text) for text in row) for row in title_rows)
+    height = rows * scale + 0.17 * lines + (0.4 if title else 0)
+    width = columns * scale + (0.9 if len(row_labels) else 0)
+
+    figure, axes = new_figure(rows, columns, (max(width, 4), height))
+    figure.suptitle(title)
+    for i, ax in enumerate(axes.flat):
+        if i < len(images):
+            show_image(ax, images[i], titles[i], size=9)
+        else:
+            ax.set_axis_off()
+    for ax, label in zip(axes[:, 0], row_labels, strict=False):
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+@in_style
+def gallery(
+    images: np.ndarray,
+    captions: Sequence[str],
+    title: str,
+    columns: int = 6,
+    overlays: np.ndarray | None = None,
+) -> Figure:
+    """Draw pictures, uint8 (n, 32, 32, 3), with captions of two or three lines.
+
+    overlays: heat maps to lay over the pictures, float (n, 32, 32) in [0, 1].
+    Where there is no picture at all, the figure says so.
+    """
+    rows = max(_rows_of(len(images), columns), 1)
+    lines = max([_line_count(caption) for caption in captions], default=1)
+    size = (1.45 * columns, rows * (1.25 + 0.17 * lines) + 0.5)
+    figure, axes = new_figure(rows, columns, size)
+    figure.suptitle(title)
+    for i, ax in enumerate(axes.flat):
+        if i >= len(images):
+            ax.set_axis_off()
+            continue
+        show_image(ax, images[i], captions[i], size=9)
+        if overlays is not None:
+            show_heat(ax, overlays[i])
+    if len(images) == 0:
+        figure.text(0.5, 0.4, "no such image", ha="center")
+    return figure
+
+
+def _rows_of(pictures: int, columns: int) -> int:
+    """Return how many rows hold the pictures."""
+    return -(-pictures // columns)
+
+
+def _line_count(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+# A cell of a contact sheet, in inches, and the side of its picture: two pixels of the PNG for each
+# of CIFAR-10's.
+CELL_WIDTH, CELL_HEIGHT, SIDE = 0.7, 1.0, 64 / 110
+
+
+@in_style
+def contact_sheet(
+    groups: Mapping[str, tuple[np.ndarray, Sequence[str], np.ndarray]],
+    title: str,
+    columns: int = 12,
+) -> Figure:
+    """Draw many small pictures, group below group.
+
+    groups: {heading: (pictures uint8 (n, 32, 32, 3), n captions, framed bool (n,))}; those that are
+    `framed` get a frame. A group without pictures says so.
+    """
+    rows = [max(_rows_of(len(captions), columns), 1) for _, captions, _ in groups.values()]
+    height = sum(rows) * CELL_HEIGHT + 0.35 * len(rows) + 0.3
+    figure = Figure(figsize=(columns * CELL_WIDTH, height), layout="constrained")
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    for ax, row_count, heading in zip(axes, rows, groups, strict=True):
+        pictures, captions, framed = groups[heading]
+        ax.set_title(heading)
+        ax.set_axis_off()
+        for i, caption in enumerate(captions):
+            column, row = i % columns, i // columns
+            _place_picture(ax, column, row, pictures[i], caption, framed[i])
+        width, height = columns * CELL_WIDTH, row_count * CELL_HEIGHT
+        ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+        if not captions:
+            ax.text(0.04, 0.4, "no such image")
+    return figure
+
+
+def _place_picture(
+    ax: Axes, column: int, row: int, picture: np.ndarray, caption: str, framed: bool
+) -> None:
+    """Draw one picture of a contact sheet, its caption below it."""
+    left, top = column * CELL_WIDTH + 0.06, row * CELL_HEIGHT + 0.03
+    right, bottom = left + SIDE, top + SIDE  # y grows downwards
+    place = (left, right, bottom, top)
+    ax.imshow(picture, extent=place, interpolation="nearest", vmin=0, vmax=255)
+    look = {"size": 9, "ha": "center", "va": "top", "linespacing": 1.05}
+    ax.text(left + SIDE / 2, bottom + 0.04, caption, **look)
+    if framed:
+        frame = Rectangle((left, top), SIDE, SIDE, fill=False, edgecolor=RED, linewidth=2.5)
+        ax.add_patch(frame)
+
+
+@in_style
+def inspection(
+    picture: np.ndarray,
+    probabilities: Mapping[str, float],
+    maps: Mapping[str, np.ndarray],
+    neighbours: np.ndarray,
+    captions: Sequence[str],
+    title: str,
+) -> Figure:
+    """Draw one image in detail: heat maps over it, probabilities, and its neighbours below.
+
+    picture: uint8 (32, 32, 3). probabilities: {class: probability}, drawn as bars.
+    maps: {name: heat float (32, 32) in [0, 1]}, two of them.
+    neighbours: uint8 (5, 32, 32, 3), with five captions.
+    """
+    figure = Figure(figsize=(8, 4.3), layout="constrained")
+    figure.suptitle(title)
+    upper, lower = figure.subfigures(2, 1)
+
+    # Above: the picture, the heat maps, the probabilities.
+    *shown, bars = upper.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
+    show_image(shown[0], picture, "test image", size=9)
+    for ax, (name, heat) in zip(shown[1:], maps.items(), strict=True):
+        show_image(ax, picture, name, size=9)
+        show_heat(ax, heat)
+    shares = list(probabilities.values())
+    drawn = bars.barh(list(probabilities), shares)
+    bars.bar_label(drawn, [f"{share:.0%}" for share in shares], padding=2)
+    bars.set(xlim=(0, 1.25), xticks=[], title="probability")
+    bars.invert_yaxis()
+    bars.grid(False)
+
+    # Below: the neighbours.
+    lower.suptitle("nearest training images, and their cosine", size=10)
+    places = lower.subplots(1, 5)
+    for ax, neighbour, caption in zip(places, neighbours, captions, strict=True):
+        show_image(ax, neighbour, caption, size=9)
+    return figure
+
+
+@in_style
+def shift_pictures(pictures: np.ndarray, accuracy: pd.DataFrame, title: str) -> Figure:
+    """Draw one picture unshifted and at every severity, one row per family of shifts.
+
+    pictures: uint8 (families, 1 + severities, H, W, 3), the unshifted one first.
+    accuracy: families by severities, fractions, printed above the pictures in percent.
+    """
+    rows, columns = pictures.shape[:2]
+    figure, axes = new_figure(rows, columns, (1 + 1.05 * columns, 0.7 + 1.2 * rows))
+    figure.suptitle(title)
+    for i, (family, shares) in enumerate(accuracy.iterrows()):
+        titles = ["unshifted"] + [f"{severity}: {share:.1%}" for severity, share in shares.items()]
+        for ax, picture, text in zip(axes[i], pictures[i], titles, strict=True):
+            show_image(ax, picture, text, size=9)
+        axes[i, 0].set_ylabel(family, rotation=0, ha="right", va="center")
+    return figure
