@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar_lib import cli, hardware
-from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, Normalization
 from cifar_lib.explain import grad_cam
-from cifar_lib.model import PRETRAINED, ResNet
+from cifar_lib.model import PRETRAINED
 from cifar_lib.recipes import recipe
 from cifar_lib.train import State, Step
 from notebooks.course.session import Session
@@ -57,27 +56,25 @@ def images_of_a_file(n: int) -> Tensor:
 
 
 @pytest.mark.parametrize("half_size", [False, True])
-def test_batch_norm_gets_channels_last_images_in_a_step_but_for_apple(request, half_size):
-    def traced_step() -> BatchNormTrace:
+def test_batch_norm_gets_channels_last_images_but_for_apple(request, half_size):
+    def trace_step_and_grad_cam() -> tuple[BatchNormTrace, BatchNormTrace]:
         changes = {"precision": "fp32", "compile": False}
         config = recipe("best", blocks=BLOCKS, channels=CHANNELS, **changes)
-        step = Step(State(config, CPU), config)
-        with BatchNormTrace() as trace:
-            step(images_of_a_file(16), torch.zeros(16, dtype=torch.int64), 0.1, half_size)
-        assert len(trace.forward) == BATCH_NORMS and len(trace.backward) == 2 * BATCH_NORMS
-        return trace
+        state = State(config, CPU)
+        step, images = Step(state, config), images_of_a_file(16)
+        with BatchNormTrace() as stepped:
+            step(images, torch.zeros(16, dtype=torch.int64), rate=0.1, half_size=half_size)
+        with BatchNormTrace() as explained:
+            grad_cam(state.model.eval(), images[:4], torch.arange(4), config.normalization)
+        assert len(stepped.forward) == len(explained.forward) == BATCH_NORMS
+        assert len(stepped.backward) == 2 * BATCH_NORMS
+        return stepped, explained
 
-    assert all(traced_step().forward)
+    stepped, explained = trace_step_and_grad_cam()
+    assert all(stepped.forward + explained.forward)
     request.getfixturevalue("cpu_as_apple_gpu")
-    trace = traced_step()
-    assert not any(trace.forward) and not any(trace.backward)
-
-
-def test_batch_norm_gets_no_channels_last_images_from_grad_cam_there(cpu_as_apple_gpu):
-    model, normalization = ResNet(BLOCKS, CHANNELS).eval(), Normalization(CIFAR10_MEAN, CIFAR10_STD)
-    with BatchNormTrace() as trace:
-        grad_cam(model, images_of_a_file(4), torch.arange(4), normalization)
-    assert trace.forward == BATCH_NORMS * [False]
+    stepped, explained = trace_step_and_grad_cam()
+    assert not any(stepped.forward + stepped.backward + explained.forward)
 
 
 def test_weights_lie_in_memory_as_their_device_wants_it(request, stand_in, monkeypatch):
