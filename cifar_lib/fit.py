@@ -24,7 +24,7 @@ from cifar_lib.train import State, Step, plan_epoch, smooth_cross_entropy, train
 MANY_STEPS = 2000  # from here on minutes of compiling pay for themselves on a GPU
 REBASED_ON = 5000  # training images, at most, whose statistics the weights are written with
 ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what the last digits depend on
-RETIRED = {"ranks": 1}  # settings of earlier versions that went, and the value that is left
+RETIRED = {"ranks": 1}  # settings of earlier versions that are gone, and what all runs do now
 
 
 def fit(
@@ -73,9 +73,9 @@ def fit(
         run.write_rows("history.csv", state.history)  # a kill may have left it a row short
         info = _describe_weights(state, config, train.source, validation)
         score = summarize(_predict(state, config, test), test.labels)
-        plain_images = part.images[:REBASED_ON]
-        how = config.test_normalization, config.precision
-        model = rebase_batch_norm(state.model, plain_images, *how)
+        plain = part.images[:REBASED_ON]  # as they are, not augmented
+        normalization, precision = config.test_normalization, config.precision
+        model = rebase_batch_norm(state.model, plain, normalization, precision)
         save_model(run.path / "model.safetensors", model, info)
         record = {**info.as_record(), "train_images": len(part), "test": score}
         run.write_json("metrics.json", record)
@@ -102,7 +102,7 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
 def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConfig:
     """Return `config` with everything decided that it leaves open, for epochs of `images` images.
 
-    Raises InputError if the device lacks the precision, or a batch is too small to be normalised.
+    Raises InputError if the precision is unknown, or a batch is too small to be normalised.
     """
     # Batch normalisation needs two values per channel, also for an epoch's last images at the
     # smallest size: 16 or 32 pixels, halved by each stage but the first.
@@ -111,8 +111,8 @@ def resolve(config: TrainConfig, device: torch.device, images: int) -> TrainConf
     side = math.ceil((16 if config.half_size_epochs else 32) / 2 ** (len(config.blocks) - 1))
     if last * side**2 < 2:
         what = f"batch_size: batches of {batch} out of {images} images end with {last}"
-        fit_for = f"{len(config.blocks)} stages"
-        raise InputError(f"{what}, which isn't enough for {fit_for}: use another batch size")
+        stages = f"{len(config.blocks)} stages"
+        raise InputError(f"{what}, which isn't enough for {stages}: use another batch size")
 
     compiled = config.compile
     if compiled is None:

@@ -108,7 +108,7 @@ class Step:
         self.device = state.model.conv1.weight.device
         self.scale, self.offset = config.normalization.scale_and_offset(self.device)
         self.loss = self.plain_loss
-        if config.compile:
+        if config.compile:  # for the image sizes that are still to come
             half_sizes = {len(state.history) < config.half_size_epochs, False}
             batch_size = config.batch_size
             self.loss = compile_loss(self.plain_loss, state.model, batch_size, half_sizes, log)
