@@ -106,7 +106,7 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
 def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
     """Return `config` with everything decided that it leaves open, for epochs of n images.
 
-    Raises InputError if the device lacks the precision, or a batch is too small to be normalised.
+    Raises InputError if the precision is unknown, or a batch is too small to be normalised.
     """
     # In training, batch norm needs at least two values per channel: images times side^2. The worst
     # case is the last batch in the last stage, whose side is 16 or 32, halved by each stage after
@@ -116,8 +116,8 @@ def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
     side = math.ceil((16 if config.half_size_epochs else 32) / 2 ** (len(config.blocks) - 1))
     if last_batch * side**2 < 2:
         what = f"batch_size: batches of {batch} out of {n} images end with {last_batch}"
-        fit_for = f"{len(config.blocks)} stages"
-        raise InputError(f"{what}, which isn't enough for {fit_for}: use another batch size")
+        stages = f"{len(config.blocks)} stages"
+        raise InputError(f"{what}, which isn't enough for {stages}: use another batch size")
 
     compiled = config.compile
     if compiled is None:

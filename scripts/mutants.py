@@ -53,7 +53,8 @@ NO_MEANING = (
     "log(",
     "print(",
     "remedy",
-    "BLOCK",
+    "BATCHES_TOGETHER",
+    "LOOK_EVERY",
     "set_desc",
 )
 # Keywords that say how fast or where, repeat the default (the last one on Linux), or state what the

@@ -9,7 +9,7 @@ import torch
 import torch.cuda
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.copy_.default)
@@ -27,13 +27,17 @@ class FakeCuda(TorchDispatchMode):
         self.counts_are_read = False  # batch normalisation without a momentum reads its own count
 
     def __enter__(self):
-        torch.cuda._lazy_init = lambda: None
+        self.lazy_init, torch.cuda._lazy_init = torch.cuda._lazy_init, lambda: None
         torch._C._ensureCUDADeviceGuardSet()
         return super().__enter__()
 
+    def __exit__(self, *error):
+        torch.cuda._lazy_init = self.lazy_init
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         fakes = [x for x in tensors if isinstance(x, FakeTensor)]
         target = kwargs.get("device")
         target = None if target is None else torch.device(target).type
@@ -63,6 +67,24 @@ class FakeCuda(TorchDispatchMode):
 
     def _faked(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+
+class FakeAppleGpu(FakeCuda):
+    """Refuses what an Apple GPU lacks, float64, and what it does wrong: copies without a wait.
+
+    `cifar_lib.hardware.APPLE_GPU` must name this device, "cuda".
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        there = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if there and function in COPIES and kwargs.get("non_blocking"):
+            raise RuntimeError(f"{function}: a copy that isn't waited for")
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, FakeTensor) and x.device.type == "cuda" and x.dtype == torch.float64:
+                raise TypeError(f"{function}: an Apple GPU has no float64")
+        return result
 
 
 def _check_layout(parameters, gradients, momenta) -> None:

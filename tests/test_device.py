@@ -1,6 +1,10 @@
-"""The device that is chosen is one that computes. GPUs are stubs here."""
+"""The device that is chosen is one that computes, and it is set up. GPUs are stubs here."""
 
+import math
+import re
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,23 +14,19 @@ from cifar_lib.cli import main
 from cifar_lib.errors import InputError
 from cifar_lib.hardware import choose_device
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_KERNEL = "CUDA error: no kernel image is available for execution on the device"
-
-
-@pytest.fixture(autouse=True)
-def as_in_a_new_process():
-    caches = (hardware._failure, hardware._first_that_computes)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
+# What a Tesla P100 answers with wheels of torch that have no kernels for it.
+P100 = RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be reported at some other call.")
 
 
 @pytest.fixture
 def results(monkeypatch) -> dict[str, float | Exception]:
-    """GPUs of both kinds are present: what the small computation gives or raises on each kind of
-    device, 10 being right. A test changes what it is about."""
+    """GPUs of both kinds are present in a new process.
+
+    The values are what the small computation gives or raises on each kind of device, 10 being
+    right. A test changes what it is about.
+    """
     outcomes: dict[str, float | Exception] = {"cuda": 10.0, "mps": 10.0, "cpu": 10.0}
 
     def compute(device: torch.device) -> float:
@@ -39,50 +39,54 @@ def results(monkeypatch) -> dict[str, float | Exception]:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     monkeypatch.setattr(hardware, "_small_computation", compute)
+    for name in ("_failure", "_first_that_computes"):
+        fresh = getattr(hardware, name).__wrapped__
+        monkeypatch.setattr(hardware, name, hardware.functools.cache(fresh))
     return outcomes
 
 
-def p100() -> RuntimeError:
-    """What a Tesla P100 answers with wheels of torch that have no kernels for it."""
-    return RuntimeError(f"{NO_KERNEL}\nCUDA kernel errors might be reported at some other call.")
-
-
 def test_the_small_computation_comes_out_right_here():
-    assert hardware._small_computation(torch.device("cpu")) == 10.0
-    assert hardware._failure(torch.device("cpu")) is None
+    assert hardware._small_computation(CPU) == 10.0 and hardware._failure(CPU) is None
 
 
-def test_auto_is_the_first_kind_of_gpu_that_computes(results, capsys):
-    assert choose_device().type == "cuda"
-    assert capsys.readouterr().err == ""
-
-
-def test_auto_passes_over_a_gpu_that_cannot_compute_and_says_so_once(results, capsys, recwarn):
-    results["cuda"] = p100()
-    assert [choose_device().type for _ in range(3)] == ["mps"] * 3
-    line = f"device: cuda is here but can't compute ({NO_KERNEL}): going on without it\n"
-    assert capsys.readouterr() == ("", line)
+@pytest.mark.parametrize(
+    ("broken", "chosen", "reasons"),
+    [
+        ({}, "cuda", []),
+        ({"cuda": P100}, "mps", [f"cuda is here but can't compute ({NO_KERNEL})"]),
+        # An Apple GPU that gives a wrong result.
+        ({"cuda": P100, "mps": 0.0}, "cpu", ["cuda is", "mps is here but can't compute (3 x 3"]),
+    ],
+)
+def test_auto_is_the_first_kind_that_computes_and_says_once_what_it_passes_over(
+    results, capsys, recwarn, broken, chosen, reasons
+):
+    results.update(broken)
+    assert [choose_device().type for _ in range(3)] == [chosen] * 3
+    said = capsys.readouterr().err.splitlines()
+    for line, reason in zip(said, reasons, strict=True):
+        assert reason in line and line.endswith("): going on without it")
     assert not recwarn
 
 
-def test_auto_is_the_cpu_where_no_gpu_computes(results, capsys):
-    results.update(cuda=p100(), mps=0.0)  # an Apple GPU that gives a wrong result
-    assert choose_device() == torch.device("cpu")
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2 and "mps is here but can't compute (3 x 3 + 1 came out as 0.0)" in said[1]
-
-
-@pytest.mark.parametrize("broken", [p100(), 9.0, float("nan")])
-def test_a_named_gpu_that_cannot_compute_is_an_error_in_one_line(results, broken):
+@pytest.mark.parametrize(
+    ("broken", "why"), [(P100, "no kernel image"), (9.0, "came out as 9.0"), (math.nan, "as nan")]
+)
+def test_a_named_gpu_computes_and_becomes_the_current_one_or_is_an_error_in_one_line(
+    results, monkeypatch, broken, why
+):
+    current: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    assert [choose_device("cuda:1")] == [torch.device("cuda:1")] == current
     results["cuda"] = broken
-    why = "no kernel image" if isinstance(broken, Exception) else f"came out as {broken}"
-    for name in ("cuda", "cuda:0"):
+    for name in ("cuda", "cuda:2"):
         with pytest.raises(InputError, match=rf"^device: [^\n]*{why}[^\n]*--device auto or cpu$"):
             choose_device(name)
+    assert len(current) == 1
 
 
 def test_a_broken_gpu_ends_a_training_before_its_folder_is_made(results, tmp_path, capsys):
-    results["cuda"] = p100()
+    results["cuda"] = P100
     run = tmp_path / "run"
     assert main(["train", "--recipe", "quick", "--run", str(run), "--device", "cuda"]) == 2
     error = capsys.readouterr().err
@@ -90,11 +94,24 @@ def test_a_broken_gpu_ends_a_training_before_its_folder_is_made(results, tmp_pat
     assert not run.exists()
 
 
-def test_a_numbered_gpu_becomes_the_current_one_once_it_has_computed(results, monkeypatch):
-    current: list[torch.device] = []
-    monkeypatch.setattr("torch.cuda.set_device", current.append)
-    assert choose_device("cuda:1") == torch.device("cuda:1") and current == [torch.device("cuda:1")]
-    results["cuda"] = p100()
-    with pytest.raises(InputError):
-        choose_device("cuda:2")
-    assert len(current) == 1
+def test_a_gpu_is_set_up_for_fast_fp32_and_a_cpu_is_left_alone(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    hardware.prepare(CPU, "fp32")
+    assert asked == [] and not torch.backends.cudnn.benchmark
+    hardware.prepare(CUDA, "bf16")
+    assert asked == [] and torch.backends.cudnn.benchmark
+    hardware.prepare(CUDA, "fp32")
+    assert asked == ["high"]
+
+
+def test_the_commit_is_named_in_a_checkout_only(monkeypatch, tmp_path):
+    if (Path(hardware.__file__).parents[1] / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", hardware._commit())
+    monkeypatch.setattr(hardware, "__file__", str(tmp_path / "cifar_lib" / "hardware.py"))
+    assert hardware._commit() is None
+    (tmp_path / ".git").mkdir()  # of no repository, and then without git
+    assert hardware._commit() is None
+    monkeypatch.setenv("PATH", "")
+    assert hardware._commit() is None

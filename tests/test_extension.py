@@ -9,25 +9,26 @@ import torch
 
 from cifar_lib import hardware
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = ("cifar_winograd", "cifar_winograd_build", "_cifar_winograd")
 SOURCE = Path(__file__).parent.parent / "extras" / "winograd" / "cifar_winograd.py"
-FITTING = {"record": f"TORCH = {torch.__version__!r}"}
+OURS, OTHER = torch.__version__, "1.13.1"
+CRASH = "raise SystemExit('a segmentation fault')"
 
 
 @pytest.fixture
 def install(monkeypatch, tmp_path):
-    """Puts stubs in the place of the extension and of its record, or takes the record away; gives
-    what `hardware` makes of them."""
+    """Puts stubs in the place of the extension and of its record of a torch, or takes the record
+    away; gives what `hardware` makes of them."""
     kept = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def written(code: str = "", record: str | None = None) -> tuple:
+    def written(code: str, built_with: str | None) -> tuple:
         (tmp_path / "cifar_winograd.py").write_text(code, encoding="utf-8")
-        if record is None:
+        record = tmp_path / "cifar_winograd_build.py"
+        record.write_text(f"TORCH = {built_with!r}", encoding="utf-8")
+        if built_with is None:
             sys.modules["cifar_winograd_build"] = None  # which makes its import an ImportError
-        else:
-            (tmp_path / "cifar_winograd_build.py").write_text(record, encoding="utf-8")
         return hardware._load_winograd()
 
     yield written
@@ -36,30 +37,24 @@ def install(monkeypatch, tmp_path):
     sys.modules.update(kept)
 
 
-def test_one_of_this_torch_is_loaded(install):
-    loaded, failure = install("ANSWER = 42", **FITTING)
+@pytest.mark.parametrize(
+    ("code", "built_with", "why"),
+    [
+        # The first two aren't even imported.
+        (CRASH, OTHER, f"it was built with torch {OTHER}, this is torch {OURS}"),
+        (CRASH, None, "it doesn't say which torch it was built with"),
+        ("raise ImportError('no symbol\\nmore')", OURS, "it can't be loaded: no symbol"),
+        ("raise OSError('no symbol\\nmore')", OURS, "it can't be loaded: no symbol"),
+        ("raise AttributeError('no symbol\\nmore')", OURS, "it can't be loaded: no symbol"),
+    ],
+)
+def test_one_that_does_not_fit_is_not_used_and_the_reason_is_kept(install, code, built_with, why):
+    assert install(code, built_with) == (None, why)
+
+
+def test_one_of_this_torch_is_loaded_and_where_none_is_there_is_nothing_to_say(install):
+    loaded, failure = install("ANSWER = 42", OURS)
     assert loaded.ANSWER == 42 and failure is None
-
-
-def test_one_of_another_torch_is_not_even_imported(install):
-    code = "raise SystemExit('a segmentation fault')"
-    loaded, failure = install(code, record="TORCH = '1.13.1'")
-    assert loaded is None and "cifar_winograd" not in sys.modules
-    assert failure == f"it was built with torch 1.13.1, this is torch {torch.__version__}"
-
-
-def test_one_without_a_record_is_not_even_imported(install):
-    loaded, failure = install("raise SystemExit('a segmentation fault')")
-    assert loaded is None and failure == "it doesn't say which torch it was built with"
-
-
-@pytest.mark.parametrize("kind", ["ImportError", "OSError", "AttributeError"])
-def test_one_that_cannot_be_loaded_is_left_alone(install, kind):
-    loaded, failure = install(f"raise {kind}('undefined symbol: _ZN2at\\nmore')", **FITTING)
-    assert loaded is None and failure == "it can't be loaded: undefined symbol: _ZN2at"
-
-
-def test_where_none_is_installed_there_is_nothing_to_say(install):
     sys.modules["cifar_winograd"] = None
     assert hardware._load_winograd() == (None, None)
 
@@ -74,12 +69,12 @@ def test_a_missing_compiled_part_is_an_import_error(install):
 def test_one_that_is_not_used_is_spoken_of_once_and_where_it_would_be_used(
     install, monkeypatch, capsys
 ):
-    loaded, failure = install("", record="TORCH = '1.13.1'")
+    loaded, failure = install("", OTHER)
     monkeypatch.setattr(hardware, "cifar_winograd", loaded)
     monkeypatch.setattr(hardware, "winograd_failure", failure)
     monkeypatch.setattr("torch.backends.cudnn.benchmark", False)
     hardware._say_that_winograd_is_not_used.cache_clear()
-    hardware.prepare(torch.device("cuda"), "bf16")
+    hardware.prepare(CUDA, "bf16")
     hardware.prepare(CPU, "bf16")
     assert capsys.readouterr().err == ""
     for _ in range(2):
