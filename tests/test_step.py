@@ -52,6 +52,22 @@ def test_a_compiled_step_is_the_plain_one_compiled_once_for_each_image_size(stan
     assert compiled == losses(tiny(half_size_epochs=1), stand_in[0])
 
 
+def test_each_image_size_that_is_still_to_come_is_tried_before_training(monkeypatch):
+    tried: list[bool] = []
+
+    def compiled(plain, **_):
+        return lambda *batch: tried.append(batch[2]) or plain(*batch)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = tiny(compile=True, half_size_epochs=1, batch_size=2)
+    for epochs_done, half_sizes in ((0, [False, True]), (1, [False])):
+        state = State(config, CPU)
+        state.history = [{}] * epochs_done
+        tried.clear()
+        Step(state, config, log=lambda _: None)
+        assert sorted(tried) == sorted(half_sizes * 3)  # a CUDA graph is replayed in the third
+
+
 @pytest.mark.parametrize("moment", ["at once", "in the backward pass"])
 def test_where_compiling_fails_training_says_so_and_is_the_plain_one(stand_in, monkeypatch, moment):
     def fail(*_: object) -> None:
