@@ -110,6 +110,7 @@ def test_erased_boxes_have_torchvisions_sizes_and_places():
     theirs = [tv.RandomErasing.get_params(BLACK, scale, ratio, [0.0])[:4] for _ in range(4000)]
     boxes = draw(N, Policy(erasing=1.0), seed=1, epoch=0).boxes
     assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 32).all()
+    assert boxes[:, 2:].max() == 31  # never from border to border
     measures = []
     for top, left, height, width in (boxes.T, torch.tensor(theirs).T):
         sums = (top + height, left + width)

@@ -129,6 +129,7 @@ def test_indexing_carries_labels_and_ids_where_there_are_any(index, expected):
     assert part.images[:, 0, 0, 0].tolist() == expected and len(part) == len(expected)
     assert part.labels.tolist() == [10 * i for i in expected]
     assert part.ids == tuple("abcde"[i] for i in expected) and part.source == "a file"
+    assert {t.device.type for t in (whole.to("meta").images, whole.to("meta").labels)} == {"meta"}
     bare = ImageSet(images)[index].to("cpu")
     assert bare.labels is None and bare.ids is None
 

@@ -140,10 +140,15 @@ def test_what_came_is_gone_on_with_unless_it_belongs_to_another_archive(
         fetch(tmp_path / f"{size}", serve(send(archive)))
 
 
-def test_a_slow_source_is_left_for_the_next_but_the_last_is_not(archive, serve, fetch, tmp_path):
+def test_a_slow_source_is_left_for_the_next_but_the_last_is_not(
+    archive, serve, fetch, tmp_path, monkeypatch
+):
     asked: list[str] = []
-    fetch(tmp_path / "data", *(serve(send(archive, asked, seconds=s)) for s in (20, 1)))
+    monkeypatch.setattr(download, "SLOW", len(archive) / 5)
+    fetch(tmp_path / "one", *(serve(send(archive, asked, seconds=s)) for s in (20, 1)), CLOSED)
     assert asked[0] == "/archive.tar.gz " and asked[1].startswith("/archive.tar.gz bytes=")
+    monkeypatch.setattr(download, "SLOW", 10**9)
+    fetch(tmp_path / "two", serve(send(archive, seconds=1)))
 
 
 def test_the_time_limit_holds(archive, serve, fetch, tmp_path):
@@ -154,7 +159,7 @@ def test_the_time_limit_holds(archive, serve, fetch, tmp_path):
 def test_the_archive_can_be_kept_elsewhere_and_serves_the_next_machine(
     archive, serve, fetch, tmp_path
 ):
-    drive = tmp_path / "drive"
+    drive = tmp_path / "drive" / "archives"
     fetch(tmp_path / "one", serve(send(archive)), archives=drive)
     assert (drive / CIFAR10.filename).read_bytes() == archive
     fetch(tmp_path / "two", archives=drive)
