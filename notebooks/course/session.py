@@ -99,9 +99,8 @@ class Session:
         except InputError as error:
             if _variable("CIFAR10_ROOT"):
                 raise  # a place was named: going on without it would hide the mistake
-            print(
-                f"{error}\nGoing on with generated stand-in data; every figure and table says so."
-            )
+            print(error)
+            print("Going on with generated stand-in data; every figure and table says so.")
             train, test = generate_stand_in()
         test = replace(test, ids=tuple(range(len(test))))
         _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
@@ -109,6 +108,7 @@ class Session:
 
     @property
     def stand_in(self) -> bool:
+        """Whether the data is generated, for want of CIFAR-10."""
         return self.train.source == STAND_IN
 
     @property

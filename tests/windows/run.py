@@ -1,7 +1,9 @@
-"""The tests' collection, the command line, a resumed training and the notebooks, with what Windows
-lacks taken away: python tests/windows/run.py [--without-notebooks]. Needs Linux (/proc).
+"""Run the command line, a resumed training and the notebooks with what Windows lacks taken away.
 
-Prints a line for each; the first that fails ends the run with its output and exit code 1.
+    python tests/windows/run.py [--without-notebooks]
+
+Needs Linux (/proc). The tests are collected too. One line is printed for each step; the first that
+fails ends the run with its output and exit code 1.
 """
 
 import argparse
@@ -18,6 +20,15 @@ PAGES = ROOT / "runs" / "html"
 COMMAND = str(HERE / "command.py")
 TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
 TRAIN = f"train --recipe quick --epochs 3 --train-size 120 {TINY} --device cpu --run"
+MAKE_INPUTS = """
+import sys
+from PIL import Image
+from notebooks.course.corruptions import generate_test_file
+from notebooks.course.stand_in import generate_stand_in
+place = sys.argv[1]
+Image.new("RGB", (40, 30), "red").save(f"{place}/red.png")
+generate_test_file(f"{place}/test.pkl", generate_stand_in(0, 20)[1])
+"""
 
 
 def main() -> int:
@@ -40,9 +51,10 @@ def main() -> int:
 
 
 def step(title: str, *words: str, expected: int = 0, says: str = "") -> None:
-    """Run Python with these words; print the title, or end with the output if it fails.
+    """Run Python with these words and print the title.
 
-    It fails with another exit code than `expected`, or if its output lacks what it `says`.
+    Raises SystemExit with the output if the exit code isn't `expected`, or if the output lacks what
+    it `says`.
     """
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True)
     output = (done.stdout + done.stderr).decode("utf-8", "replace")
@@ -59,12 +71,7 @@ def _check_commands(place: Path) -> None:
         step("evaluate on stand-in data", COMMAND, "evaluate")
 
     # A picture and a competition's file to predict.
-    made = "import sys; from PIL import Image\n"
-    made += "from notebooks.course.corruptions import generate_test_file\n"
-    made += "from notebooks.course.stand_in import generate_stand_in; place = sys.argv[1]\n"
-    made += "Image.new('RGB', (40, 30), 'red').save(f'{place}/red.png')\n"
-    made += "generate_test_file(f'{place}/test.pkl', generate_stand_in(0, 20)[1])\n"
-    step("inputs made", "-c", made, str(place))
+    step("inputs made", "-c", MAKE_INPUTS, str(place))
     predict = ["-m", "cifar_lib", "predict", "--grad-cam", str(place), str(place / "red.png")]
     step("predict with Grad-CAM", *predict)
     submit = ["-m", "cifar_lib", "submit", "--test", str(place / "test.pkl"), "--out"]
@@ -82,7 +89,10 @@ def _check_commands(place: Path) -> None:
 
 
 def _check_pages() -> None:
-    """Raises SystemExit unless every page is text in UTF-8 with pictures in it."""
+    """Check that every page is text in UTF-8 with pictures in it.
+
+    Raises SystemExit if one has no pictures.
+    """
     for notebook in sorted((ROOT / "notebooks").glob("0*.ipynb")):
         page = PAGES / f"{notebook.stem}.html"
         text = page.read_text(encoding="utf-8")

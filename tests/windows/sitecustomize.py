@@ -14,28 +14,20 @@ import types
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[2])
-FOLDERS = "cifar_lib notebooks scripts results tests extras benchmarks"
+FOLDERS = "cifar_lib notebooks scripts tests extras benchmarks"
 OURS = tuple(os.path.join(ROOT, folder) for folder in FOLDERS.split())
 STANDARD = sysconfig.get_path("stdlib")
 PACKAGES = sysconfig.get_path("purelib")
 
 MODULES = {"fcntl", "grp", "pwd", "resource", "termios"}
 MISSING = {
-    os: [
-        "O_NOFOLLOW",
-        "fork",
-        "getuid",
-        "geteuid",
-        "mkfifo",
-        "sched_getaffinity",
-        "sysconf",
-    ],
+    os: ["O_NOFOLLOW", "fork", "getuid", "geteuid", "mkfifo", "sched_getaffinity", "sysconf"],
     signal: ["SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1", "alarm", "pause", "setitimer"],
 }
 
 
 def _is_ours(frame: types.FrameType) -> bool:
-    """Whether this repository's code asks: a file of ours, or the code of a notebook's cell."""
+    """Return whether this repository's code asks: a file of ours, or a notebook's cell."""
     name = frame.f_code.co_filename
     return name.startswith(OURS) or "ipykernel_" in name
 
