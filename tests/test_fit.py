@@ -228,7 +228,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(stand_in, started, chan
 
 def test_a_diverged_run_names_epoch_and_step_and_keeps_its_checkpoint(stand_in, tmp_path):
     config = tiny(learning_rate=1e30)  # the first epoch trains at rate 0
-    with pytest.raises(InputError, match=r"not finite at epoch 1, step [12]; [^\n]*rate[^\n]*$"):
+    with pytest.raises(InputError, match=r"not finite at epoch 1, step [12], [^\n]*rate[^\n]*$"):
         fit_quietly(config, tmp_path, stand_in)
     saved = RunDirectory(tmp_path).load()
     assert len(json.loads(saved["history"])) == len(history(tmp_path)) == 1
@@ -252,8 +252,8 @@ def test_a_full_disk_stops_the_training_at_the_next_checkpoint(stand_in, tmp_pat
     [
         ({"train_size": 61}, None, "train_size: expected at most 60 images, got 61"),
         ({"validation_size": 59}, None, "can't split 60 images into 1 and 59"),
-        ({}, 0, "fit: expected labels"),
-        ({}, 1, "fit: expected labels"),
+        ({}, 0, "fit: expected labelled images"),
+        ({}, 1, "fit: expected labelled images"),
     ],
 )
 def test_a_mistake_found_before_training_leaves_no_directory(
