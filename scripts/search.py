@@ -42,7 +42,7 @@ HEARTBEAT = 20  # seconds; a worker is taken for dead after three without one
 RETRY = RetryHeartbeatStaleTrialCallback()  # a copy of the trial waits to be run
 
 # A trial of minutes on two cores: the recipe `report`, shorter. Warm-up is a sixth of the epochs,
-# as in the report. For other trials change this, and begin another study.
+# as in the report. For other trials change this, and begin another study: a study remembers it.
 SHORT = {
     "schedule": "cosine",
     "epochs": 6,
@@ -141,9 +141,24 @@ def open_study(where: str, first: dict[str, object]) -> optuna.Study:
         try:
             study = optuna.create_study(direction="maximize", **how)
         except DuplicatedStudyError:
-            return optuna.load_study(**how)
+            study = optuna.load_study(**how)
+            _refuse_other_trials(study)
+            return study
+        study.set_user_attr("short", SHORT)
         study.enqueue_trial(first)  # by the one worker that has created the study
         return study
+
+
+def _refuse_other_trials(study: optuna.Study) -> None:
+    """Raise InputError if the study's trials are longer or shorter than those of today."""
+    # A worker that comes right after the first one may find the study before its attribute.
+    for _ in range(20):
+        if "short" in study.user_attrs or study.trials:
+            break
+        time.sleep(0.1)
+    if study.user_attrs.get("short") != SHORT:
+        what = "study: expected one with trials like those of SHORT in scripts/search.py"
+        raise InputError(f"{what}, got another one: begin a new study")
 
 
 def _storage(where: str) -> RDBStorage:

@@ -17,7 +17,7 @@ from optuna.trial import FixedTrial, TrialState
 from cifar_lib.errors import InputError
 from cifar_lib.model import PARAMETER_BUDGET, count_parameters
 from cifar_lib.recipes import TrainConfig, recipe
-from notebooks.course.reference import trials_table
+from notebooks.course.reference import SEARCH, trials_table
 from notebooks.course.stand_in import generate_stand_in
 from scripts import search
 from scripts.search import objective, open_study, suggest, table_1, work
@@ -225,3 +225,17 @@ def test_a_study_that_cant_be_opened_is_one_line_without_secrets(tmp_path, where
         open_study(where.format(tmp=tmp_path), FIRST)
     assert "secret" not in str(error.value)
     assert (tmp_path / "file").read_bytes() == b"a file"
+
+
+def test_a_study_with_trials_of_another_length_is_refused_and_stays(tmp_path, monkeypatch):
+    older = Path(shutil.copy(SEARCH, tmp_path / "older.db"))  # it doesn't say how long they were
+    before = older.read_bytes()
+    with pytest.raises(InputError, match="SHORT in scripts/search.py"):
+        open_study(str(older), FIRST)
+    assert older.read_bytes() == before
+
+    open_study(str(tmp_path / "study.db"), FIRST)
+    open_study(str(tmp_path / "study.db"), FIRST)
+    monkeypatch.setattr(search, "SHORT", SHORT | {"epochs": 3})
+    with pytest.raises(InputError, match="begin a new study"):
+        open_study(str(tmp_path / "study.db"), FIRST)
