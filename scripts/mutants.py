@@ -221,6 +221,7 @@ class Reach:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item):
+        _forget_cached_results(Path(self.package).name)
         self.hits, self.shared, began = set(), set(), time.perf_counter()
         self.failed = False
         sys.settrace(self._trace)
@@ -242,6 +243,15 @@ class Reach:
 
     def pytest_runtest_logreport(self, report):
         self.failed |= not report.passed
+
+
+def _forget_cached_results(package: str) -> None:
+    """Else only the first test that needs a cached result would be seen to reach its function."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == package:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
 
 
 def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int:

@@ -1,5 +1,6 @@
 """The command line answers what the library does, and a mistake with one line and exit code 2."""
 
+import errno
 import json
 import os
 import re
@@ -312,7 +313,10 @@ def test_errors_of_the_machine_are_one_line_and_those_of_the_program_are_not(
         monkeypatch.setattr(cli, "fit", Mock(side_effect=error))
         return run(TRAIN), capsys.readouterr().err
 
-    assert ended_by(BrokenPipeError()) == (cli.CLOSED_PIPE, "")  # `head` had enough
+    assert ended_by(BrokenPipeError()) == (
+        141 if os.name == "posix" else 1,
+        "",
+    )  # `head` had enough
     code, said = ended_by(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."))
     assert code == 2 and said.startswith("error: CUDA out of memory: use --device cpu, or")
     with pytest.raises(SystemError):
@@ -321,6 +325,25 @@ def test_errors_of_the_machine_are_one_line_and_those_of_the_program_are_not(
     inside_c.__cause__ = KeyboardInterrupt()
     said = "\ninterrupted: the same command goes on from the last finished epoch\n"
     assert ended_by(inside_c) == (130, said)
+
+
+@pytest.mark.parametrize(
+    ("system", "number", "name", "closed"),
+    [
+        ("nt", errno.EINVAL, None, True),
+        ("nt", errno.EINVAL, "a file", False),  # its name is wrong
+        ("nt", errno.ENOSPC, None, False),
+        ("posix", errno.EINVAL, None, False),
+    ],
+)
+def test_on_windows_a_closed_pipe_is_an_invalid_argument_without_a_file(
+    monkeypatch, system, number, name, closed
+):
+    error = OSError(number, "something", name)
+    with monkeypatch.context() as patched:  # no longer than that: paths ask for the system, too
+        patched.setattr(cli.os, "name", system)
+        found = cli._is_closed_pipe(error)
+    assert found == closed
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
