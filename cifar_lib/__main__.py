@@ -19,8 +19,8 @@ def _stop(*_: object) -> None:
 if sys.stdout is not None:
     sys.stdout.reconfigure(errors="backslashreplace")
 
-# Importing torch takes seconds. Ctrl-C ends the process quietly until that is done. A shell's
-# background job has no Python handler here: it ignores Ctrl-C, and goes on ignoring it.
+# Importing torch takes seconds. Until that is done, Ctrl-C ends the process with one line. A job
+# that a shell runs in the background ignores Ctrl-C, and so has another handler, which stays.
 handler = signal.getsignal(signal.SIGINT)
 if handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

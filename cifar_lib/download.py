@@ -129,8 +129,8 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
     """Append to `file` what it lacks of the archive.
 
-    Raises OSError, HTTPException or ValueError if the source doesn't send it, or sends it slowly
-    and isn't waited for (`patient`).
+    Raises OSError, HTTPException or ValueError if the source doesn't send it before `deadline`, or
+    sends it slowly while `patient` is false.
     """
     # Ask for the missing part only.
     have = file.seek(0, os.SEEK_END)

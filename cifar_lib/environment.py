@@ -20,7 +20,9 @@ VARIABLES = {
     "CIFAR_WEIGHTS": "file",
     "CIFAR_RUNS": "folder",
 }
-# The words that a variable of the kind "word" must be one of, and those that another one may have.
+
+# The words that a variable may be set to: instead of a path, or, for the kind "word", as its only
+# values. The first of those is the default.
 WORDS = {"CIFAR_PROFILE": ("quick", "full"), "CIFAR_WEIGHTS": ("pretrained", "trained")}
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 

@@ -198,7 +198,7 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
     """Return the context manager that every forward pass runs in.
 
     It sets the precision. For fp32 on a CPU it sets the fast convolutions of extras/winograd, if
-    they can be used.
+    they can be used and torch.compile isn't at work.
     """
     if precision != "fp32":
         # Each weight is used once in a pass, so there is no use in caching converted weights.

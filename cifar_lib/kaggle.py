@@ -70,9 +70,10 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     ids: N different whole numbers or names.
 
     Some programs reshape when they should transpose, and then the shape is wrong about the order of
-    the values. So the smoothness of the images decides the order, and the set's `source` says which
-    one it was. Smoothness can't tell whether rows and columns are exchanged, whether images are
-    rotated or mirrored, or whether blue comes before red: all of this is taken as it comes.
+    the values. So the smoothness of the images can overrule the shape, and the set's `source` says
+    which order was read. Smoothness can't tell whether rows and columns are exchanged, whether
+    images are rotated or mirrored, or whether blue comes before red: all of this is taken as it
+    comes.
 
     Raises InputError for anything else, and for images that are noise in either order.
     """
@@ -138,10 +139,10 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
     # Take the promised order, unless the other one is much smoother. Without a promise, take the
     # smoother one; if both are equally smooth, planes, which is CIFAR-10's own order.
     steps = {name: _steps(images) for name, images in orders.items()}
-    rough = {name: max(across, down) for name, (across, down, _) in steps.items()}
+    roughness = {name: max(across, down) for name, (across, down, _) in steps.items()}
     order = promised or PLANES
     other = PIXELS if order == PLANES else PLANES
-    if rough[other] < rough[order] * (CONTRADICTION if promised else 1):
+    if roughness[other] < roughness[order] * (CONTRADICTION if promised else 1):
         order = other
 
     # Refuse what isn't smooth in this order either.
@@ -180,13 +181,13 @@ def _ids(values: Any, count: int) -> tuple[int | str, ...]:
 
     They are counted before they become Python objects: those of a small array can take a gigabyte.
     """
-    array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
-    if not array and not isinstance(values, (list, tuple, range)):
+    is_array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
+    if not is_array and not isinstance(values, (list, tuple, range)):
         kind = getattr(values, "shape", type(values).__name__)
         raise InputError(f"ids: expected a list or a flat array, got {kind}")
     if len(values) != count:
         raise InputError(f"ids: expected one for each of {count} images, got {len(values)}")
-    ids = tuple(_id(value) for value in (values.ravel().tolist() if array else values))
+    ids = tuple(_id(value) for value in (values.ravel().tolist() if is_array else values))
     repeated = [name for name, times in Counter(map(str, ids)).items() if times > 1]
     if repeated:
         raise InputError(f"ids: {repeated[0]!r:.20} stands for several images")

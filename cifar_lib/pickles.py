@@ -30,6 +30,8 @@ from cifar_lib.errors import InputError
 MAX_BYTES = 1 << 26  # 64 MiB; 20,000 images have 61 MB
 MAX_INSTRUCTIONS = 1_000_000  # 50 for each of 20,000 images
 MAX_SHORT = 200  # characters of a dict's key, and of a text that is used more than once
+
+# The instructions that are followed, by the names that they have in Python's module pickle.
 INSTRUCTIONS = """
 PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
