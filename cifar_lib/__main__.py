@@ -1,4 +1,8 @@
-"""The process around the command line: its streams, and an interrupt while torch is imported."""
+"""Starts the command line as a process: `python -m cifar_lib`.
+
+The command line itself is in cli.py. Here are the two ends of the process: an interrupt before
+`main` can handle one, and output that can't be written any more at exit.
+"""
 
 import os
 import signal
@@ -6,24 +10,33 @@ import sys
 
 
 def _stop(*_: object) -> None:
+    """End the process at once, as the handler of Ctrl-C while the modules are imported."""
     os.write(2, b"\ninterrupted: the same command starts again\n")
-    os._exit(130)  # an exception could become another one inside the modules
+    os._exit(130)  # an exception could be turned into another one by the module being imported
 
 
+# File names that aren't UTF-8 are printed with escapes. Without a console there is no stdout.
 if sys.stdout is not None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files that aren't UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+# Importing torch takes seconds. Until that is done, Ctrl-C ends the process with one line. A job
+# that a shell runs in the background ignores Ctrl-C, and so has another handler, which stays.
 handler = signal.getsignal(signal.SIGINT)
-if handler is signal.default_int_handler:  # else this is a background job, which ignores it
+if handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)
 from cifar_lib.cli import main  # noqa: E402
 
 signal.signal(signal.SIGINT, handler)
+
+# Run the command. `main` handles most interrupts, but not those right before and after its work.
 try:
     raise SystemExit(main())
-except KeyboardInterrupt:  # before `main` listens
+except KeyboardInterrupt:
     raise SystemExit(130) from None
 finally:
+    # If the output can't be written, `main` has dealt with that. Python would try again at exit and
+    # complain, so what is left goes to the null device.
     try:
         print(end="", flush=True)
-    except OSError:  # main has said so; Python would try once more, and complain
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

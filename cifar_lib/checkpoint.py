@@ -1,13 +1,15 @@
 """A run directory that survives being killed at any moment.
 
-config.json             what is trained, on which data; another one is refused
-environment.json        the hardware and versions of the last start
+config.json             what is trained, on which data; a run with another config is refused
+environment.json        the hardware and the versions of the last start
 history.csv             one row per epoch, accuracies as fractions; the same bytes after any kill
-timing.csv              a row for each epoch that was trained: seconds, images/s
-checkpoint.pt           everything needed to go on, with its sha256
-checkpoint.previous.pt  the one before
+timing.csv              one row each time an epoch is trained: seconds and images per second
+checkpoint.pt           the newest checkpoint: all that is needed to go on, and its sha256
+checkpoint.previous.pt  the checkpoint before it
+checkpoint.damaged.pt   a checkpoint that couldn't be read, if there was one
 model.safetensors       the final weights
-metrics.json            what they score
+metrics.json            the scores of the final weights
+.lock                   held by the process that trains
 """
 
 import hashlib
@@ -25,15 +27,18 @@ import torch
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import SCRATCH, open_lock, parse_object, read_regular, write_atomically
 
-FORMAT = 3  # of a checkpoint
-DIGEST_SIZE = hashlib.sha256().digest_size
+FORMAT = 3  # the version of what a checkpoint holds; other versions are refused
+DIGEST_SIZE = hashlib.sha256().digest_size  # bytes; a checkpoint ends with its digest
 
 
 class RunDirectory:
-    """The files of one training run; as a context manager, one process at a time holds them.
+    """The files of one training run.
 
-    Entering raises InputError if the folder can't be written, holds something else, or is held by
-    another process. Where the file system has no locks a warning says so.
+    A `with` block holds the directory: only one process at a time can be inside. If the file
+    system has no locks, a warning says so, and the block is entered without one.
+
+    Entering raises InputError if the folder can't be written, holds something other than a run, or
+    is held by another process.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -50,10 +55,11 @@ class RunDirectory:
 
     @property
     def _where(self) -> str:
+        """How error messages name this directory."""
         return f"run directory: {self.path}"
 
     def _refuse_other_folders(self) -> None:
-        """A folder with files, but without a run's config.json, holds something else."""
+        """Raise InputError if the folder has files, but no config.json of a run."""
         files = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
         if files and "recipe" not in (self.read_json("config.json") or {}):
             raise InputError(
@@ -61,6 +67,7 @@ class RunDirectory:
             )
 
     def _take_lock(self) -> None:
+        """Take the lock at once; raise InputError if another process holds it."""
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -71,7 +78,7 @@ class RunDirectory:
             warnings.warn(reason, stacklevel=3)
 
     def _remove_scratch(self) -> None:
-        """Remove what a process was writing when it was killed."""
+        """Remove the half-written files of a process that was killed."""
         for scratch in self.path.glob(SCRATCH):
             if scratch.is_file():
                 scratch.unlink()
@@ -80,9 +87,9 @@ class RunDirectory:
         self._lock.release()
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Return the object that the JSON file `name` holds, or None if there is no such file.
+        """Return the object in the JSON file `name`, or None if there is no such file.
 
-        Raises InputError if it can't be read.
+        Raises InputError if the file can't be read.
         """
         path = self.path / name
         if not os.path.lexists(path):
@@ -91,12 +98,18 @@ class RunDirectory:
             return parse_object(read_regular(path, limit=10**7))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write `content` as the JSON file `name`.
+
+        Raises InputError if the file can't be written.
+        """
         write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_rows(self, name: str, rows: list[dict], append: bool = False) -> None:
-        """Write rows of equal keys as CSV, None as an empty field.
+        """Write rows, which all have the same keys, as the CSV file `name`.
 
-        With `append` they are added to those that the file has.
+        None becomes an empty field. With `append` the rows are added to those already in the file.
+
+        Raises InputError if the file can't be written.
         """
         path = self.path / name
         before = path.read_bytes() if append and path.is_file() else b""
@@ -104,22 +117,28 @@ class RunDirectory:
         write_atomically(path, before + text.encode())
 
     def save(self, state: dict) -> None:
-        """Write `state` as checkpoint.pt, for `load` to return."""
+        """Write `state` as checkpoint.pt, from which `load` reads it.
+
+        Raises InputError if the file can't be written; the checkpoints before it are still there.
+        """
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, **state}, buffer)
         content = buffer.getvalue()
         content += hashlib.sha256(content).digest()
-        # Two renames: a kill between them leaves the newest as the previous one, and load() takes
-        # it from there. So no moment is without a whole checkpoint, and none is copied.
+
+        # Two renames: the old checkpoint becomes the previous one, the new file the checkpoint. A
+        # kill between them leaves no checkpoint.pt, and `load` takes the previous one. So there is
+        # a whole checkpoint at every moment, and no file is copied.
         previous = self.path / "checkpoint.previous.pt"
         write_atomically(self.path / "checkpoint.pt", content, keep=previous)
 
     def load(self) -> dict | None:
-        """Return the newest whole checkpoint, on the CPU, or None if there is none yet.
+        """Return the newest undamaged checkpoint with its tensors on the CPU, or None without one.
 
-        A damaged one is set aside as checkpoint.damaged.pt, with a warning, for the one before.
+        If the newest one is damaged, it is renamed to checkpoint.damaged.pt, a warning says so, and
+        the one before it is returned.
 
-        Raises InputError if no whole one is left.
+        Raises InputError if all checkpoints are damaged.
         """
         damage: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
@@ -130,7 +149,7 @@ class RunDirectory:
             except (OSError, ValueError) as error:
                 damage.append(f"{name}: {error}")
                 continue
-            if damage:  # else the next save would make it the one before
+            if damage:  # if it stayed, the next save would make it the previous checkpoint
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
                 warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
             return state
@@ -141,13 +160,17 @@ class RunDirectory:
 
 
 def _read_checkpoint(path: Path) -> dict:
+    """Return what `save` wrote to `path`.
+
+    Raises OSError if the file can't be read, ValueError if it isn't a checkpoint of this FORMAT.
+    """
     content = read_regular(path, limit=10**9)
     payload, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
     if hashlib.sha256(payload).digest() != digest:
         raise ValueError("damaged (its sha256 differs)")
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly any, where torch.save wrote no such file
+    except Exception as error:  # a file that torch.save didn't write can raise almost anything
         raise ValueError(f"unreadable ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"not a checkpoint of format {FORMAT}, which this version reads")

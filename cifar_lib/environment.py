@@ -1,6 +1,6 @@
-"""What is set outside of the program: its environment variables, and packages that may be missing.
+"""The program's environment variables, and optional packages, which may be missing.
 
-All variables are read here. docs/setup.md lists them for users; a test compares the two.
+All variables are read in this module. docs/setup.md lists them for users; a test compares the two.
 """
 
 import getpass
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cifar_lib.errors import InputError
 
-# What each variable names. WORDS has what a "word" must be, and what may stand for a file.
+# What kind of value each variable has.
 VARIABLES = {
     "CIFAR_PROFILE": "word",
     "CIFAR_DEVICE": "device",
@@ -20,11 +20,15 @@ VARIABLES = {
     "CIFAR_WEIGHTS": "file",
     "CIFAR_RUNS": "folder",
 }
+
+# The words that a variable may be set to: instead of a path, or, for the kind "word", as its only
+# values. The first of those is the default.
 WORDS = {"CIFAR_PROFILE": ("quick", "full"), "CIFAR_WEIGHTS": ("pretrained", "trained")}
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
-# Packages that only some sections need, and what pip installs for each. Their dependencies are
-# named, and no others are installed: those would replace the numpy or torch of Colab and Kaggle.
+# Packages that only some sections of the notebooks need, and what pip has to install for each. The
+# list names the dependencies that are needed. pip must not add any on its own, because it would
+# replace the numpy or torch that Colab and Kaggle come with.
 OPTIONAL = {
     "cleanlab": "cleanlab termcolor",
     "optuna": "optuna colorlog alembic mako sqlalchemy",
@@ -32,13 +36,13 @@ OPTIONAL = {
 
 
 def prepare_for_torch() -> None:
-    """Set the variables that PyTorch reads, where they aren't set."""
-    # Large tensors in huge pages, where Linux gives them on request: a CPU then looks up fewer
+    """Set the variables that PyTorch reads, unless the user has set them."""
+    # Put large tensors in huge pages, if Linux grants them on request. A CPU then looks up fewer
     # addresses, and trains about a tenth faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    # Importing torch asks for the user's name, and fails in a container whose user has only a
-    # number. Windows has neither the number nor the module pwd.
+    # Importing torch asks for the user's name. That fails in a container whose user has a number
+    # but no name, and on Windows, which has no such numbers, if USERNAME isn't set.
     try:
         getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -46,24 +50,27 @@ def prepare_for_torch() -> None:
 
 
 def read(name: str, base: Path | None = None) -> str | None:
-    """Return the value of the variable `name`, checked; None if it isn't set, or is empty.
+    """Return the checked value of the variable `name`, or None if it isn't set or is empty.
 
-    A path comes back absolute and without `~`. A relative one is relative to `base`, the working
-    directory by default.
+    A path is returned as an absolute one, with `~` replaced. A relative path is taken from `base`,
+    which is the working directory by default.
 
-    Raises InputError if the value isn't what the variable names: see VARIABLES.
+    Raises InputError if the value isn't of the kind that VARIABLES says.
     """
-    value = os.environ.get(name, "").strip()  # cmd's `set X=a && ...` leaves a space at the end
+    # On Windows, `set X=a && ...` leaves a space at the end of the value.
+    value = os.environ.get(name, "").strip()
     if not value:
         return None
     kind, words = VARIABLES[name], WORDS.get(name, ())
     if value[0] in "\"'" or value[-1] == '"':
-        got = "some" if kind == "address" else value  # an address may hold a password
+        got = "some" if kind == "address" else value  # an address may hold a password: not shown
         raise _wrong(name, got, "a value without quotes around it", "leave the quotes out")
     if value in words or kind in ("address", "device"):
         return value
     if kind == "word":
         raise _wrong(name, value, " or ".join(words), f"unset it for {words[0]}")
+
+    # What is left is the path of a file or a folder. Only a file must exist already.
     path = _absolute(name, value, base or Path.cwd())
     if kind == "file" and not path.is_file():
         expected = "a file that exists" + "".join(f", or {word}" for word in words)
@@ -72,11 +79,11 @@ def read(name: str, base: Path | None = None) -> str | None:
 
 
 def make_absolute(base: Path) -> None:
-    """Make the variables' paths absolute, for kernels, which start in another folder.
+    """Make the paths in the variables absolute, because notebook kernels start in another folder.
 
-    Relative ones are relative to `base`. A variable that is empty is unset.
+    Relative paths are taken from `base`. Empty variables are unset.
 
-    Raises InputError if a variable is wrong.
+    Raises InputError if a variable has a wrong value.
     """
     for name in VARIABLES:
         value = read(name, base)
@@ -87,9 +94,9 @@ def make_absolute(base: Path) -> None:
 
 
 def require(package: str, purpose: str) -> None:
-    """Check for one of the OPTIONAL packages, right before it is imported for `purpose`.
+    """Check that one of the OPTIONAL packages is installed, right before `purpose` imports it.
 
-    Raises InputError if it isn't installed; the message says what to type.
+    Raises InputError if it isn't; the message says which command installs it.
     """
     if importlib.util.find_spec(package) is None:
         remedy = f"pip install --no-deps {OPTIONAL[package]}"
@@ -97,18 +104,26 @@ def require(package: str, purpose: str) -> None:
 
 
 def _absolute(name: str, value: str, base: Path) -> Path:
-    home = os.path.expanduser(value)
-    if home.startswith("~"):  # a user without a home folder, or one who doesn't exist
+    """Return the absolute path that the variable's value means.
+
+    Raises InputError if `~` can't be replaced, or if the path is on a Drive that isn't mounted.
+    """
+    expanded = os.path.expanduser(value)
+    if expanded.startswith("~"):  # the user doesn't exist, or has no home folder
         raise _wrong(name, value, "a path on this machine", "write the whole path instead of ~")
-    # `..` is taken out of the text first: "notebooks/../runs" needs no folder "notebooks".
-    path = Path(os.path.abspath(base / home))
+
+    # abspath removes `..` from the text alone: "notebooks/../runs" works without "notebooks".
+    path = Path(os.path.abspath(base / expanded))
+
+    # On Colab the user is root, so the folder could be created on the local disk, and would be lost
+    # with the machine.
     below_drive = DRIVE in (path, *path.parents)
     if below_drive and not os.path.ismount(DRIVE):
-        # As root such a folder would be created on the local disk, and lost with the machine.
         mount = f'from google.colab import drive; drive.mount("{DRIVE}")'
         raise _wrong(name, value, "a mounted Drive", f"run {mount} first, or name another folder")
     return path
 
 
 def _wrong(name: str, value: str, expected: str, remedy: str) -> InputError:
+    """Return the error for a variable with a wrong value."""
     return InputError(f"{name}: expected {expected}, got {value}: {remedy}")

@@ -1,13 +1,13 @@
-"""The one exception for what a user can put right."""
+"""The exception for mistakes that a user can correct."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """An input from outside is wrong.
+    """Something that came from outside, such as a file or an option, is wrong.
 
-    The message says what was expected, what came and what to do, in one printable line.
+    The message is one printable line: what was expected, what came instead, and what to do.
     """
 
     def __init__(self, message: str):
@@ -15,22 +15,28 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return `text` with line ends, control characters and undecoded bytes written out."""
+    """Return `text` with escapes in place of line ends, control characters and undecoded bytes."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager
 def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of these kinds into an InputError: `what` is wrong, why, and the `remedy`.
+    """Turn errors of these `kinds`, raised in a `with` block, into an InputError.
 
-    The kinds are OSError and ValueError by default. An error with a `remedy` of its own keeps it.
+    Its message is `what` (what is wrong), the error's own text in brackets, and the `remedy` (what
+    to do). An error that has an attribute `remedy` keeps its own. Without `kinds`, OSError and
+    ValueError are turned.
+
+    Raises InputError in place of such an error.
     """
     kinds = kinds or (OSError, ValueError)
     try:
         yield
     except kinds as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        # Pillow's ends with a buffer, pydantic's with a link; torch takes several lines.
+
+        # Keep the part that a user can read. Pillow ends its text with the name of a buffer,
+        # pydantic with a link, and torch writes several lines.
         text = text.partition(" <_io")[0].partition("\n    For further")[0]
         remedy = getattr(error, "remedy", remedy)
         raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error

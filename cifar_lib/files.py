@@ -1,4 +1,7 @@
-"""Files: written whole, replacing nothing that they shouldn't; read within bounds."""
+"""Safe reading and writing of files.
+
+A file is written whole or not at all, and replaces nothing that it shouldn't. Reading has a limit.
+"""
 
 import contextlib
 import json
@@ -15,14 +18,13 @@ from filelock import FileLock
 
 from cifar_lib.errors import InputError, explained
 
-SCRATCH = ".cifar_lib-*.tmp"  # a file that is being written; * is random
+SCRATCH = ".cifar_lib-*.tmp"  # the name of a file while it is being written; * is random
 
 
 def output_file(path: str | os.PathLike) -> Path:
-    """Return the path of a file that is to be written.
+    """Return the path of a file that is going to be written.
 
-    Raises InputError for a folder, whether it exists or is only named with a slash at its end,
-    which `Path` would drop.
+    Raises InputError if it is a folder, or if it ends with a slash, which `Path` would drop.
     """
     text = os.fspath(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(text):
@@ -33,14 +35,16 @@ def output_file(path: str | os.PathLike) -> Path:
 def write_atomically(
     path: Path, content: bytes, inputs: Iterable[str | os.PathLike] = (), keep: Path | None = None
 ) -> None:
-    """Write `content` to `path`, so that the file there is at every moment the old one or the new.
+    """Write `content` to `path`. Whoever reads the file meanwhile finds the old or the new content.
 
-    Only a regular file is replaced, and none of `inputs`, which the same command has read. With
-    `keep` the old file gets that name.
+    Only a regular file is replaced, and never one of `inputs`, the files that the same command has
+    read. With `keep` the old file isn't replaced, but renamed to `keep`. In the moment between the
+    two renames there is no file at `path`.
 
-    Raises InputError if it can't be written; nothing is lost then.
+    Raises InputError if the file can't be written; nothing is lost then.
     """
-    # Nobody can guess the name, "x" follows no link, and the umask says who may read it.
+    # The content goes into a new file first. Nobody can guess its name, the mode "x" below follows
+    # no link, and the umask decides who may read it.
     scratch = path.parent / SCRATCH.replace("*", secrets.token_hex(8))
     remedy = "choose another place or free the disk"
     with contextlib.ExitStack() as stack, explained(f"can't write {path}", remedy, OSError):
@@ -49,23 +53,27 @@ def write_atomically(
             _check_replaceable(replaced, inputs)
         stack.callback(scratch.unlink, missing_ok=True)
         with open(scratch, "xb") as file:
-            with contextlib.suppress(OSError):  # the file is new, or the disk has no permissions
+            # The new file gets the old one's permissions, if there is one and the disk has any.
+            with contextlib.suppress(OSError):
                 shutil.copymode(path, scratch)
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+
+        # Only now, when the content is on the disk, is the old file renamed or replaced.
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(scratch, path)
 
 
 def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise InputError if there is something at `path` that must not be replaced."""
     if not os.path.lexists(path):
         return
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
         reason = "it is a link, a folder or a device, not a regular file"
-    elif not mode & stat.S_IWUSR:  # root could
+    elif not mode & stat.S_IWUSR:  # root could replace it all the same
         reason = "it is read-only"
     elif any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
         reason = "it is an input of this command"
@@ -75,16 +83,21 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
 
 
 def open_lock(path: Path) -> FileLock:
-    """Return a lock on the file `path`, which is created if need be; `acquire` takes the lock.
+    """Return a lock on the file `path`, which is created if it doesn't exist.
 
-    The system undoes a lock when the process that holds it dies. Raises OSError if the file can't
-    be written or is a link: some versions of filelock would empty the file that a link points to.
+    The lock isn't taken yet: its method `acquire` does that. The operating system releases it when
+    the process that holds it dies.
+
+    Raises OSError if the file can't be written, or is a link: some versions of filelock would empty
+    the file that a link points to.
     """
     if path.is_symlink():
         raise OSError(f"{path.name} is a link")
     open(path, "ab").close()
-    # Where a file system has no locks, filelock goes by whether the file exists, and that of a
-    # process that was killed would block for ever. Colab's filelock may be older than the option.
+
+    # On a file system without locks, filelock would fall back on whether the file exists. The file
+    # of a killed process would then block everybody for ever. Colab's filelock may be too old to
+    # have this option.
     options = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
     return FileLock(path, **options)
 
@@ -92,10 +105,10 @@ def open_lock(path: Path) -> FileLock:
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
-    Raises OSError if it can't be read, and ValueError for anything else.
+    Raises OSError if it can't be read, and ValueError if it isn't a regular file or is too long.
     """
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # a FIFO would wait for ever, a device never end
+    if not stat.S_ISREG(status.st_mode):  # a FIFO could block for ever, a device never end
         raise ValueError("it isn't a regular file")
     if status.st_size > limit:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
@@ -103,12 +116,12 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """Return the JSON object that `content` is.
+    """Return the object that `content`, a JSON text, holds.
 
-    Raises ValueError for anything else, and for an empty object.
+    Raises ValueError if `content` is anything else, or the object is empty.
     """
     if re.search(rb"\d{100}", content):
-        raise ValueError("it has a number of 100 digits or more")  # 309 are too many for a float
+        raise ValueError("it has a number of 100 digits or more")  # floats end at 309 digits
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""What the code runs on: the device, the precision it is good for, and a description of both."""
+"""The hardware that the code runs on: its device, a precision that suits it, its description."""
 
 import contextlib
 import ctypes
@@ -20,22 +20,22 @@ from torch import Tensor
 
 from cifar_lib.errors import InputError, explained, printable
 
-APPLE_GPU = "mps"  # the type of torch's device for it
+APPLE_GPU = "mps"  # torch's name for this type of device
 DEVICE_TYPES = ("cpu", "cuda", APPLE_GPU)
-CPUINFO = Path("/proc/cpuinfo")  # on Linux
+CPUINFO = Path("/proc/cpuinfo")  # Linux's description of the CPU; other systems have no such file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
-# Against the torch at hand, and without installing another torch first.
+# Builds the extension with the torch that is installed, instead of downloading another one.
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ./extras/winograd"
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """Return the device of this name, once a small computation on it has given the right result.
+    """Return the device with this name, after a small computation on it gave the right result.
 
-    `auto` is a CUDA GPU, else an Apple GPU, else the CPU. It passes over a GPU that is present and
-    can't compute; one line on standard error, once per process, says why.
+    `auto` is a CUDA GPU if there is one, else an Apple GPU, else the CPU. A GPU that is present but
+    can't compute is passed over; one line on standard error, once per process, says why.
 
-    Raises InputError if a device was named that is unknown, isn't here, or can't compute.
+    Raises InputError if `name` is neither `auto` nor a device that is present and can compute.
     """
     if name == "auto":
         return _first_that_computes()
@@ -55,7 +55,10 @@ def choose_device(name: str = "auto") -> torch.device:
 
 @functools.cache
 def _first_that_computes() -> torch.device:
-    """What `auto` stands for. As this is cached, the line about a broken GPU comes once."""
+    """Return the device that `auto` stands for.
+
+    The result is cached, so the line about a broken GPU is printed once.
+    """
     gpus = {"cuda": torch.cuda.is_available(), APPLE_GPU: torch.backends.mps.is_available()}
     for kind in filter(gpus.get, gpus):  # those that are present
         device = torch.device(kind)
@@ -69,23 +72,24 @@ def _first_that_computes() -> torch.device:
 
 @functools.cache
 def _failure(device: torch.device) -> str | None:
-    """Why nothing can be computed on `device`, in one line; None where it can.
+    """Return why nothing can be computed on `device`, in one line, or None if it can.
 
-    Kaggle's P100 is a GPU that `torch.cuda.is_available` finds, and on which memory can be had. But
-    torch is no longer compiled for it: that shows when a kernel starts, or its result is read.
+    Only a computation tells. `torch.cuda.is_available` finds Kaggle's P100, and memory can be
+    allocated on it, but torch is no longer compiled for it. This shows only when a kernel starts,
+    or when its result is read.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of such a GPU in many lines
+            warnings.simplefilter("ignore")  # torch has many lines of warnings about such a GPU
             result = _small_computation(device)
-    except Exception as error:  # whatever a driver or a library raises
+    except Exception as error:  # a driver or a library can raise anything
         return _first_line(error)
     return None if result == 10.0 else f"3 x 3 + 1 came out as {result}"
 
 
 def _small_computation(device: torch.device) -> float:
-    """A convolution over nine ones, and 1 added: 10 where kernels run."""
-    ones = torch.ones(1, 1, 3, 3, device=device)
+    """Convolve nine ones with nine ones and add 1, which gives 10 if kernels run."""
+    ones = torch.ones(1, 1, 3, 3, device=device)  # one image of one channel, and also its kernel
     return (F.conv2d(ones, ones) + 1).item()
 
 
@@ -94,30 +98,33 @@ def _first_line(error: Exception) -> str:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Return the order in memory of images and weights on `device`, for what the network computes.
+    """Return the order in memory that images and weights should have on `device`.
 
-    Channels-last is the fast one on CPUs and CUDA GPUs. On an Apple GPU the backward pass of batch
-    normalisation gives wrong gradients for it, without a word (macOS 14), or an error (macOS 26):
-    pytorch/pytorch#175189 and #181411, mended by #188371 after torch 2.12.
+    Channels-last is the faster one on CPUs and CUDA GPUs. On an Apple GPU the backward pass of
+    batch normalisation doesn't support it: it silently gives wrong gradients on macOS 14, and
+    raises an error on macOS 26 (pytorch/pytorch#175189 and #181411, fixed by #188371 after torch
+    2.12).
     """
     return torch.contiguous_format if device.type == APPLE_GPU else torch.channels_last
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of CPU `values` on `device`. The host of a CUDA GPU doesn't wait for it.
+    """Return `values`, a tensor on the CPU, as a tensor on `device`.
 
-    An Apple GPU would read them after they may have been freed, and compute with what lies there by
-    then: pytorch/pytorch#139550 and #189690. There the host waits.
+    Python doesn't wait until a CUDA GPU has its copy. It does wait for an Apple GPU, which would
+    otherwise read the values after their memory may have been freed and used for something else
+    (pytorch/pytorch#139550 and #189690).
     """
     return values.to(device, non_blocking=device.type != APPLE_GPU)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Return the precision of this name: fp32, bf16 or fp16.
+    """Return the precision with this name: fp32, bf16 or fp16.
 
-    `auto` is bf16 where the hardware computes in it, fp16 on an older CUDA GPU (a T4), else fp32.
+    `auto` is bf16 if the hardware computes in it, else fp16 on a CUDA GPU (a T4, for example), else
+    fp32.
 
-    Raises InputError for another name.
+    Raises InputError if there is no precision with this name.
     """
     if name not in PRECISIONS:
         raise InputError(f"precision: expected one of {', '.join(PRECISIONS)}; got {name!r}")
@@ -131,12 +138,16 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def _load_winograd() -> tuple[ModuleType | None, str | None]:
-    """The optional fast fp32 convolutions for CPUs (extras/winograd), or None; and, where they are
-    installed and can't be used, why."""
+    """Return the module of the fast fp32 convolutions for CPUs (extras/winograd), and a reason.
+
+    The module is optional: it is None if it isn't installed or can't be used. The reason says why
+    an installed one can't be used, and is None otherwise.
+    """
     if importlib.util.find_spec("cifar_winograd") is None:
         return None, None
-    # It is compiled against one torch. Loaded into another one it may end the process, at once or
-    # in the middle of training: so its record of that torch is read first.
+
+    # It is compiled for one version of torch. With another one it can crash the process, at once or
+    # in the middle of training. So the version that it was built with is compared first.
     try:
         from cifar_winograd_build import TORCH as built_with
     except ImportError:
@@ -155,7 +166,7 @@ cifar_winograd, winograd_failure = _load_winograd()
 
 @functools.cache
 def _say_that_winograd_is_not_used(why: str) -> None:
-    """Once in a process: one line on standard error."""
+    """Print one line on standard error. The cache prints each reason once per process."""
     line = f"extras/winograd isn't used, fp32 is slower without it ({why}): {REBUILD}"
     print(printable(line), file=sys.stderr)
 
@@ -163,20 +174,20 @@ def _say_that_winograd_is_not_used(why: str) -> None:
 def prepare(device: torch.device, precision: str) -> None:
     """Set this process up to compute fast on `device`.
 
-    Where extras/winograd would be used and can't be, a line on standard error says why.
+    If extras/winograd would be used but can't be, one line on standard error says why.
     """
     if device.type == "cpu" and winograd_failure and choose_precision(precision, device) == "fp32":
         _say_that_winograd_is_not_used(winograd_failure)
 
-    # glibc's malloc keeps the memory of large tensors for the next ones: getting it anew, page by
-    # page, takes a quarter of a training step.
+    # Let glibc's malloc keep the memory of large tensors for the next ones. Getting it from the
+    # system again, page by page, takes a quarter of a training step.
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes free at the end before they are given back
+        mallopt(-4, 0)  # M_MMAP_MAX: a large tensor gets no mapping of its own
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give memory back only if so many bytes are free
 
-    # cuDNN looks for its fastest kernels, and fp32 products may use TF32, as its convolutions do
-    # (NVIDIA_TF32_OVERRIDE=0 forbids both).
+    # Let cuDNN search for its fastest kernels, and let fp32 matrix products use TF32, as cuDNN's
+    # convolutions already do. Setting NVIDIA_TF32_OVERRIDE=0 forbids TF32 in both.
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         if precision == "fp32":
@@ -184,9 +195,13 @@ def prepare(device: torch.device, precision: str) -> None:
 
 
 def computing(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Return the context of every forward pass: `precision`, and fast convolutions if installed."""
+    """Return the context manager that every forward pass runs in.
+
+    It sets the precision. For fp32 on a CPU it sets the fast convolutions of extras/winograd, if
+    they can be used and torch.compile isn't at work.
+    """
     if precision != "fp32":
-        # No weight is used twice in a pass, so conversions need not be remembered.
+        # Each weight is used once in a pass, so there is no use in caching converted weights.
         return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
     if cifar_winograd is None or device.type != "cpu" or torch.compiler.is_compiling():
         return contextlib.nullcontext()
@@ -194,12 +209,15 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
 
 
 def describe(device: torch.device) -> dict[str, str | float | int | None]:
-    """Return what a run depends on, as the report's System Specifications; memory in GB (10^9)."""
+    """Return the hardware and the versions that a run depends on; memory is in GB (10^9 bytes).
+
+    These are the rows of the report's System Specifications, and a few more.
+    """
     on_gpu = device.type == "cuda"
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # Linux only
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))  # only on Linux
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cpu_cores": len(affinity(0)),  # those that this process may use
+        "cpu_cores": len(affinity(0)),  # the cores that this process may use
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 2),
         "device": str(device),
@@ -214,7 +232,7 @@ def describe(device: torch.device) -> dict[str, str | float | int | None]:
 
 
 def _cpuinfo(field: str) -> str:
-    """What Linux says of the first core."""
+    """Return what Linux says about this field of the first core, or "" if it says nothing."""
     if not CPUINFO.exists():
         return ""
     lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -223,14 +241,17 @@ def _cpuinfo(field: str) -> str:
 
 
 def _commit() -> str | None:
-    """The commit this package is checked out at, `+changes` if it differs; None elsewhere."""
+    """Return the commit that this package is checked out at, or None outside of a git checkout.
+
+    The commit ends with `+changes` if tracked files differ from it.
+    """
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    describe = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    command = ["describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *describe], capture_output=True, encoding="utf-8"
+            ["git", "-C", str(root), *command], capture_output=True, encoding="utf-8"
         )
     except OSError:  # git isn't installed
         return None

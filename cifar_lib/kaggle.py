@@ -18,23 +18,34 @@ from cifar_lib.files import output_file, read_regular, write_atomically
 
 LONGEST = 200  # characters of an id
 
-# How 3,072 values in a row make an image; two orders of the same bytes.
+# The two orders in which 3,072 values can make an image: the whole red plane, then the green and
+# the blue one; or red, green and blue of the first pixel, then of the second, and so on.
 PLANES, PIXELS = "plane after plane", "pixel after pixel"
-SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}  # and what each promises
-# A file in another order than its shape promises is smoother in that other order. The larger mean
-# step to the next pixel, across or down, in the right order is this multiple of the wrong order's:
-# 0.45 (planes) and 0.29 (pixels) over CIFAR-10's test images; at most 0.71 over those of any family
-# of notebooks/course/corruptions.py at its highest severity. Of these 90,000 images, each taken as
-# a file of one, none got below 0.9 in the wrong order, so that much is asked for to contradict a
-# shape. Without a promise, 6 of them would be read wrongly, all of them grey.
-CONTRADICTION = 0.9
-# The mean step to the next pixel, over the mean step between any two pixels of the same image:
-# 0.26 for CIFAR-10, at most 0.51 for a family above and 0.60 for 20 images of one (noise); 1.00
-# for noise, at least 0.99 for 20 images of it. A single image of a family gets up to 0.98, and a
-# single one of noise 1.00 with a standard deviation of 0.014.
-GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20  # the second holds for files of fewer images than FEW
 
-# What is mistaken for a pickle: how it begins, what it is, what to do.
+# The shapes that an image may have, and the order that each shape promises.
+SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}
+
+# When the values contradict the order that the shape promises. Images are smoother in their right
+# order. Roughness is the mean step to the next pixel, across or down, whichever is larger. The
+# right order's roughness, divided by the wrong order's, is
+#   0.45 (planes) and 0.29 (pixels) for CIFAR-10's test images, and
+#   at most 0.71 for any family of notebooks/course/corruptions.py at its highest severity.
+# Each of these 90,000 images, clean and in eight families, was also read as a file of its own. The
+# wrong order's roughness was never less than 0.9 of the right order's, so a shape is contradicted
+# only below 0.9. Without a promise the smoother order is taken; that would be the wrong one for 6
+# of the images, all of them grey.
+CONTRADICTION = 0.9
+
+# When images are noise in either order: the mean step to the next pixel, divided by the mean step
+# to a random pixel of the same image, is above GARBLED. This ratio is
+#   0.26 for CIFAR-10's test images,
+#   at most 0.51 for a family as above, and at most 0.60 for 20 of its images ("noise"),
+#   1.00 for pure noise, and at least 0.99 for 20 images of pure noise.
+# One image alone tells less: one of a family gets up to 0.98, one of pure noise 1.00 with a
+# standard deviation of 0.014. So files of fewer than FEW images have a limit of their own.
+GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20
+
+# Files that are mistaken for a pickle: how each begins, what it is, and what to do with it.
 STRANGERS = (
     (b"PK\x03\x04", "a zip archive (or a .npz or PyTorch's)", "unpack it first"),
     (b"\x1f\x8b", "gzip-compressed", "unpack it first"),
@@ -51,14 +62,18 @@ STRANGERS = (
 
 
 def read_test_file(path: str | os.PathLike) -> ImageSet:
-    """Read the unlabelled images and ids of a pickled dict. No code in it runs.
+    """Return the unlabelled images of a pickled dict, with their ids. No code in the file is run.
+
+    The dict has two keys:
 
     data: uint8 (N, 32, 32, 3), (N, 3, 32, 32) or (N, 3072).
     ids: N different whole numbers or names.
 
-    Some programs reshape where they should transpose, so the smoothness of the images tells the
-    order of the values; the set's `source` says which one was read. What smoothness can't tell is
-    taken as it comes: rows exchanged with columns, images turned or mirrored, blue before red.
+    Some programs reshape when they should transpose, and then the shape is wrong about the order of
+    the values. So the smoothness of the images can overrule the shape, and the set's `source` says
+    which order was read. Smoothness can't tell whether rows and columns are exchanged, whether
+    images are rotated or mirrored, or whether blue comes before red: all of this is taken as it
+    comes.
 
     Raises InputError for anything else, and for images that are noise in either order.
     """
@@ -73,6 +88,8 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
             if stranger is None:
                 raise
             raise InputError(stranger) from None
+
+        # Keys may be bytes: a program that has read Python 2's file as bytes passes them on.
         found = {key.decode() if isinstance(key, bytes) else key: found[key] for key in found}
         if not {"data", "ids"} <= found.keys():
             raise InputError(f"expected the keys data and ids, found {str([*found][:5])[:99]}")
@@ -82,17 +99,19 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
 
 
 def _stranger(content: bytes) -> str | None:
-    """What a file is that isn't a pickle, and what to do with it; None where nobody knows."""
+    """Return what a file is that isn't a pickle, and what to do with it, or None if unknown."""
     for beginning, kind, remedy in STRANGERS:
         if content.startswith(beginning):
             return f"it is {kind}: {remedy}"
-    if content[8:10] == b'{"':  # after the header's length
+    if content[8:10] == b'{"':  # a JSON header, after the eight bytes of its length
         return "it is a safetensors file: those are weights, for --weights"
     head = content[:1000].decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if head.lower().startswith(("<!doctype", "<html", "<?xml")):
         return "it is a web page: download the file itself, logged in if need be"
     if head.startswith(("{", "[")):
         return "it is JSON: pickle its data and ids in a dict"
+
+    # A table: the first two lines have equally many commas.
     first, *others = head.splitlines()[:3]
     commas = [line.count(",") for line in (first, *others)]
     if first.isprintable() and commas[0] > 0 and len(commas) > 1 and commas[1] == commas[0]:
@@ -101,28 +120,32 @@ def _stranger(content: bytes) -> str | None:
 
 
 def _images(data: Any) -> tuple[torch.Tensor, str]:
-    """uint8 (N, 3, 32, 32), and the order in which the values were read."""
+    """Return the images as uint8 (N, 3, 32, 32), and the order in which their values were read."""
     if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
         kind = getattr(data, "dtype", type(data).__name__)
         raise InputError(f"data: expected an array of uint8, got {kind}")
     if data.size == 0 or data.shape[1:] not in SHAPES:
         shapes = "(N, 32, 32, 3), (N, 3, 32, 32) or (N, 3072)"
         raise InputError(f"data: expected {shapes}, got {data.shape}")
+
+    # Read the same values in both orders.
     promised = SHAPES[data.shape[1:]]
-    values = torch.from_numpy(np.array(data, order="C"))
+    values = torch.from_numpy(np.array(data, order="C"))  # N x 3,072 values, in the file's shape
     orders = {
-        PLANES: values.view(-1, 3, 32, 32),
-        PIXELS: values.view(-1, 32, 32, 3).permute(0, 3, 1, 2),
+        PLANES: values.view(-1, 3, 32, 32),  # (N, 3, 32, 32)
+        PIXELS: values.view(-1, 32, 32, 3).permute(0, 3, 1, 2),  # the same, from (N, 32, 32, 3)
     }
 
-    # The smoother order; without a promise planes, CIFAR-10's own, where both are as smooth.
+    # Take the promised order, unless the other one is much smoother. Without a promise, take the
+    # smoother one; if both are equally smooth, planes, which is CIFAR-10's own order.
     steps = {name: _steps(images) for name, images in orders.items()}
-    rough = {name: max(across, down) for name, (across, down, _) in steps.items()}
+    roughness = {name: max(across, down) for name, (across, down, _) in steps.items()}
     order = promised or PLANES
     other = PIXELS if order == PLANES else PLANES
-    if rough[other] < rough[order] * (CONTRADICTION if promised else 1):
+    if roughness[other] < roughness[order] * (CONTRADICTION if promised else 1):
         order = other
 
+    # Refuse what isn't smooth in this order either.
     across, down, anywhere = steps[order]
     limit = GARBLED if len(values) >= FEW else GARBLED_ALONE
     if (across + down) / 2 > limit * anywhere:
@@ -132,19 +155,21 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
 
 
 def _steps(images: torch.Tensor) -> tuple[float, float, float]:
-    """Mean absolute differences between values of the same channel, over a set (N, 3, 32, 32).
+    """Return three mean absolute differences between a pixel and another one of the same image.
 
-    They are those between a pixel and the next one in its row, the next one in its column, and any
-    other one of its image.
+    images: uint8 (N, 3, 32, 32). Values are only compared within their channel.
+
+    The other pixel is the next one in the row, the next one in the column, or a random one. The
+    random ones are those of one permutation, the same for all images.
     """
     shuffled = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))
     sums = torch.zeros(3, dtype=torch.float64)
     for part in images.split(1000):
-        pixels = part.short()  # (n, 3, 32, 32)
+        pixels = part.short()  # (n, 3, 32, 32); a difference of uint8 would wrap around
         across = (pixels[..., 1:] - pixels[..., :-1]).abs()  # (n, 3, 32, 31)
         down = (pixels[:, :, 1:] - pixels[:, :, :-1]).abs()  # (n, 3, 31, 32)
         flat = pixels.flatten(2)  # (n, 3, 1024)
-        anywhere = (flat - flat[..., shuffled]).abs()
+        anywhere = (flat - flat[..., shuffled]).abs()  # (n, 3, 1024)
         means = [steps.mean(dtype=torch.float64) for steps in (across, down, anywhere)]
         sums += len(part) * torch.stack(means)
     across, down, anywhere = (sums / len(images)).tolist()
@@ -152,14 +177,17 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 
 
 def _ids(values: Any, count: int) -> tuple[int | str, ...]:
-    """The ids, checked. They are counted first: a small array can be a gigabyte of objects."""
-    array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
-    if not array and not isinstance(values, (list, tuple, range)):
+    """Return the ids, checked.
+
+    They are counted before they become Python objects: those of a small array can take a gigabyte.
+    """
+    is_array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
+    if not is_array and not isinstance(values, (list, tuple, range)):
         kind = getattr(values, "shape", type(values).__name__)
         raise InputError(f"ids: expected a list or a flat array, got {kind}")
     if len(values) != count:
         raise InputError(f"ids: expected one for each of {count} images, got {len(values)}")
-    ids = tuple(_id(value) for value in (values.ravel().tolist() if array else values))
+    ids = tuple(_id(value) for value in (values.ravel().tolist() if is_array else values))
     repeated = [name for name, times in Counter(map(str, ids)).items() if times > 1]
     if repeated:
         raise InputError(f"ids: {repeated[0]!r:.20} stands for several images")
@@ -167,10 +195,10 @@ def _ids(values: Any, count: int) -> tuple[int | str, ...]:
 
 
 def _id(value: Any) -> int | str:
-    """A whole number, whatever type it came in, or a name."""
+    """Return one id: an int, whatever type the whole number had in the file, or a name."""
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # what pandas makes of whole numbers; a double is exact up to there
+        return int(value)  # pandas may store whole numbers as doubles, exact up to 2^53
     if type(value) is int and abs(value) < 10**20:
         return value
     if isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable():
@@ -192,7 +220,7 @@ def write_submission(
     labels: class numbers, 0 to 9.
     inputs: files that must not be written over.
 
-    Raises InputError, and leaves an older file as it was, if the rows aren't a valid submission.
+    Raises InputError if the rows aren't a valid submission; an older file stays as it was.
     """
     if not label_column or not label_column.isprintable():
         raise InputError(f"submission: expected a column's name, got {label_column!r:.20}")

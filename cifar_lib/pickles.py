@@ -1,18 +1,20 @@
 """Reads a stranger's pickle as data, without running anything that it names.
 
-A pickle is a small program: instructions push values on a stack, collect them into lists and dicts,
-and call whatever function they name, `os.system` as willingly as numpy's. Lists of forbidden names
-are bypassed again and again, so here everything is forbidden but a few:
+A pickle is a small program. Its instructions push values on a stack, collect them into lists and
+dicts, and call whatever function they name: `os.system` as willingly as numpy's functions. Lists of
+forbidden names are bypassed again and again. So here everything is forbidden, except for what data
+and arrays need:
 
-- `INSTRUCTIONS` are those that data and arrays need. Any other one ends the reading.
-- A name is never looked up: it stands for one of the inert functions in `_FUNCTIONS`.
-- A short file must not become long work or fill the memory. The instructions are counted, the keys
-  of a dict are short (tuples in tuples can take for ever to hash), and only small values are used
-  twice (a tuple of the same tuple twice, sixty deep, would have 2^60 members).
+- Only the instructions in `INSTRUCTIONS` are followed. Any other one ends the reading.
+- A name is never imported. It stands for one of the harmless functions in `_FUNCTIONS`.
+- A short file can't cause long work or fill the memory. The instructions are counted. The keys of a
+  dict must be short, because tuples within tuples can take for ever to hash. Only small values can
+  be used twice: a tuple that holds one tuple twice, sixty levels deep, would have 2^60 members.
 
-The last point is why `_Reader` changes the unpickler that the standard library keeps in Python,
-`pickle._Unpickler`: it calls a method `load_...` for each instruction. The public one is in C. It
-takes as much memory as an index or a length asks for, and hashes a key before anybody has seen it.
+The last point needs control over single instructions. Python's public unpickler is written in C: it
+takes as much memory as an index or a length in the file asks for, and hashes a key before anybody
+can check it. The standard library also has one in Python, `pickle._Unpickler`, which calls a method
+`load_...` for each instruction. `_Reader` is a subclass of it, and overrides some of these methods.
 """
 
 import io
@@ -27,7 +29,9 @@ from cifar_lib.errors import InputError
 
 MAX_BYTES = 1 << 26  # 64 MiB; 20,000 images have 61 MB
 MAX_INSTRUCTIONS = 1_000_000  # 50 for each of 20,000 images
-MAX_SHORT = 200  # characters of a dict's key, and of a text that is used again
+MAX_SHORT = 200  # characters of a dict's key, and of a text that is used more than once
+
+# The instructions that are followed, by the names that they have in Python's module pickle.
 INSTRUCTIONS = """
 PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -38,14 +42,19 @@ PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE
 
 
 def read(content: bytes) -> dict[str | bytes | int, Any]:
-    """Returns the dict that a pickle holds; protocols 0 to 5, by Python 2 or 3 and numpy 1 or 2.
+    """Return the dict that a pickle holds.
 
-    Its values are plain data, and arrays of numbers, truth values or strings. Arrays are read-only;
-    those inside lists or inner dicts stay objects of this module. numpy's scalars become Python's
-    numbers and texts, a flat array of objects becomes a list of them, protocol 5's bytearrays
-    become bytes, and Python 2's strings are decoded as latin-1.
+    The pickle may have any protocol from 0 to 5, and be written by Python 2 or 3 and numpy 1 or 2.
+    The dict's values are plain data, and read-only arrays of numbers, truth values or strings. A
+    few things change their type:
 
-    Raises InputError if the file is broken or too long, or wants anything else.
+    - numpy's scalars become Python's numbers and strings,
+    - a flat array of objects becomes a list of them,
+    - bytearrays, which only protocol 5 has, become bytes,
+    - Python 2's strings are decoded as latin-1, and
+    - arrays inside lists or inner dicts stay objects of this module.
+
+    Raises InputError if the file is broken, too long, or needs anything that isn't allowed.
     """
     if len(content) > MAX_BYTES:
         raise InputError(f"it has over {MAX_BYTES:,} bytes")
@@ -53,7 +62,7 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
         value = _Reader(content).load()
     except InputError:
         raise
-    except Exception as error:  # whatever the unpickler stumbles over in a broken file
+    except Exception as error:  # a broken file can make the unpickler raise anything
         raise InputError(f"no pickle of arrays ({type(error).__name__})") from error
 
     if not isinstance(value, dict):
@@ -62,23 +71,33 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
 
 
 class _Reader(pickle._Unpickler):
-    """The unpickler with the instructions that are changed: each has a method `load_...`."""
+    """The standard library's unpickler, with a few instructions changed and most forbidden.
+
+    What it inherits: `stack` has the values pushed so far, `memo` those stored for later, `append`
+    pushes a value, `read` returns the next bytes of the file, and `pop_mark` takes everything off
+    the stack that was pushed since the last mark.
+    """
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content), encoding="latin1")
         self.memo = _Memo()
 
-        # `dispatch` maps an instruction's byte to its method; below, a method may have its like.
+        # `dispatch` maps the byte of an instruction to its method. The original table holds the
+        # original methods, so each is looked up again by its name, to find the ones that are
+        # overridden below.
         original = pickle._Unpickler.dispatch
         self.dispatch = _Dispatch()
         for name in INSTRUCTIONS.split():
             code = getattr(pickle, name)[0]
             self.dispatch[code] = getattr(_Reader, original[code].__name__)
 
-    # Functions: found, called, and their results filled
+    # Functions: find them, call them, fill what they return.
 
     def find_class(self, module: str, name: str) -> Callable | None:
-        """Returns what stands for a name; numpy 2 has `numpy._core` for numpy 1's `numpy.core`."""
+        """Return the function that stands for a name; the name itself is never imported.
+
+        numpy 2 calls `numpy._core` what numpy 1 called `numpy.core`.
+        """
         place = module.replace("numpy._core", "numpy.core"), name
         if place not in _FUNCTIONS:
             shown = repr(f"{module[:100]}.{name[:100]}")[1:-1]
@@ -86,23 +105,23 @@ class _Reader(pickle._Unpickler):
         return _FUNCTIONS[place]
 
     def load_reduce(self) -> None:
-        """Calls a function. Nothing but those of `_FUNCTIONS` on the stack can be called."""
+        """Call a function, which can only be one of `_FUNCTIONS`: no other gets on the stack."""
         if not isinstance(self.stack[-1], tuple):
             raise InputError("it calls a function otherwise than numpy does; nothing was run")
         super().load_reduce()
 
     def load_build(self) -> None:
-        """Fills what a call returned; only `_DType` and `_Array` have a method `build`."""
+        """Fill what a call returned. Only `_DType` and `_Array` have a method `build`."""
         state = self.stack.pop()
         self.stack[-1].build(state)
 
-    # Values: no more work or memory than the file is long
+    # Values: their work and memory stay in proportion to the length of the file.
 
     def load_empty_dictionary(self) -> None:
         self.append(_Dict())
 
     def load_dict(self) -> None:
-        """Pickle itself always writes an empty one, and fills it afterwards."""
+        """Push an empty dict. Pickle itself always writes it empty, and fills it afterwards."""
         if self.pop_mark():
             raise InputError("it fills a dict otherwise than pickle does")
         self.append(_Dict())
@@ -117,18 +136,25 @@ class _Reader(pickle._Unpickler):
         self._load_text(8)
 
     def _load_text(self, digits: int) -> None:
-        """Reads a length of so many bytes, and UTF-8. The original takes lone surrogates too, which
-        no honest file has, and needs 7 s for 21 million of them."""
+        """Push a text: its length is stored in `digits` bytes, and UTF-8 follows.
+
+        The original also accepts lone surrogates. No honest file has them, and 21 million of them
+        take 7 s.
+        """
         size = int.from_bytes(self.read(digits), "little")
         self.append(self.read(size).decode("utf-8"))
 
     def load_bytearray8(self) -> None:
-        """As bytes: the original takes as much memory as the file says, before it reads."""
+        """Push bytes instead. The original reserves as much memory as the file says, then reads."""
         self.load_binbytes8()
 
 
 class _Dispatch(dict):
-    """{instruction: method}, which counts: the unpickler looks each up before it follows it."""
+    """A dict {byte of an instruction: method} that counts how often it is asked.
+
+    The unpickler looks up each instruction here right before it follows it, so this is the place to
+    stop it.
+    """
 
     followed = 0
 
@@ -142,10 +168,10 @@ class _Dispatch(dict):
 
 
 class _Dict(dict):
-    """A dict of short keys: quick to hash and to compare, whatever a file makes up."""
+    """A dict with short keys, which are quick to hash and to compare, whatever the file holds."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # Numbers as large as 2^61 can have the same hash.
+        # Numbers of 2^61 and more could be chosen to share one hash, which makes a dict slow.
         is_number = isinstance(key, int) and 0 <= key < MAX_INSTRUCTIONS
         is_name = isinstance(key, (str, bytes)) and len(key) <= MAX_SHORT
         if not is_number and not is_name:
@@ -154,9 +180,10 @@ class _Dict(dict):
 
 
 class _Memo(_Dict):
-    """What a file stores by number and uses again: small values only, or nothing bounds the work.
+    """The values that a file stores under a number, to use them again.
 
-    Being a dict it takes no memory for the numbers left out.
+    Only small values can be used again; otherwise a short file could cause any amount of work. As
+    this is a dict and not a list, a large number takes no memory for the numbers below it.
     """
 
     def __getitem__(self, index: int) -> Any:
@@ -167,11 +194,14 @@ class _Memo(_Dict):
         return value
 
 
-# What an array's pickle calls: inert functions in place of numpy's
+# What the pickle of an array calls: harmless functions that take the place of numpy's.
 
 
 class _DType:
-    """The type of an array: the call gives its kind and size, BUILD the byte order."""
+    """The type of an array. The call gives its kind and size, the instruction BUILD its byte order.
+
+    Raises InputError if it is anything but truth values, numbers, strings or objects.
+    """
 
     def __init__(self, code: str, align: Any, copy: Any):
         if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}|O[48]", code):
@@ -179,16 +209,18 @@ class _DType:
         self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 
     def build(self, state: tuple) -> None:
+        """Set the byte order, the second value of numpy's state: `<`, `>` or `|`."""
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array:
-    """An array, without values until BUILD brings them."""
+    """An array, which has no values until the instruction BUILD brings them."""
 
     def __init__(self, values: np.ndarray | list | None = None):
         self.values = values
 
     def build(self, state: tuple) -> None:
+        """Set the values from numpy's state: version, shape, type, order in memory, bytes."""
         _, shape, kind, is_fortran, content = state
         self.values = _values(content, kind, shape, "F" if is_fortran else "C")
 
@@ -196,54 +228,58 @@ class _Array:
 def _values(
     content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
 ) -> np.ndarray | list:
-    """Returns a read-only array on the bytes, whose shape must fit them exactly.
+    """Return an array that shows the bytes `content`, read-only. Its shape must fit them exactly.
 
-    An array of objects must be a flat list of them, and that list is returned. Order K, from numpy
-    2.3 on, means that the bytes are in order C and the axes are exchanged afterwards.
+    An array of objects must be flat. Its content is a list of the objects, and that list is
+    returned. The order K, which numpy writes since 2.3, means that the bytes are in order C and
+    that the axes are then permuted by `axes`.
+
+    Raises InputError or ValueError if the shape, type and bytes don't fit each other.
     """
-    # Never a view of objects: numpy would take the bytes for addresses.
+    # Never make an array of objects from bytes: numpy would take them for addresses.
     if kind.dtype.kind == "O":
         if not isinstance(content, list) or shape != (len(content),):
             raise InputError("it holds an array of objects that isn't a plain list of them")
         return content
 
-    # numpy refuses a shape that needs more bytes than there are.
+    # Python 2's bytes were read as latin-1 text. numpy itself refuses a shape that needs more bytes
+    # than there are; one that needs fewer is refused here.
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
     array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)
     if array.nbytes != len(content):
         raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
 
-    # numpy takes any number for a character, and breaks on it later; decoding fails now.
+    # numpy accepts any number as a character, and fails later, when it is used. Decoding fails now.
     if kind.dtype.kind == "U":
         content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
     return array.transpose(axes) if order == "K" else array
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    """Any array begins like this; BUILD fills it."""
+    """Begin an array; BUILD fills it later."""
     return _Array()
 
 
 def _scalar(kind: _DType, content: Any) -> Any:
-    """One of numpy's numbers or texts, as Python's."""
+    """Return one of numpy's scalars as a number or string of Python."""
     return _values(content, kind, (), "C").item()
 
 
 def _frombuffer(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None) -> _Array:
-    """A whole array in one call, from protocol 5 on."""
+    """Return a whole array from one call, which is how protocol 5 stores it."""
     return _Array(_values(content, kind, shape, order, axes))
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Bytes, as Python 3 writes them in protocols 0 to 2."""
+    """Return bytes. Python 3 writes them as encoded text in protocols 0 to 2."""
     if encoding != "latin1":
         raise InputError("it encodes text otherwise than pickle does")
     return text.encode("latin1")
 
 
 def _range(*numbers: int) -> range:
-    """A range takes no memory, however long it is, until somebody counts it out."""
+    """Return a range of bounded length: it takes no memory itself, but a list of it would."""
     counted = range(*numbers)
     if len(counted) > MAX_INSTRUCTIONS:
         raise InputError(f"it counts to over {MAX_INSTRUCTIONS:,}")

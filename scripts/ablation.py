@@ -1,13 +1,19 @@
-"""Every adaptation on every shift and severity, also with test-time views, by the package's
-weights: results/shift/.
+"""Measure every adaptation, with and without test-time views, on every shift and severity.
 
     python -m scripts.ablation [--images N]
 
-Each shift with a part of the test images, then the generated custom test set with all of them. Goes
-on after the shifts that results/shift/ already holds. The files: right.npz, an array (way, image)
-for each shift, true where the label was found, and the weights' sha256; measures.csv, what can be
-seen of a shift without labels; and, of these, accuracy.csv with intervals and paired tests,
-verdict.json, and two pictures.
+The package's weights predict a part of the test images under each shift, and then all test images
+under the shift that imitates the competition's custom test set. A "way" to predict is an adaptation
+together with test-time views. The results are in results/shift/; an interrupted run goes on after
+the shifts that are already there:
+
+right.npz      for each shift a bool array (ways, images), true if the way found the image's label;
+               and the sha256 of the weights
+measures.csv   how far each shift is from the clean images, measured without labels
+accuracy.csv   from right.npz: accuracies, with intervals and paired tests
+verdict.json   from right.npz: which adaptation is best, and whether that holds on other shifts
+losses.png     what each shift costs
+gains.png      what each adaptation wins back
 """
 
 import argparse
@@ -42,23 +48,31 @@ from notebooks.course.style import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "shift"
-# Ways to predict; the first, no adaptation and one view, is what all are compared with.
+# The ways to predict: pairs of an adaptation and test-time views. All are compared with the first
+# one, which is no adaptation and one view.
 WAYS = tuple(itertools.product(ADAPTATIONS, TTA))
+
+# A shift is named by its family and its severity. These two have no severity.
 CLEAN = "clean 0"
 CUSTOM = "custom 0"  # all test images with the channel statistics of "statistics 1"
-# The default of `submit`, adaptation and views, is chosen on these shifts and the first half of the
-# images, and confirmed on the other shifts and images.
+
+# The default way of `submit` is chosen on these families, with the first half of the images. It is
+# confirmed on the other families, with the other half.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
 
 
 def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dict]]:
-    """What results/shift/ already holds: which images were right on each shift, and the measures of
-    each.
+    """Return what results/shift/ already holds: the arrays of right.npz, and rows of measures.csv.
 
-    Raises InputError where that is of weights with another sha256 or of another number of images.
+    The arrays are {shift: bool (ways, images)}. `weights` is the sha256 of the weights that are
+    measured now.
+
+    Raises InputError if what is there was measured with other weights or another number of images.
     """
-    if not (FOLDER / "right.npz").exists():  # written after measures.csv
+    if not (FOLDER / "right.npz").exists():
         return {}, []
+
+    # Compare the weights and the number of images with those that were measured.
     with np.load(FOLDER / "right.npz") as stored:
         right = dict(stored)
     before = str(right.pop("weights", "unknown")), len(right[CLEAN][0])
@@ -66,6 +80,8 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
         what = f"expected measurements of {images} images by weights {weights[:12]}..."
         found = f"found {before[1]} by {before[0][:12]}..."
         raise InputError(f"{FOLDER.name}: {what}, {found}: move the folder away to measure anew")
+
+    # measures.csv is written first, so it can have a row for a shift that right.npz doesn't have.
     measures = pd.read_csv(FOLDER / "measures.csv").to_dict("records")
     return right, [row for row in measures if f"{row['family']} {row['severity']}" in right]
 
@@ -73,7 +89,10 @@ def measured(weights: str, images: int) -> tuple[dict[str, np.ndarray], list[dic
 def score(
     images: torch.Tensor, test: ImageSet, model: ResNet, normalization: Normalization
 ) -> np.ndarray:
-    """Whether each way finds each image's label: bool (ways, images)."""
+    """Return whether each way finds each image's label: bool (ways, images).
+
+    images: uint8 (images, 3, 32, 32), shifted; their labels are those of `test`.
+    """
     right = {}
     for method in ADAPTATIONS:
         network, own_normalization = adapt(method, model, images, normalization)
@@ -85,41 +104,52 @@ def score(
 
 
 def channel_distance(images: torch.Tensor, others: torch.Tensor) -> np.ndarray:
-    """Wasserstein distance between the pixel values of two sets, a channel at a time, in [0, 1]:
-    float64 (3,)."""
+    """Return the Wasserstein distance between the pixel values of two sets, for each channel.
+
+    uint8 (N, 3, H, W), uint8 (M, 3, H, W) -> float64 (3,), between 0 and 1.
+    """
     values = np.arange(256) / 255
     ours, theirs = (channel_histogram(part).numpy() for part in (images, others))
     return np.array([wasserstein_distance(values, values, ours[c], theirs[c]) for c in range(3)])
 
 
 def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
-    """Fréchet distance of two normal distributions fitted to features (N, D) and (M, D) (Heusel et
-    al. 2017, arXiv:1706.08500): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Return the Fréchet distance between two sets of features, float (N, D) and (M, D).
 
-    With N or M below D + 1 it is too large: compare only sets of equal sizes.
+    It is the distance between the normal distributions with their means m and covariances C:
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500).
+
+    If N or M is below D + 1 it comes out too large. So compare only distances between sets of equal
+    sizes.
     """
     a, b = features.double().cpu(), others.double().cpu()
-    c1, c2 = a.T.cov(), b.T.cov()
-    # C1 C2 has eigenvalues of 0 or more, but for rounding, which may make them negative or complex.
+    c1, c2 = a.T.cov(), b.T.cov()  # (D, D)
+
+    # The trace of the square root is the sum of the square roots of the eigenvalues. Those of C1 C2
+    # are never negative; rounding can make them so, or complex, hence the real part.
     cross = torch.linalg.eigvals(c1 @ c2).sqrt().real.sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + c1.trace() + c2.trace() - 2 * cross
     return distance.item()
 
 
 def keep(right: dict[str, np.ndarray], shift: str, found: np.ndarray, weights: str) -> None:
-    """Add what was found on a shift, and write all to right.npz."""
+    """Add the result on a shift, bool (ways, images), to `right`; write all of it to right.npz."""
     right[shift] = found
     packed = io.BytesIO()
     np.savez_compressed(packed, weights=weights, **right)
     write_atomically(FOLDER / "right.npz", packed.getvalue())
-    accuracies = found.mean(1)
+
+    # Print a line of progress.
+    accuracies = found.mean(1)  # (ways,)
     best = accuracies.argmax()
     print(f"{shift}: {accuracies[0]:.1%}; best {accuracies[best]:.1%} by {WAYS[best]}", flush=True)
 
 
 def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row for each shift and way: accuracy, Wilson's interval, and the exact McNemar test against
-    the first way."""
+    """Return accuracy.csv as a table with one row per shift and way.
+
+    A row has the accuracy, Wilson's interval, and the exact McNemar test against the first way.
+    """
     rows = []
     for shift, table in right.items():
         family, severity = shift.split()
@@ -133,16 +163,17 @@ def accuracy_table(right: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def gains(tables: list[np.ndarray]) -> dict[str, dict]:
-    """Mean accuracy of each way over shifts, and how much more it is than the first way's, in
-    points.
+    """Return each way's mean accuracy over some shifts, and its gain over the first way in points.
 
-    The interval is Student's over images, each with its mean over the shifts: the same images are
-    in all of them.
+    tables: a bool array (ways, images) for each shift, all of the same images.
+
+    The gain has Student's 95 % interval. As all shifts have the same images, each image is first
+    averaged over the shifts, and the interval is that of a mean over images.
     """
     by_image = np.mean(tables, axis=0)  # (ways, images)
     result = {}
     for way, ours in zip(WAYS, by_image, strict=True):
-        gain = 100 * (ours - by_image[0])
+        gain = 100 * (ours - by_image[0])  # (images,), in percentage points
         interval = ttest_1samp(gain, 0).confidence_interval(0.95) if gain.any() else (0.0, 0.0)
         result[" + ".join(way)] = {
             "accuracy": round(float(ours.mean()), 4),
@@ -153,16 +184,25 @@ def gains(tables: list[np.ndarray]) -> dict[str, dict]:
 
 
 def verdict(right: dict[str, np.ndarray]) -> dict:
-    """Which adaptation is best where it is chosen, what it gives elsewhere, and the report's
-    claim."""
+    """Return verdict.json: the way that becomes the default of `submit`, and the evidence for it.
+
+    The best way on the shifts and images for choosing becomes the default if its gain is confirmed
+    on the others. The report claims that adapting helps on the custom test set, so the verdict also
+    says whether the default beats the first way there, with intervals that don't overlap.
+    """
+    # Choose on one half of the images and some families, confirm on the other half and the others.
     half = right[CLEAN].shape[1] // 2
     seen = [table[:, :half] for shift, table in right.items() if shift.split()[0] in CHOSEN_ON]
     others = [family for family in FAMILIES if family not in CHOSEN_ON]
     unseen = [table[:, half:] for shift, table in right.items() if shift.split()[0] in others]
     chosen, confirmed = gains(seen), gains(unseen)
+
+    # The best way is confirmed if the interval of its gain is above 0.
     best = max(WAYS, key=lambda way: chosen[" + ".join(way)]["accuracy"])
     held = confirmed[" + ".join(best)]["interval"][0] > 0
     default = best if held else WAYS[0]
+
+    # Wilson's intervals of the first way and of the default on the custom set.
     none, ours = (
         wilson_interval(int(found.sum()), len(found))
         for found in right[CUSTOM][[0, WAYS.index(default)]]
@@ -184,16 +224,21 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
 
 
 def draw(table: pd.DataFrame) -> dict[str, bytes]:
-    """The two pictures as PNG, by name."""
+    """Return losses.png and gains.png as {name: content}; `table` is that of `accuracy_table`."""
+    # Each way's gain over the first one, which is the first row of its shift.
     table = table.assign(
         gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first")
     )
+
+    # What the shifts cost without adaptation.
     shifts = table[table.severity > 0]
     plain = shifts[shifts.tta == "none"]
     clean = table[table.family == "clean"].iloc[0].accuracy
     losses = {
         f"no adaptation (clean: {clean:.1%})": by_severity(plain[plain.adapt == "none"], "accuracy")
     }
+
+    # What each adaptation wins back with one view, and what the mirror image does on its own.
     ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
     ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
     sure = {name: by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
@@ -210,11 +255,17 @@ def draw(table: pd.DataFrame) -> dict[str, bytes]:
 
 
 def main() -> None:
+    """Measure what results/shift/ lacks, and write its files.
+
+    Raises InputError if that folder holds other measurements.
+    """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--images", type=int, default=1000, help="a stratified part of the test images"
     )
     options = parser.parse_args()
+
+    # Load what is already measured, the network, and a part of the test images in random order.
     weights = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     right, measures = measured(weights, options.images)
     device = choose_device()
@@ -223,6 +274,8 @@ def main() -> None:
     _, test = load_cifar10()
     _, part = stratified_split(test.labels, options.images, seed=3)
     part = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
+
+    # Measure each shift that is missing.
     clean = features(model, part.images, info.normalization)
     for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
         shift = f"{family} {severity}"
@@ -239,9 +292,13 @@ def main() -> None:
         text = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", text.encode())
         keep(right, shift, found, weights)
+
+    # Measure the custom test set, with all test images.
     if CUSTOM not in right:
         custom = shifted(test.images, "statistics", 1)
         keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
+
+    # Write what follows from these measurements.
     table = accuracy_table(right)
     text = table.to_csv(index=False, float_format="%.6g")
     write_atomically(FOLDER / "accuracy.csv", text.encode())

@@ -1,13 +1,16 @@
-"""Take a finished run into the repository, or measure anew what the package's weights are said to
-score.
+"""Copy a finished run into the repository, or check the recorded scores of the package's weights.
 
     python -m scripts.archive_run RUN_DIRECTORY
     python -m scripts.archive_run --check
 
-The first writes results/<recipe>-seed<k>/ (what was there of another configuration is kept as
-...-<n>-epochs) and says what the recipe's seeds come to. Of seed 42, which was chosen before any
-was run, it also writes cifar_lib/weights/<recipe>.safetensors, convolutions in half precision, with
-its line in SHA256SUMS. The second changes nothing, and is the end of `make run`.
+The first command writes results/<recipe>-seed<k>/, and prints the recipe's mean accuracy over its
+archived seeds. If that folder holds a run of another configuration, it is kept under the name
+<recipe>-seed<k>-<n>-epochs. For seed 42, which was chosen before any seed was run, the command also
+writes the package's weights, cifar_lib/weights/<recipe>.safetensors, with convolutions in half
+precision, and their line in SHA256SUMS.
+
+The second command measures the package's weights again and compares the scores with the recorded
+ones. It changes nothing. It is the last step of `make run`.
 """
 
 import hashlib
@@ -49,28 +52,39 @@ RESULTS = ROOT / "results"
 WEIGHTS = SHIPPED.parent
 SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
-TOLERANCE = 0.002  # of a fraction: other hardware's rounding turns a few of 10,000 close calls
+TOLERANCE = 0.002  # in accuracy; other hardware rounds differently, and a few close calls change
 
 
 def archive(run: Path) -> dict:
-    """Returns what is written as metrics.json: the run's own, and the halved weights' scores
-    (`half_precision`)."""
+    """Copy the finished run into results/, and return the metrics that are written there.
+
+    They are the run's own metrics, and under `half_precision` the scores of its weights with
+    convolutions in half precision.
+
+    Raises InputError if the run isn't finished, or wasn't trained on the real CIFAR-10.
+    """
+    # Refuse what isn't a finished run on real data.
     if not os.path.isfile(run / "metrics.json"):
         what = f"archive: expected a finished run, found no metrics.json in {run}"
         raise InputError(f"{what}: train it to its end")
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     if metrics["data"] != REAL:
         raise InputError(f"archive: expected a run on {REAL}, got one on {metrics['data']}")
+
+    # Fit the temperature to the weights in full precision.
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
     whole = predict(model.to(device), test.images, info.normalization)
     temperature = round(fit_temperature(whole, test.labels), 4)
     info = info.model_copy(update={"temperature": temperature})
+
+    # Save the weights with convolutions in half precision, which makes the file half as large, and
+    # score what is read back.
     weights = run / "half.safetensors"
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            module.half()  # it makes half the file
+            module.half()
     save_model(weights, model, info)
     halved, _ = load_model(weights)
     scores, plain = score(halved.to(device), info, test, _config(run))
@@ -78,14 +92,17 @@ def archive(run: Path) -> dict:
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
     metrics["half_precision"] = sizes | scores
 
+    # Write the run's folder. If another configuration has that name, rename its folder first.
     folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
-    if folder.is_dir() and _config(folder) != _config(run):  # another run's, which are kept
+    if folder.is_dir() and _config(folder) != _config(run):
         epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["epochs"]
         folder.rename(_unused(folder.with_name(f"{folder.name}-{epochs}-epochs")))
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
         shutil.copyfile(run / name, folder / name)
     write_atomically(folder / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
+
+    # Write the package's weights, and the digests of all of the package's weights.
     if metrics["seed"] == SHIPPED_SEED:
         write_atomically(WEIGHTS / f"{metrics['recipe']}.safetensors", weights.read_bytes())
         files = sorted(WEIGHTS.glob("*.safetensors"))
@@ -96,10 +113,11 @@ def archive(run: Path) -> dict:
 
 
 def over_seeds(recipe: str) -> str:
-    """Return mean and standard deviation of the test accuracy over a recipe's archived runs.
+    """Return the mean and standard deviation of the test accuracy over a recipe's archived runs.
 
-    There is one line for each configuration; only their seeds differ.
+    The text has one line per configuration. Runs in one line differ only in their seeds.
     """
+    # Group the accuracies by configuration: {configuration without its seed: {seed: accuracy}}.
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
         config = _config(folder)
@@ -107,6 +125,8 @@ def over_seeds(recipe: str) -> str:
         seed = config.pop("seed")
         scores = groups.setdefault(json.dumps(config, sort_keys=True), {})
         scores[seed] = metrics["test"]["accuracy"]
+
+    # Describe each group in a line.
     lines = []
     for config, scores in groups.items():
         spread = f" ± {statistics.stdev(scores.values()):.2%}" if len(scores) > 1 else ""
@@ -117,23 +137,25 @@ def over_seeds(recipe: str) -> str:
 
 
 def _unused(path: Path) -> Path:
-    """`path`, or with a number at its end where there is something already."""
+    """Return `path` if nothing is there; otherwise `path` with the first free number at its end."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
 def _config(folder: Path) -> dict:
-    """A run's config.json, less what later versions have no setting for."""
+    """Return a run's config.json, without settings that this version no longer has."""
     known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return {name: value for name, value in config.items() if name in known}
 
 
 def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
-    """Return what the card and the README say of weights trained by `config`, and the logits.
+    """Return the scores of weights that were trained by `config`, and their logits.
 
-    The logits, float32 (N, 10), are those of the images as they are.
+    The scores are those that the weights' card and the README quote. The logits, float32 (N, 10),
+    are those of the images without their mirror images.
     """
+    # Score the images alone, and averaged with their mirror images.
     views = predict_views(model, test.images, info.normalization)  # (2, N, 10)
     plain = views[0]
     scores = {}
@@ -145,7 +167,7 @@ def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tup
     scores["temperature"] = info.temperature
     scores["calibration_error_after_temperature"] = cross_fitted_error(plain, test.labels)
 
-    # And normalised as in training, which the published run didn't do.
+    # Score the images normalised as in training, which the published run didn't do.
     trained = predict(model, test.images, Normalization(config["mean"], config["std"]))
     gained, lost, p = mcnemar(trained.argmax(1) == test.labels, plain.argmax(1) == test.labels)
     scores["training_normalisation"] = {
@@ -156,7 +178,13 @@ def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tup
 
 
 def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
-    """Return the calibration error, each half of the images scaled by the other's temperature."""
+    """Return the calibration error after temperature scaling.
+
+    logits: float32 (N, 10). labels: int64 (N,).
+
+    The images are split into two random halves, and each half is scaled by the temperature that was
+    fitted to the other one. So no image is scaled by a temperature that was fitted to it.
+    """
     halves = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).chunk(2)
     scaled = logits.clone()
     for fitted, measured in (halves, halves[::-1]):
@@ -165,20 +193,24 @@ def cross_fitted_error(logits: Tensor, labels: Tensor) -> float:
 
 
 def check() -> bool:
-    """Measure the package's weights on all test images; are the numbers those recorded?
+    """Measure the package's weights on all test images; return whether the recorded numbers hold.
 
-    Without CIFAR-10 there is nothing to measure, and nothing to complain of.
+    If CIFAR-10 can't be had, nothing is measured, a line says so, and the result is True.
     """
     try:
         _, test = load_cifar10(give_up_after=GIVE_UP_AFTER, home=ROOT / "data")
     except InputError as error:
         print(f"The package's weights were not measured: {error}")
         return True
+
+    # Measure.
     device = choose_device()
     prepare(device, "fp32")
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=memory_format(device))
     scores, _ = score(model, info, test, _config(SHIPPED_RUN))
+
+    # Print each accuracy beside the recorded one.
     metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))
     recorded = metrics["half_precision"]
     place = f"results/{SHIPPED_RUN.name}"
@@ -194,6 +226,8 @@ def check() -> bool:
     for label, (now, then) in pairs.items():
         low, high = wilson_interval(round(now * len(test)), len(test))
         print(f"  {label:46} {now:.2%} ({low:.2%} to {high:.2%}), recorded {then:.2%}")
+
+    # Print what else the texts quote.
     trained = scores["training_normalisation"]
     p = f"McNemar's p = {trained['mcnemar_p']:.1e}"
     changed = f"{trained['lost']} lost, {trained['gained']} gained ({p})"
@@ -208,9 +242,11 @@ def check() -> bool:
 def on_custom_set(
     model: ResNet, info: WeightsInfo, test: ImageSet
 ) -> dict[str, tuple[float, float]]:
-    """Return accuracies now and as recorded, with the channel statistics of the custom set.
+    """Return pairs of accuracies, measured now and recorded, on a copy of the custom test set.
 
-    They are those without adaptation and by the default of `submit`, recorded in results/shift.
+    The copy is CIFAR-10's test images with the channel statistics of the competition's custom set.
+    One pair is without adaptation, the other with the default of `submit`. The recorded ones are in
+    results/shift/.
     """
     verdict = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))
     if verdict["weights"]["sha256"] != hashlib.sha256(SHIPPED.read_bytes()).hexdigest():

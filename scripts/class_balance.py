@@ -1,10 +1,17 @@
-"""What adapting is worth on files whose classes aren't balanced: `python -m scripts.class_balance`.
+"""Measure what adapting is worth on test files whose classes aren't balanced.
 
-Each file holds real test images: one class has a share of 10 to 100 %, the other nine have equal
-parts of the rest; or there are two classes, or a long tail. `shift.is_misled` was chosen on
-the even test images and some families of shift ("choose"), and is measured on the odd images, other
-classes and other families ("confirm"). Rows are appended to results/shift/class_balance.csv as they
-are measured, so that an interrupted run goes on; `--figure` draws them without measuring.
+    python -m scripts.class_balance [--figure]
+
+A "file" here is a set of real test images, like one that `submit` may get. In most files one class
+has a share of 10 to 100 %, and the other nine have equal parts of the rest. Others have only two
+classes, or a long tail.
+
+The rule `shift.is_misled`, which decides whether to adapt, was chosen on the images with even
+numbers, with some classes and families of shift ("choose"). It is confirmed on the images with odd
+numbers, with other classes and other families ("confirm").
+
+Each measurement is appended to results/shift/class_balance.csv at once, so an interrupted run goes
+on where it stopped. Then the figure beside it is drawn; with --figure nothing else is done.
 """
 
 import argparse
@@ -29,14 +36,19 @@ from notebooks.course.corruptions import shifted
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "shift" / "class_balance.csv"
 FIGURE = TABLE.with_suffix(".png")
-SHARES = (0.3, 1.0, 0.1, 0.5, 0.2)
+SHARES = (0.3, 1.0, 0.1, 0.5, 0.2)  # of one class; 0.1 is a balanced file
 METHODS = ("none", "normalize", "normalize+batchnorm")
+
+# Shifts, each named by its family and its severity; "none 0" leaves the images as they are.
 CHOOSE = ("none 0", "noise 3", "pixelate 3", "statistics 3")
 CONFIRM = ("none 0", "jpeg 5", "contrast 4")
+
+# The columns of the table: those that say what was measured, and the results.
 KEYS = ["part", "shift", "n", "draw", "mix", "share", "method"]
 COLUMNS = [*KEYS, "correct", "confidence", "predicted"]
 
-# Part, shifts, mixes (a class, or a name from `class_counts`), shares, images, draws.
+# What is measured: part, shifts, mixes, shares, images per file, draws. A mix is the class that has
+# the share, or one of the two names that `class_counts` knows. Each draw shuffles the images anew.
 GRID = (
     ("choose", CHOOSE, ("cat", "ship"), SHARES, 300, (0,)),
     ("choose", CHOOSE[:3], ("cat", "ship"), (0.1, 0.3, 1.0), 50, (0,)),
@@ -48,7 +60,8 @@ GRID = (
 
 
 def class_counts(mix: str, share: float, n: int) -> np.ndarray:
-    """How many of n images each class has: int64 (10,)."""
+    """Return how many of a file's n images each class has: int64 (10,)."""
+    # The class weights: by default, equal parts of what one class leaves to the other nine.
     weights = np.full(len(CLASSES), (1 - share) / (len(CLASSES) - 1))
     if mix == "two classes":
         weights = np.isin(CLASSES, ("automobile", "horse")) / 2
@@ -56,20 +69,26 @@ def class_counts(mix: str, share: float, n: int) -> np.ndarray:
         weights = 20.0 ** -np.linspace(0, 1, len(CLASSES))
     else:
         weights[CLASSES.index(mix)] = share
+
+    # Round the cumulative sums, not the counts, so that the counts add up to n.
     edges = (n * np.cumsum(weights) / weights.sum()).round().astype(int)
     return np.diff(edges, prepend=0)
 
 
 def draw_file(labels: Tensor, counts: np.ndarray, draw: int) -> Tensor:
-    """Positions int64 of a file's images; files of one draw share images, so that predictions of
-    the unadapted network serve them all."""
+    """Return the positions of a file's images among all images: int64 (n,).
+
+    labels: int64 (N,), of all images. counts: int64 (10,), from `class_counts`.
+
+    Files of one draw have many images in common, so the unadapted network predicts these only once.
+    """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw))
     of_class = [order[labels[order] == c][:count] for c, count in enumerate(counts)]
     return torch.cat(of_class)
 
 
 def measure() -> None:
-    """Measures what the table lacks."""
+    """Measure what the table lacks, and append it, one row per file and method."""
     torch.set_num_threads(2)
     model, info = load_model(SHIPPED)
     precision = choose_precision("auto", torch.device("cpu"))
@@ -78,46 +97,59 @@ def measure() -> None:
         "choose": test[torch.arange(0, 10_000, 2)],
         "confirm": test[torch.arange(1, 10_000, 2)],
     }
+
+    # Find out which rows are already there.
     done = set()
     if TABLE.is_file():
         known = pd.read_csv(TABLE, dtype=str, keep_default_na=False)
         done = set(map(tuple, known[KEYS].to_numpy()))
     else:
         TABLE.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+
+    # The shifted images of each part and shift, uint8 (5000, 3, 32, 32), and the logits of the
+    # unadapted network, float32 (5000, 10). These are nan until some file needs them.
     sources: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-    for part, names, mixes, shares, n, draws in GRID:
-        for draw, share, mix, name in product(draws, shares, mixes, names):
+    for part, shift_names, mixes, shares, n, draws in GRID:
+        for draw, share, mix, shift_name in product(draws, shares, mixes, shift_names):
             if share == 0.1 and mix != mixes[0]:
-                continue  # balanced, whatever the class
+                continue  # the file is balanced, and the same for every class
+
+            # Shift all images of this part, the first time that a file needs them.
             half = halves[part]
-            if (part, name) not in sources:
-                family, severity = name.split()
+            if (part, shift_name) not in sources:
+                family, severity = shift_name.split()
                 images = half.images
                 if family != "none":
                     images = shifted(images, family, int(severity))
                 unknown = torch.full((len(half), len(CLASSES)), torch.nan)
-                sources[part, name] = images, unknown
-            images, unadapted = sources[part, name]  # logits (5000, 10), nan where not yet known
-            where = draw_file(half.labels, class_counts(mix, share, n), draw)
+                sources[part, shift_name] = images, unknown
+            images, unadapted = sources[part, shift_name]
+
+            # Measure each method on the file that has the images at these positions.
+            positions = draw_file(half.labels, class_counts(mix, share, n), draw)
             for method in METHODS:
-                row = (part, name, str(len(where)), str(draw), mix, str(share), method)
+                row = (part, shift_name, str(len(positions)), str(draw), mix, str(share), method)
                 if row in done:
                     continue
+
+                # Predict. Without adaptation, logits don't depend on the file, and are kept.
                 if method == "none":
-                    missing = where[unadapted[where, 0].isnan()]
+                    missing = positions[unadapted[positions, 0].isnan()]
                     if len(missing):
                         unadapted[missing] = predict(
                             model, images[missing], info.normalization, precision
                         )
-                    logits = unadapted[where]
+                    logits = unadapted[positions]
                 else:
                     network, normalization = shift.adapt(
-                        method, model, images[where], info.normalization, precision
+                        method, model, images[positions], info.normalization, precision
                     )
-                    logits = predict(network, images[where], normalization, precision)
+                    logits = predict(network, images[positions], normalization, precision)
+
+                # Append the row.
                 labels = logits.argmax(1)
                 confidence = round(shift.confidence(logits), 4)
-                correct = int((labels == half.labels[where]).sum())
+                correct = int((labels == half.labels[positions]).sum())
                 counts = " ".join(map(str, labels.bincount(minlength=len(CLASSES)).tolist()))
                 with TABLE.open("a", newline="", encoding="utf-8") as table:
                     csv.writer(table, lineterminator="\n").writerow(
@@ -126,7 +158,12 @@ def measure() -> None:
 
 
 def files() -> pd.DataFrame:
-    """One row per measured file: the accuracies, and which of them the new default has."""
+    """Return one row per measured file: how many labels each method finds, and each default.
+
+    The old default always adapts. The new one doesn't if `shift.is_misled` says that the file's
+    classes mislead the adaptation; `misled` and `default` are its decision and its count.
+    """
+    # Put the methods of a file side by side. Files that aren't measured completely are left out.
     table = pd.read_csv(TABLE, keep_default_na=False)
     table["predicted"] = [torch.tensor([*map(int, row.split())]) for row in table.predicted]
     keys = [key for key in KEYS if key != "method"]
@@ -134,6 +171,8 @@ def files() -> pd.DataFrame:
     found = measured[keys].droplevel(1, axis=1)
     for method in METHODS:
         found[method] = measured["correct", method].astype(int)
+
+    # Decide for each file, from its predicted classes and the confidence that adapting costs.
     adapted = shift.BALANCED
     lost = measured["confidence", shift.UNBALANCED] - measured["confidence", adapted]
     counts = measured["predicted", adapted], measured["predicted", shift.UNBALANCED]
@@ -143,7 +182,7 @@ def files() -> pd.DataFrame:
 
 
 def draw() -> None:
-    """Accuracy against the share of one class, on unshifted files and on shifted ones."""
+    """Draw the accuracy against the share of one class, for unshifted and for shifted files."""
     table = files()
     table = table[(table.n == 300) & (table.share > 0)]
     panels = [
@@ -156,9 +195,12 @@ def draw() -> None:
     ]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, (part, name, title) in zip(grid.flat, panels, strict=True):
-        rows = table[(table.part == part) & (table["shift"] == name)]
+    for axes, (part, shift_name, title) in zip(grid.flat, panels, strict=True):
+        # Add up the files that have the same share.
+        rows = table[(table.part == part) & (table["shift"] == shift_name)]
         sums = rows.groupby("share")[["n", "none", shift.BALANCED, "default"]].sum()
+
+        # Draw a line for each default, with Wilson's intervals as error bars.
         lines = {"none": "o-", shift.BALANCED: "s--", "default": "D:"}
         names = ("none", "the old default", "the new default")
         for (column, line), label in zip(lines.items(), names, strict=True):
@@ -168,6 +210,7 @@ def draw() -> None:
             middle = sums[column] / sums.n
             bars = np.abs(np.array(ranges).T - middle.to_numpy())
             axes.errorbar(sums.index, middle, bars, fmt=line, capsize=2, ms=4, label=label)
+
         axes.set(title=f"{part}, {title}", ylim=(0, 1), xticks=sorted(SHARES))
         axes.title.set_size(9)
         axes.grid(alpha=0.3)

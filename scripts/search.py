@@ -2,8 +2,9 @@
 
     python -m scripts.search --study runs/study.db --trials 40
 
-Each start of this command is a worker: start as many as you like, and the same command again to go
-on. They share the study: an SQLite file, or a database's URL for workers on several hosts.
+Each process that runs this command is a worker. Start as many as you like; to go on after a stop,
+start the same command again. The workers share one study, which is an SQLite file, or a database
+(given by its URL) if they are on several hosts.
 """
 
 import argparse
@@ -36,13 +37,14 @@ from cifar_lib.train import State, Step, train_one_epoch
 # Heartbeats and retries have been called experimental for years.
 warnings.filterwarnings("ignore", category=ExperimentalWarning)
 
-STUDY = "table-1"
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-HEARTBEAT = 20  # seconds; a worker is taken for dead after three without one
-RETRY = RetryHeartbeatStaleTrialCallback()  # a copy of the trial waits to be run
+STUDY = "table-1"  # the study's name in its database
+DONE = (TrialState.COMPLETE, TrialState.PRUNED)  # the trials that count as run
+HEARTBEAT = 20  # seconds between a worker's signs of life; after three missing ones it is dead
+RETRY = RetryHeartbeatStaleTrialCallback()  # queues a copy of a trial that was broken off
 
-# A trial of minutes on two cores: the recipe `report`, shorter. Warm-up is a sixth of the epochs,
-# as in the report. For other trials change this, and begin another study: a study remembers it.
+# One trial is the recipe `report`, made so short that two cores need minutes for it. A sixth of the
+# epochs is warm-up, as in the report. To search with other trials, change this and begin a new
+# study: a study remembers what its trials are.
 SHORT = {
     "schedule": "cosine",
     "epochs": 6,
@@ -55,7 +57,8 @@ SHORT = {
     "policy.erasing": 0.0,
 }
 
-# The report's network, and others that the same five million parameters buy: blocks of channels.
+# The report's network, and others with as many parameters, about five million. Each is the number
+# of blocks per stage "of" the number of channels per stage.
 SHAPES = (
     "3,4,3 of 66,132,264",
     "2,2,2 of 85,170,340",
@@ -65,7 +68,7 @@ SHAPES = (
 
 
 def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
-    """Return `base` with the rows of Table 1 as the trial has them."""
+    """Return `base` with the rows of Table 1 replaced by the values that the trial suggests."""
     blocks, channels = trial.suggest_categorical("shape", SHAPES).split(" of ")
     return replace(
         base,
@@ -81,22 +84,23 @@ def suggest(trial: Trial, base: TrainConfig) -> TrainConfig:
 
 
 def table_1(base: TrainConfig) -> dict[str, object]:
-    """Return Table 1's own values, which are those of `base`, as a trial's parameters."""
+    """Return the values of Table 1 itself, taken from `base`, as the parameters of a trial."""
     rows = ("learning_rate", "momentum", "weight_decay", "label_smoothing")
     rows += ("warmup_epochs", "batch_size")
     return {"shape": SHAPES[0]} | {row: getattr(base, row) for row in rows}
 
 
 def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Callable[[Trial], float]:
-    """Return what a trial does: train, and return the validation accuracy after the last epoch.
+    """Return the function that runs one trial.
 
-    A trial is pruned where its accuracy falls behind that of others, or where it diverges.
+    That function trains, and returns the validation accuracy after the last epoch. It prunes the
+    trial if its accuracy falls behind the other trials', or if the training diverges.
 
     Raises InputError if `base` can't be trained on these images or this device.
     """
     device = choose_device(device)
     part, validation = split(train.to(device), base)
-    resolve(base, device, len(part))  # what can't run must not make a study
+    resolve(base, device, len(part))  # fail here if nothing can run, before a study is created
 
     def run(trial: Trial) -> float:
         config = resolve(suggest(trial, base), device, len(part))
@@ -104,13 +108,14 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Calla
         state = State(config, device)
         step = Step(state, config)
         for epoch in range(config.epochs):
-            # Train.
+            # Train for one epoch.
             try:
                 train_one_epoch(step, part, epoch)
             except InputError as error:  # it diverged
                 raise optuna.TrialPruned(str(error)) from error
 
-            # Score. After the last epoch there is nothing left to save by pruning.
+            # Score it, and stop a trial that falls behind. After the last epoch there is nothing
+            # left to save.
             images, how = validation.images, (config.test_normalization, config.precision)
             score = accuracy(predict(state.model, images, *how), validation.labels.cpu())
             trial.report(score, epoch)
@@ -122,9 +127,9 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Calla
 
 
 def open_study(where: str, first: dict[str, object]) -> optuna.Study:
-    """Return the study in an SQLite file or at a database's URL.
+    """Return the study at `where`, an SQLite file or a database's URL.
 
-    If it isn't there it is created, and begins with a trial that has the parameters `first`.
+    If there is none it is created, and its first trial will have the parameters `first`.
 
     Raises InputError if the file or the database can't be used.
     """
@@ -134,7 +139,8 @@ def open_study(where: str, first: dict[str, object]) -> optuna.Study:
         how = {
             "study_name": STUDY,
             "storage": _storage(where),
-            # Workers reckon with the trials that others run, so they propose different ones.
+            # Take the trials that other workers are running into account, so that no two workers
+            # try nearly the same.
             "sampler": optuna.samplers.TPESampler(constant_liar=True),
             "pruner": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
         }
@@ -145,7 +151,7 @@ def open_study(where: str, first: dict[str, object]) -> optuna.Study:
             _refuse_other_trials(study)
             return study
         study.set_user_attr("short", SHORT)
-        study.enqueue_trial(first)  # by the one worker that has created the study
+        study.enqueue_trial(first)  # only the worker that created the study gets here
         return study
 
 
@@ -162,15 +168,20 @@ def _refuse_other_trials(study: optuna.Study) -> None:
 
 
 def _storage(where: str) -> RDBStorage:
-    """Return Optuna's storage; a trial whose worker's heartbeat stops is run by another one."""
+    """Return Optuna's storage at `where`.
+
+    If a worker's heartbeat stops, its trial is run again by another worker.
+    """
     if "://" in where:
         url, engine = _checked_url(where), {}
     else:
-        # A function that connects, since not every path can be written into a URL.
+        # SQLAlchemy gets a function that connects, because not every path can be put in a URL.
         Path(where).parent.mkdir(parents=True, exist_ok=True)
         connect = functools.partial(sqlite3.connect, where, timeout=60, isolation_level=None)
         url, engine = "sqlite://", {"creator": connect, "poolclass": NullPool}
 
+    # Create or open the database's tables. If another worker is creating them at this moment, that
+    # fails, and works a little later.
     for attempts_left in range(9, -1, -1):
         try:
             storage = RDBStorage(
@@ -181,13 +192,13 @@ def _storage(where: str) -> RDBStorage:
                 heartbeat_stale_trial_callback=RETRY,
             )
             break
-        except DBAPIError:  # maybe because another worker is creating the same tables
+        except DBAPIError:
             if not attempts_left:
                 raise
             time.sleep(0.1)
 
-    # SQLite locks no rows, so each transaction locks the file from its beginning: else two workers
-    # could take the same waiting trial.
+    # SQLite has no locks on rows. So each transaction locks the whole file from its beginning;
+    # otherwise two workers could take the same waiting trial.
     if engine:
         begin = "BEGIN IMMEDIATE"
         sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql(begin))
@@ -195,22 +206,27 @@ def _storage(where: str) -> RDBStorage:
 
 
 def _checked_url(url: str) -> str:
-    """Return `url`; a wrong one is refused without showing it, as it may hold a password."""
+    """Return `url` as it is, if it is well-formed.
+
+    Raises InputError if it isn't. The message doesn't show it, because it may hold a password.
+    """
     try:
         host = sqlalchemy.make_url(url).host or ""
     except (ArgumentError, ValueError):
         host = "@"
-    if "@" in host:  # a part of the password would be taken for the host
+    if "@" in host:  # an @ in the password, so that a part of the password became the host
         form = "kind://user:password@host/name, with %40 for an @ in the password"
         raise InputError(f"study: expected a URL, {form}; got another one: correct it")
     return url
 
 
 def work(study: optuna.Study, trials: int, objective: Callable[[Trial], float]) -> None:
-    """Run trials until the study has this many that finished or were pruned.
+    """Run trials until the study has as many as `trials` that finished or were pruned.
 
-    Each worker finishes the trial that it is in, so there may be a few more in the end. A trial
-    that is interrupted waits to be run again, with the same parameters.
+    Each worker finishes its current trial, so in the end there may be a few more. A trial that is
+    interrupted is put back in the queue, with the same parameters.
+
+    Raises InputError if the database can't be reached any more.
     """
 
     def run(trial: Trial) -> float:
@@ -229,14 +245,18 @@ def work(study: optuna.Study, trials: int, objective: Callable[[Trial], float]) 
         while len(study.get_trials(deepcopy=False, states=DONE)) < trials:
             try:
                 study.optimize(run, n_trials=1, callbacks=[tell])
-            except ValueError as error:  # this process was suspended for longer than a minute
+            except ValueError as error:
+                # Optuna can't store the result if this process was suspended for over a minute.
                 if not str(error).startswith("Cannot tell a"):
                     raise
                 print("another worker took this one for dead, and has its trial")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Be one worker; return the exit code: 0, 2 for a wrong input, 130 when interrupted."""
+    """Work as one worker and return the exit code.
+
+    The code is 0 for success, 2 for a wrong input, and 130 for an interrupt.
+    """
     parser = argparse.ArgumentParser("python -m scripts.search", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--study", required=True, metavar="WHERE", help="an SQLite file, or a database's URL")
@@ -245,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--data", metavar="ROOT", help="the folder that holds cifar-10-batches-py")
     options = parser.parse_args(arguments)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it: as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; same as Ctrl-C
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     base = recipe("report", **SHORT)
     try:
@@ -258,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on, with this trial", file=sys.stderr)
         return 130
-    for best in study.best_trials[:1]:  # none, if all were pruned
+    for best in study.best_trials[:1]:  # empty if all trials were pruned
         print(f"best on the validation split: {best.value:.2%} with {best.params}")
     return 0
 
