@@ -90,6 +90,8 @@ def fetch(archive, monkeypatch):
     def download_from(root: Path, *addresses: str, **options) -> None:
         sources = tuple(f"{address}/archive.tar.gz" for address in addresses)
         monkeypatch.setattr(download, "SOURCES", sources)
+        # Unpacked elsewhere it could be on another disk, from which nothing moves at once.
+        monkeypatch.setattr(download.tempfile, "tempdir", str(root / "nowhere"))
         folder = download_cifar10(root, **options)
         assert folder == root / FOLDER and (folder / "data_batch_1").is_file()
         assert [path.name for path in root.iterdir()] == [FOLDER]
@@ -99,7 +101,7 @@ def fetch(archive, monkeypatch):
 
 def test_a_named_mirror_comes_first(archive, serve, fetch, tmp_path):
     asked: list[str] = []
-    fetch(tmp_path / "data", CLOSED, mirror=serve(send(archive, asked)) + "/cifar/")
+    fetch(tmp_path / "new" / "data", CLOSED, mirror=serve(send(archive, asked)) + "/cifar/")
     assert asked == [f"/cifar/{CIFAR10.filename} "]
 
 
