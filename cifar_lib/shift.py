@@ -28,7 +28,7 @@ UNBALANCED = "none"
 # classes.
 CHANCE = 1.2
 MARGIN = 0.05
-# How much mean confidence adapting may cost. It was chosen on unbalanced files of 300 images
+# How much mean confidence adapting may cost. The value was chosen on unbalanced files of 300 images
 # ("choose" in results/shift/class_balance.csv). If adapting loses accuracy there, it costs 0.037 to
 # 0.410 of confidence. If it gains accuracy, it costs at most 0.018, except on two files: 0.073 on
 # pixelated images of which half are cats, and 0.133 on ships with noise, where it gains one image.
