@@ -42,10 +42,10 @@ def read_picture(path: str | os.PathLike) -> Tensor:
 
     The image is the picture's central square, scaled to 32x32 with anti-aliasing. Transparent
     pixels become white. An animation gives its first frame. Values of 12, 16 or 32 bits are scaled
-    so that the value that is white, according to the file, becomes 255.
+    so that white becomes 255.
 
-    Raises InputError if the file isn't a picture, if the picture is too large, or if the file
-    doesn't say how bright its values are.
+    Raises InputError if the file isn't a picture, if the picture is too large, or if it isn't clear
+    which value is white.
     """
     remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
     # Pillow raises all kinds of errors for a broken file. Its warnings are left out, since the
@@ -137,6 +137,7 @@ def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
             kind = "floating-point" if 3 in kinds else "signed"
             raise _Unusable(f"its values are {kind} numbers", "save it with 8 bits per value")
         stated = max(tags.get(281, (0,)))  # MaxSampleValue
+        # Values of 12 bits aren't scaled up in the file, so 12 ones are white.
         return bits, stated or (4095 if bits == 12 else None)
     return 8, None
 
@@ -163,7 +164,7 @@ def _in_8_bits(
 
     `file` is the file that it was read from. `bits` and `white` are what `_depth` says of it.
 
-    Raises _Unusable if the brightness of the values isn't known.
+    Raises _Unusable if it isn't clear which value is white.
     """
     remedy = "stretch it to the full range, or save it with 8 bits per value"
 
