@@ -2,8 +2,9 @@
 
     python -m benchmarks.augment [--device cuda] [--json]
 
-Both crop, flip, RandAugment(2, 9), erase and normalise, each image by its own draws. On a CPU both
-have one thread; there each of our steps is also timed against its plain way (benchmarks/plain.py).
+Both crop, flip, apply RandAugment(2, 9), erase and normalise, with random numbers of its own for
+each image. On a CPU both have one thread. There each of our steps is also timed against a simple
+version of it (benchmarks/plain.py).
 """
 
 import statistics
@@ -33,6 +34,7 @@ BATCH = 128
 
 
 def ours(images: torch.Tensor, epoch: int) -> None:
+    """Augment and normalise images, uint8 (n, 3, 32, 32), as an epoch of training does."""
     policy, normalization = Policy(), Normalization(CIFAR10_MEAN, PUBLISHED_STD)
     draws = draw(len(images), policy, seed=42, epoch=epoch)
     chunk = BATCHES_TOGETHER[images.device.type] * BATCH
@@ -43,9 +45,11 @@ def ours(images: torch.Tensor, epoch: int) -> None:
 
 
 def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
-    """How many times as fast as its plain way each step is: the median of the rounds' ratios."""
+    """Return how many times as fast as its simple version each step is, the median over rounds."""
     policy = Policy()
     draws, table = draw(len(images), policy, seed=42, epoch=0), op_table(policy)
+
+    # What both versions of each step are called with.
     arguments = {
         "crop": (images, draws.offsets, policy.crop_padding),
         "flip": (images, draws.mirrored),
@@ -54,14 +58,15 @@ def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
     }
     found = {}
     for name, given in arguments.items():
-        ways = [getattr(module, name) for module in (plain, ours_by_step)]
-        times = [[seconds(way, given) for way in ways] for _ in range(rounds + 1)][1:]
-        found[name] = statistics.median(theirs / ours for theirs, ours in times)
+        versions = [getattr(module, name) for module in (plain, ours_by_step)]
+        # The first round warms up.
+        times = [[seconds(step, given) for step in versions] for _ in range(rounds + 1)][1:]
+        found[name] = statistics.median(simple / own for simple, own in times)
     return found
 
 
 def seconds(step: Callable, arguments: tuple) -> float:
-    """The fastest of three calls."""
+    """Return how long the fastest of three calls takes."""
     fastest = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -71,20 +76,26 @@ def seconds(step: Callable, arguments: tuple) -> float:
 
 
 def main() -> None:
+    """Measure both, and record the medians and their ratio."""
     arguments, device = parse(__doc__, rounds=5)
     if device.type == "cpu":
         torch.set_num_threads(1)
+
+    # The published transforms are slow, so they get fewer images.
     theirs_n, ours_n = (64, 512) if arguments.dry_run else (2000, 50_000)
     train = training_images(ours_n)
     pictures = Pictures(train[slice(theirs_n)])
     images = train.images.to(device)
+
+    # Both take turns, so that whatever else the machine does slows both down.
     rates: dict[str, list[float]] = {"published": [], "ours": []}
-    extra = 0.0
+    extra = 0.0  # GB
     for epoch in range(arguments.rounds + 1):
         start = time.perf_counter()
         for i in range(theirs_n):
             pictures[i]
         rates["published"].append(theirs_n / (time.perf_counter() - start))
+
         reset_peak_memory(device)
         before = peak_memory(device)
         start = time.perf_counter()
@@ -92,6 +103,8 @@ def main() -> None:
         synchronize(device)
         rates["ours"].append(ours_n / (time.perf_counter() - start))
         extra = max(extra, peak_memory(device) - before)
+
+    # The first round warms up, and doesn't count.
     measured = {name: values[1:] for name, values in rates.items()}
     rows = [
         {"loop": name, "images_per_second": statistics.median(values)}

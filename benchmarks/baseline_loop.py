@@ -1,4 +1,4 @@
-"""The published run's loop, written from its description: what ours is compared with."""
+"""The published run's training loop, written from its description, to compare ours with."""
 
 import time
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ from cifar_lib.train import smooth_cross_entropy
 
 
 class Pictures(Dataset):
-    """The images as PIL pictures, one at a time through the published transforms."""
+    """The images as PIL pictures, each augmented by itself with the published transforms."""
 
     def __init__(self, images: ImageSet):
-        self.arrays = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.arrays = images.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, 32, 32, 3)
         self.labels = images.labels.tolist()
         self.transform = Compose(
             [
@@ -47,7 +47,11 @@ class Pictures(Dataset):
 
 
 class PublishedLoop:
-    """One call, one epoch: fp32, contiguous, two loader workers, the loss read after every step."""
+    """The published training; each call trains for one epoch.
+
+    It computes in fp32 with contiguous tensors, loads images in two worker processes, and reads the
+    loss after every step.
+    """
 
     def __init__(self, train: ImageSet, device: torch.device):
         torch.manual_seed(42)
@@ -61,8 +65,10 @@ class PublishedLoop:
         )
 
     def __call__(self) -> float:
-        """Images a second from the end of the first step on, so that starting the workers doesn't
-        count."""
+        """Train for an epoch, and return how many images per second it takes.
+
+        The first step doesn't count, because the workers start during it.
+        """
         steps = self._steps()
         next(steps)
         start = time.perf_counter()
@@ -71,6 +77,7 @@ class PublishedLoop:
         return (len(self.loader.dataset) - self.loader.batch_size) / (time.perf_counter() - start)
 
     def _steps(self) -> Iterator[float]:
+        """Train for an epoch, and yield the loss of each step."""
         self.model.train()
         for images, labels in self.loader:
             images, labels = images.to(self.device), labels.to(self.device)

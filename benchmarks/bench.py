@@ -1,5 +1,4 @@
-"""What the benchmarks share: options, the machine they ran on, peaks of memory and arithmetic,
-tables and files."""
+"""What the benchmarks share: their options, what they measure of the machine, and their records."""
 
 import argparse
 import json
@@ -21,12 +20,17 @@ from notebooks.course.stand_in import generate_stand_in
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "benchmarks"
-# Of a training image: forward, and twice that backward; two for a multiply-add.
+# The floating-point operations that training takes per image. The network makes 769.05 million
+# multiply-adds, of two operations each. Going backward takes twice as many as going forward: so
+# both together take three times as many.
 FLOP_PER_IMAGE = 3 * 2 * 769.05e6
 
 
 def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.device]:
-    """The options that all benchmarks have, and the device."""
+    """Read the options that all benchmarks have. Return them, and the device that they choose.
+
+    Ends the program with exit code 2 and one line if an option is wrong.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--rounds", type=int, default=rounds, help="after one to warm up")
@@ -45,23 +49,27 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
 
 
 def training_images(n: int) -> ImageSet:
-    """The first n, of CIFAR-10 where it is, else generated: speed doesn't depend on what they
-    show."""
+    """Return the first n training images of CIFAR-10 if it is found, else n generated ones.
+
+    How fast a program is doesn't depend on what the images show.
+    """
     return load_cifar10()[0][slice(n)] if find_cifar10() else generate_stand_in(n, 1)[0]
 
 
 def hardware(device: torch.device) -> dict:
+    """Return the description of the device that `record` expects, for JSON."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {**describe(device), "cpu_instructions": capability}
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a CUDA GPU has done all that it was told to do; then the clock may be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """Operations a second of a large matrix product, the most that this device shows here."""
+    """Return the operations per second of a large matrix product, the fastest of six."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
     best = 0.0
@@ -75,6 +83,7 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can do that: on CUDA GPUs and on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -82,37 +91,41 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB since the last reset: allocated on a GPU; on a CPU, resident in this process."""
+    """Return the most memory since the last reset, in GB.
+
+    On a CUDA GPU it is what PyTorch has allocated there, else what this process has in RAM.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "linux":
-        return (
-            int(
-                re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[
-                    1
-                ]
-            )
-            * 1024
-            / 1e9
-        )
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        kibibytes = int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # the peak of resident memory
+        return kibibytes * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:
-    """The median over rounds of ours / theirs."""
-    return statistics.median(b / a for a, b in zip(theirs, ours, strict=True))
+    """Return how many times as large our rate is as theirs, the median over rounds."""
+    pairs = zip(theirs, ours, strict=True)
+    return statistics.median(own / other for other, own in pairs)
 
 
 def record(name: str, result: dict, arguments: argparse.Namespace) -> None:
-    """Write the result under the hardware's name, and print it."""
+    """Write the result of the benchmark `name` to a file named by the hardware, and print it.
+
+    `result` has the table in `rows` and the machine in `hardware`. A dry run writes no file.
+    """
     machine = result["hardware"]
-    label = (
-        machine["gpu"]
-        or f"{machine['cpu']} {machine['cpu_cores']} cores {machine['cpu_instructions']}"
-    )
-    path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}.json"
+    cpu = f"{machine['cpu']} {machine['cpu_cores']} cores {machine['cpu_instructions']}"
+    label = machine["gpu"] or cpu
+
+    # Write it, under a name of small letters, digits and hyphens.
+    slug = re.sub("[^a-z0-9]+", "-", label.lower()).strip("-")
+    path = RESULTS / f"{name}-{slug}.json"
     if not arguments.dry_run:
         write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+
+    # Print it, as JSON or for people.
     if arguments.json:
         print(json.dumps(result))
         return

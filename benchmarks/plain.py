@@ -1,6 +1,7 @@
-"""Steps of the augmentation written the plain way, as their docstrings in cifar_lib define them.
+"""Simple versions of the steps of cifar_lib/augment.py, which compute what its docstrings say.
 
-A test holds the package's equal to these; benchmarks/augment.py measures how much faster it is.
+A test checks that the package's steps give the same pixels. benchmarks/augment.py measures how many
+times as fast they are.
 """
 
 import torch
@@ -11,30 +12,40 @@ from cifar_lib.operations import SIZE, Op, apply_op
 
 
 def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """A slice of each padded image."""
-    padded = F.pad(images, (padding,) * 4)
+    """Cut a slice out of each padded image: uint8 (n, 3, 32, 32) -> the same.
+
+    offsets: int64 (n, 2), each slice's top and left.
+    """
+    padded = F.pad(images, (padding,) * 4)  # (n, 3, 32 + 2 * padding, 32 + 2 * padding)
     corners = zip(padded, offsets.tolist(), strict=True)
     return torch.stack([p[:, top : top + SIZE, left : left + SIZE] for p, (top, left) in corners])
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """torch.where on the pixels."""
+    """Choose each pixel from the mirror image or the image; `mirrored` is bool (n,)."""
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0)) -> Tensor:
-    """torch.where on the pixels."""
-    row, column = torch.arange(SIZE)[:, None], torch.arange(SIZE)
+    """Choose each pixel from the colour `fill`, inside the box, or the image.
+
+    boxes: int64 (n, 4), each box's top, left, height and width.
+    """
+    row, column = torch.arange(SIZE)[:, None], torch.arange(SIZE)  # (32, 1) and (32,)
     top, left, height, width = boxes[:, :, None, None, None].unbind(1)  # (n, 1, 1, 1) each
-    in_rows, in_columns = (row >= top) & (row < top + height), (column >= left)
-    hole = in_rows & in_columns & (column < left + width)  # (n, 1, 32, 32)
+    in_rows = (row >= top) & (row < top + height)  # (n, 1, 32, 1)
+    in_columns = (column >= left) & (column < left + width)  # (n, 1, 1, 32)
+    hole = in_rows & in_columns  # (n, 1, 32, 32)
     colour = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
     return torch.where(hole, colour, images)
 
 
 def apply_ops(images: Tensor, table: tuple[Op, ...], ops: Tensor) -> Tensor:
-    """Each operation on the images that a mask selects."""
-    for slot in ops.unbind(1):
+    """Apply each operation to the images that have drawn it, which a mask selects.
+
+    ops: int64 (n, slots), positions in `table`.
+    """
+    for slot in ops.unbind(1):  # (n,)
         changed = torch.empty_like(images)
         for number, op in enumerate(table):
             chosen = slot == number

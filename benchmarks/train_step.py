@@ -1,11 +1,12 @@
-"""Training, images a second, data included: the published loop, and ours.
+"""Training, in images per second, with augmentation included: the published loop, and ours.
 
     python -m benchmarks.train_step [--device cuda] [--json]
 
-The published loop: torchvision's transforms in two loader workers, fp32, contiguous, the loss read
-after every step. Ours: the same network, loss, optimizer and distribution of images, in the
-precision that is fast here and the kind of step that `fit` takes for 60 epochs; the other kinds of
-step beside it.
+The published loop runs torchvision's transforms in two worker processes, computes in fp32 with
+contiguous tensors, and reads the loss after every step. Ours has the same network, loss, optimizer
+and distribution of images. It computes in the precision that is fast on the device. Each kind of
+step is measured: plain, compiled, and with Winograd convolutions where they can be used. The one
+that `fit` would take for 60 epochs is compared with the published loop.
 """
 
 import statistics
@@ -38,7 +39,10 @@ WINOGRAD = hardware_module.cifar_winograd
 
 
 class Ours:
-    """One call, one epoch; `winograd`: with extras/winograd, where it is installed."""
+    """Our training; each call trains for one epoch and returns images per second.
+
+    With `winograd` the convolutions are those of extras/winograd, which must be installed then.
+    """
 
     def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device, winograd: bool):
         self.train, self.device, self.epoch = train.to(device), device, 0
@@ -46,6 +50,7 @@ class Ours:
         self.convolutions = WINOGRAD if winograd else None
 
     def __call__(self) -> float:
+        # Several of these take turns in one process, so each chooses its convolutions anew.
         hardware_module.cifar_winograd = self.convolutions
         synchronize(self.device)
         start = time.perf_counter()
@@ -56,10 +61,16 @@ class Ours:
 
 
 def main() -> None:
+    """Measure all loops, and record the medians and the ratio."""
     arguments, device = parse(__doc__, rounds=5)
-    sizes = {"cpu": (512, 512), "cuda": (12_800, 49_920)}  # whole batches
+
+    # How many images an epoch has, for the published loop and for ours: whole batches.
+    sizes = {"cpu": (512, 512), "cuda": (12_800, 49_920)}
     n = (256, 256) if arguments.dry_run else sizes.get(device.type, (2560, 2560))
     train = training_images(max(n))
+
+    # The kinds of step, each as (whether to compile it, whether to use Winograd), and the kind that
+    # `fit` would choose here.
     config = resolve(recipe("report", precision="auto"), device, 50_000)
     prepare(device, config.precision)
     chosen = "compiled" if config.compile else "plain"
@@ -67,19 +78,25 @@ def main() -> None:
     if device.type == "cpu" and config.precision == "fp32" and WINOGRAD is not None:
         chosen = "winograd"
         kinds["winograd"] = (False, True)
+
+    # Every loop, by its name.
     loops = {"published": PublishedLoop(train[slice(n[0])], device)}
     for kind, (compiled, winograd) in kinds.items():
         own = replace(config, compile=compiled)
         loops[kind] = Ours(train[slice(n[1])], own, device, winograd)
+
+    # All loops take turns, so that whatever else the machine does slows all of them down.
     rates: dict[str, list[float]] = {name: [] for name in loops}
-    memory = dict.fromkeys(loops, 0.0)
-    peak = 0.0
+    memory = dict.fromkeys(loops, 0.0)  # GB
+    peak = 0.0  # operations per second of a large matrix product
     for _ in range(arguments.rounds + 1):
         peak = max(peak, matrix_rate(device, config.precision))
         for name, loop in loops.items():
             reset_peak_memory(device)
             rates[name].append(loop())
             memory[name] = max(memory[name], peak_memory(device))
+
+    # The first round warms up, and doesn't count.
     measured = {name: values[1:] for name, values in rates.items()}
     rows = [
         {
@@ -87,7 +104,8 @@ def main() -> None:
             "precision": "fp32" if name == "published" else config.precision,
             "images_per_second": statistics.median(values),
             "ratio": ratio(measured["published"], values),
-            # of direct convolutions, whatever the kind of step multiplies: Winograd's may exceed 1
+            # It counts the multiplications of direct convolutions. Winograd's are fewer, so with
+            # them the share may exceed 1.
             "share_of_matrix_rate": statistics.median(values) * FLOP_PER_IMAGE / peak,
             "peak_memory_gb": memory[name],
         }

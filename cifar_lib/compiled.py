@@ -1,6 +1,7 @@
-"""A training loss through torch.compile: tried out before it is used, and done without if need be.
+"""The training loss, compiled by torch.compile, or the plain loss if compiling doesn't work.
 
-Not needed to understand training: it computes what `train.Step.plain_loss` says, faster on a GPU.
+Training can be understood without this module: the compiled loss computes what the plain one,
+`train.Step.plain_loss`, computes, but faster on a GPU.
 """
 
 import copy
@@ -9,10 +10,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-# From images uint8 (b, 3, 32, 32), labels int64 (b,) and whether to halve the images' size, to the
-# mean loss and the number of correctly labelled images.
+# A function of images uint8 (b, 3, 32, 32), labels int64 (b,) and whether to halve the images'
+# size. It returns the mean loss and the number of correctly labelled images.
 Loss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-DRY_RUNS = 3  # a CUDA graph is captured in the second and replayed in the third
+# PyTorch captures a CUDA graph in the second call and replays it from the third on.
+DRY_RUNS = 3
 
 
 def compile_loss(
@@ -22,22 +24,26 @@ def compile_loss(
     half_sizes: Iterable[bool],
     log: Callable[[str], None] = print,
 ) -> Loss:
-    """Return the loss `plain` of `model` compiled for whole batches; a smaller one goes by `plain`.
+    """Return a compiled version of `plain`, the loss of `model`.
 
-    It is compiled for each of `half_sizes`. Where that fails, `log` says so, and `plain` itself is
-    returned. The model's weights and statistics are those of before, whatever was tried.
+    It is compiled for batches of `batch_size` images, and for each value in `half_sizes`. For a
+    batch of another size it calls `plain`. If compiling fails, `log` is told why, and `plain`
+    itself is returned. Either way the model's weights and statistics are the same as before.
     """
     log("compiling the training step, which takes a minute or two")
-    # On a GPU this mode captures CUDA graphs: launching a kernel takes longer than most run.
+    # On a GPU this mode captures CUDA graphs, which start many kernels at once. Starting them one
+    # by one would take longer than most of them run.
     on_gpu = next(model.parameters()).device.type == "cuda"
     mode = "reduce-overhead" if on_gpu else "default"
     fast = torch.compile(plain, mode=mode, dynamic=False, fullgraph=True)
 
+    # Compiling happens in the first calls, so call it now. That changes the statistics of the
+    # model's batch norms: put them back.
     before = copy.deepcopy(model.state_dict())
     try:
         for half_size in half_sizes:
             _dry_run(fast, model, batch_size, half_size)
-    except Exception as error:  # whatever a compiler raises, or its absence
+    except Exception as error:  # a compiler may raise anything, and so may a missing one
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log(f"compiling doesn't work here ({reason}): going on without")
         return plain
@@ -52,7 +58,7 @@ def compile_loss(
 
 
 def _dry_run(fast: Loss, model: nn.Module, batch_size: int, half_size: bool) -> None:
-    """Go forward and backward with black images, as training will, without an update."""
+    """Run `fast` forward and backward on black images, as training will, without an update."""
     device = next(model.parameters()).device
     images = torch.zeros(batch_size, 3, 32, 32, dtype=torch.uint8, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device)

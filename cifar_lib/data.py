@@ -1,4 +1,4 @@
-"""CIFAR-10 as uint8 tensors: found, read, split, measured, normalised."""
+"""CIFAR-10 as uint8 tensors: how it is found, read, split, measured and normalised."""
 
 import hashlib
 import math
@@ -20,33 +20,35 @@ from cifar_lib.hardware import memory_format, send
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CAT, DOG = CLASSES.index("cat"), CLASSES.index("dog")
-REAL, STAND_IN = "CIFAR-10", "stand-in data"  # what an ImageSet gives as its source
-Channels = tuple[float, ...]  # one number for each of red, green and blue
+REAL, STAND_IN = "CIFAR-10", "stand-in data"  # two values of `ImageSet.source`
+Channels = tuple[float, ...]  # three numbers: one each for red, green and blue
 
-# Over all pixels of the 50,000 training images, in [0, 1]; `channel_statistics` computes them.
+# The means and standard deviations below belong to values in [0, 1].
+# Over all pixels of the 50,000 training images, as `channel_statistics` computes them.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-# The widespread wrong one: the mean of the images' own standard deviations (notebook 1).
+# A wrong one that is widespread, and that the published run used: each image's own standard
+# deviation, averaged over the images (notebook 1).
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
-# What the published run normalised CIFAR-10's test images by. It is no statistic of CIFAR-10 that
-# we know of.
+# The published run normalised CIFAR-10's test images by these. We don't know where they come from:
+# they aren't any statistics of CIFAR-10 that we know of.
 PUBLISHED_TEST_MEAN = (0.5303, 0.4737, 0.4658)
 PUBLISHED_TEST_STD = (0.2822, 0.2553, 0.2613)
-# What it normalised the competition's images by: those images' own statistics.
+# It normalised the competition's images by these, which are those images' own statistics.
 KAGGLE_MEAN = (0.4765, 0.4808, 0.4958)
 KAGGLE_STD = (0.2303, 0.2267, 0.2268)
 
 FOLDER = CIFAR10.base_folder  # cifar-10-batches-py
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = Path("/kaggle/input")  # where Kaggle mounts data sets
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, and what belongs to each of them.
+    """Images with their labels and ids, and where they come from.
 
     images: uint8 (N, 3, 32, 32).
-    labels: int64 (N,), class numbers; None where nobody knows them.
-    ids: one per image, carried along from the file that it came from; None where it had none.
+    labels: int64 (N,), positions in CLASSES; None if nobody knows them.
+    ids: one per image, as its file gives them; None if the file has no ids.
     source: REAL, STAND_IN, or a file's name and how it was read.
     """
 
@@ -59,20 +61,20 @@ class ImageSet:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | np.ndarray | slice) -> "ImageSet":
-        """The images at `index` (positions, a mask or a slice), with their labels and ids."""
-        positions = torch.arange(len(self))[index]
+        """Return the images at `index` (positions, a mask or a slice) with their labels and ids."""
+        positions = torch.arange(len(self))[index]  # int64, whatever `index` is
         on_device = send(positions, self.images.device)
         labels = None if self.labels is None else self.labels[on_device]
         ids = None if self.ids is None else tuple(self.ids[i] for i in positions.tolist())
         return ImageSet(self.images[on_device], labels, ids, self.source)
 
     def to(self, device: torch.device | str) -> "ImageSet":
-        """The same set with its images and labels on `device`."""
+        """Return the same set with its images and labels on `device`."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, images=self.images.to(device), labels=labels)
 
 
-# Found and read.
+# Finding and reading.
 
 
 def load_cifar10(
@@ -81,13 +83,13 @@ def load_cifar10(
     home: Path = Path("data"),
     archives: Path | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """Return the 50,000 training and 10,000 test images, with the md5 of each file checked.
+    """Return the 50,000 training and the 10,000 test images. The md5 of each file is checked.
 
-    They are looked for as `find_cifar10` does; where they aren't, they are downloaded into `home`
-    (see `download_cifar10`), from the address in `CIFAR10_MIRROR` or from other sources, for
-    `give_up_after` seconds at most.
+    If `find_cifar10` finds no folder, CIFAR-10 is downloaded into `home`, from the address in
+    `CIFAR10_MIRROR` or from other sources. The download is given up after `give_up_after` seconds.
+    If a folder `archives` is given, the downloaded archive is kept there.
 
-    Raises InputError if there is no whole CIFAR-10.
+    Raises InputError if CIFAR-10 is neither found whole nor downloaded.
     """
     folder = find_cifar10(root, home)
     if folder is None:
@@ -99,21 +101,25 @@ def load_cifar10(
 def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
     """Return the folder that holds CIFAR-10's files, or None.
 
-    It is looked for in `root`; if none is given, in `CIFAR10_ROOT`; if that isn't set, in `home`
-    and in Kaggle's input folder. A folder that lacks one of the files is passed over.
+    It is looked for in `root`. If no `root` is given, it is looked for in the folder that the
+    variable `CIFAR10_ROOT` names; if that isn't set, in `home` and in Kaggle's input folder. A
+    folder that lacks one of the files is passed over. But if it was named and there is no better
+    one, it is returned, so that reading it says which file is missing.
 
     Raises InputError if `root` or `CIFAR10_ROOT` is given and holds no such folder.
     """
     named = root or environment.read("CIFAR10_ROOT")
     if not named:
-        # Kaggle mounts data sets at different depths: <name>/, or datasets/<user>/<name>/.
+        # Kaggle mounts data sets at different depths: <name>/ or datasets/<user>/<name>/.
         found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
         return next(filter(_has_all_batches, found), None)
 
+    # The path may name the folder itself or the one that it lies in.
     places = [Path(named, FOLDER), Path(named)]
     for folder in filter(_has_all_batches, places):
         return folder
-    # A folder of that name that isn't whole: reading it will say which file is missing.
+
+    # Files may be missing from a folder that has the right name: reading it will say which one.
     for folder in places:
         if folder.name == FOLDER and os.path.isdir(folder):
             return folder
@@ -122,15 +128,19 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
 
 
 def _has_all_batches(folder: Path) -> bool:
+    """Return whether none of CIFAR-10's six files is missing from `folder`."""
     files = CIFAR10.train_list + CIFAR10.test_list
     return all(os.path.isfile(folder / name) for name, _ in files)
 
 
 def _read(folder: Path, files: list[list[str]]) -> ImageSet:
-    """The images of some batches, each given by its file's name and md5.
+    """Return the images and labels of `files`, which lists each file's name and md5.
 
-    torchvision.datasets.CIFAR10 reads them too, but of a damaged file it says only that something
-    is missing or damaged; here the message names the file. And it would unpickle whatever it finds.
+    torchvision.datasets.CIFAR10 could read them too. But if a file is damaged, its message doesn't
+    say which one, and it unpickles whatever a file holds; `pickles.read` allows only arrays and the
+    like.
+
+    Raises InputError if a file is missing or differs; the message names the file.
     """
     images, labels = [], []
     for name, md5 in files:
@@ -145,15 +155,16 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     return ImageSet(torch.from_numpy(np.concatenate(images)), torch.tensor(labels))
 
 
-# Split.
+# Splitting.
 
 
 def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split images into a training and a validation part in which classes have equal shares.
+    """Choose `n_validation` images for validation, in which each class has the share it has in all.
 
-    Returns the positions of both, int64, each in rising order.
+    labels: int64 (N,). Returns the positions of the training images, int64 (N - n_validation,),
+    and of the validation images, int64 (n_validation,), each in ascending order.
 
-    Raises InputError if a class would be missing from one of them.
+    Raises InputError if a class would be missing from one of the two parts.
     """
     n = len(labels)
     sizes = f"{n} images into {n - n_validation} and {n_validation}"
@@ -165,7 +176,7 @@ def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tens
     return train, validation
 
 
-# Measured.
+# Measuring.
 
 
 def channel_histogram(images: Tensor) -> Tensor:
@@ -174,33 +185,37 @@ def channel_histogram(images: Tensor) -> Tensor:
     uint8 (N, 3, H, W) -> int64 (3, 256) on the CPU.
     """
     counts = torch.zeros(3, 256, dtype=torch.int64, device=images.device)
-    for chunk in images.split(2000):
+    for chunk in images.split(2000):  # in pieces, since `flatten` copies a channel's values
         for channel in range(3):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     return counts.cpu()
 
 
 def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and standard deviation of each channel over all pixels of a set.
+    """Return the mean and standard deviation of each channel over all pixels of all images.
 
-    uint8 (N, 3, H, W) -> float64 (3,) each, in [0, 1]. With the whole numbers S1 = sum of x and
-    S2 = sum of x^2 over n pixels they are S1 / n and sqrt(S2 / n - (S1 / n)^2), without rounding
-    on the way.
+    uint8 (N, 3, H, W) -> float64 (3,) each, in [0, 1].
+
+    With S1 the sum of x and S2 the sum of x^2 over n pixels, the mean is S1 / n, and the standard
+    deviation is sqrt(S2 / n - (S1 / n)^2). Both sums are whole numbers, and so they are exact.
     """
-    counts = channel_histogram(images).numpy()
+    counts = channel_histogram(images).numpy()  # (3, 256)
     values = np.arange(256)
-    n, s1, s2 = counts.sum(1), counts @ values, counts @ values**2
+    n = counts.sum(1)  # (3,), as s1 and s2
+    s1 = counts @ values
+    s2 = counts @ values**2
     return s1 / n / 255, np.sqrt(s2 / n - (s1 / n) ** 2) / 255
 
 
-# Normalised.
+# Normalising.
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """The mean and standard deviation of each channel, in [0, 1], that belong together.
+    """What images are normalised by: the mean and standard deviation of each channel, in [0, 1].
 
-    A network predicts well only what is normalised as its weights expect, so the two travel as one.
+    A network predicts well only if images are normalised as its weights expect. That takes both, so
+    they are passed around together.
     """
 
     mean: Channels
@@ -208,9 +223,10 @@ class Normalization:
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":
-        """Return the normalization by these images' own statistics: uint8 (N, 3, H, W).
+        """Return the normalization by the statistics of `images`, uint8 (N, 3, H, W).
 
-        Raises InputError if a channel is constant: nothing can be divided by its deviation of 0.
+        Raises InputError if a channel is constant: its standard deviation is 0, by which nothing
+        can be divided.
         """
         mean, std = channel_statistics(images)
         if min(std) == 0:
@@ -219,24 +235,25 @@ class Normalization:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(x / 255 - mean) / std in each channel: uint8 (N, 3, H, W) -> float32, on their device.
+        """Return (x / 255 - mean) / std in each channel: uint8 (N, 3, H, W) -> float32.
 
-        The result has the memory format that is fast there.
+        The result is on the images' device, in the memory format for that device.
         """
         return rescale(images, *self.scale_and_offset(images.device))
 
     def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return what makes it x * scale - offset: float32 (1, 3, 1, 1) each, on `device`.
+        """Return the same normalization as x * scale - offset: float32 (1, 3, 1, 1) each.
 
-        Whoever normalises many batches sends these once, not once per batch.
+        Both are on `device`. Training sends them there once, and then calls `rescale` on each
+        batch.
         """
-        scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float32))
-        offset = torch.tensor(self.mean, dtype=torch.float32) * 255 * scale
+        scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float32))  # (3,)
+        offset = torch.tensor(self.mean, dtype=torch.float32) * 255 * scale  # (3,)
         return scale.view(1, 3, 1, 1).to(device), offset.view(1, 3, 1, 1).to(device)
 
 
 def rescale(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """x * scale - offset: uint8 (N, 3, H, W) -> float32, in the memory format of their device."""
+    """Return x * scale - offset: uint8 (N, 3, H, W) -> float32, in the device's memory format."""
     scaled = images.float().mul_(scale).sub_(offset)
-    # The format as the last step: channels-last on a CPU is four times faster than as the first.
+    # The memory format is changed last: on a CPU this is four times as fast as changing it first.
     return scaled.contiguous(memory_format=memory_format(images.device))

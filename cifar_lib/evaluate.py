@@ -17,7 +17,9 @@ from cifar_lib.data import CLASSES, Normalization
 from cifar_lib.hardware import computing
 from cifar_lib.model import ResNet
 
-TTA = {"none": 1, "flip": 2}  # test-time views: the image; the image and its mirror image
+# Test-time augmentation, and how many views of each image it predicts from: only the image, or the
+# image and its mirror image.
+TTA = {"none": 1, "flip": 2}
 
 
 # From images to logits.
@@ -30,10 +32,12 @@ def predict(
     precision: str = "fp32",
     tta: str = "none",
 ) -> Tensor:
-    """Return the logits of uint8 images (N, 3, 32, 32): float32 (N, 10) on the CPU.
+    """Return the logits of images, averaged over the views of `tta`.
 
-    They are the mean over the views of `tta`. The model runs in evaluation mode, on the device that
-    holds it, and is left in the mode that it was in.
+    images: uint8 (N, 3, 32, 32). Returns float32 (N, 10) on the CPU.
+
+    The model runs in evaluation mode, on the device that holds its weights. Afterwards it has the
+    mode that it had before.
     """
     return predict_views(model, images, normalization, precision, tta).mean(0)
 
@@ -48,11 +52,12 @@ def predict_views(
 ) -> Tensor:
     """Return the logits of each view by itself: float32 (views, N, 10) on the CPU.
 
-    The first view is the image as it is, so one pass gives the logits for both values of `tta`.
+    The first view is the image as it is. So with `flip`, the first view's logits are what `predict`
+    gives for `none`, and the mean of both is what it gives for `flip`.
     """
     was_training = model.training
     model.eval()
-    logits = []
+    logits = []  # of each batch: (views, b, 10)
     on_cpu = next(model.parameters()).device.type == "cpu"
     for inputs in batches(model, images, normalization, size=400 if on_cpu else 1000):
         with computing(inputs.device, precision):
@@ -67,7 +72,7 @@ def batches(
 ) -> Iterator[Tensor]:
     """Yield normalised batches of uint8 images, float32 (b, 3, 32, 32), on the weights' device.
 
-    They have nearly the same size, at most `size` images, instead of a small last one.
+    A batch has at most `size` images. All have nearly the same number: the last isn't small.
     """
     device = next(model.parameters()).device
     for piece in images.tensor_split(max(math.ceil(len(images) / size), 1)):
@@ -77,7 +82,10 @@ def batches(
 def features(
     model: ResNet, images: Tensor, normalization: Normalization, precision: str = "fp32"
 ) -> Tensor:
-    """Return what the last layer sees, the last stage's averages: float32 (N, channels), CPU."""
+    """Return what the linear layer sees: float32 (N, channels of the last stage) on the CPU.
+
+    These are the last stage's channels, each averaged over the image.
+    """
     headless = copy.deepcopy(model)
     headless.linear = nn.Identity()
     return predict(headless, images, normalization, precision)
@@ -87,15 +95,15 @@ def features(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction of images whose largest logit is the label's."""
+    """Return the fraction of images whose largest logit is that of their label."""
     return (logits.argmax(1) == labels.cpu()).float().mean(dtype=torch.float64).item()
 
 
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval for the accuracy over all images like these n.
+    """Return Wilson's score interval, given that `correct` of n images are classified correctly.
 
-    `correct` of them are labelled correctly. The accuracy on n other images deviates too: 83 % of
-    such accuracies fall into a 95 % interval.
+    It is an interval for the accuracy over all images of this kind. The accuracy on another n of
+    them is as uncertain again: only 83 % of such accuracies fall into a 95 % interval.
     """
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
@@ -104,13 +112,19 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 def mcnemar(
     is_correct: Tensor | np.ndarray, reference: Tensor | np.ndarray
 ) -> tuple[int, int, float]:
-    """Compare two classifiers, given as bool (N,): whether each is correct on the same images.
+    """Compare a classifier with a reference on the same images by McNemar's exact test.
 
-    Returns how many images only the first labels correctly, how many only the reference does, and
-    McNemar's exact p-value.
+    is_correct: bool (N,), whether the classifier is correct on each image.
+    reference: bool (N,), whether the reference is.
+
+    Returns how many images only the classifier gets right, how many only the reference gets right,
+    and the p-value.
     """
-    gained, lost = int((is_correct & ~reference).sum()), int((reference & ~is_correct).sum())
-    return gained, lost, float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    gained = int((is_correct & ~reference).sum())
+    lost = int((reference & ~is_correct).sum())
+    # If they never differ, there is nothing to test.
+    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return gained, lost, p_value
 
 
 def confusion_matrix(logits: Tensor, labels: Tensor) -> np.ndarray:
@@ -137,8 +151,8 @@ def most_confident_mistakes(
 ) -> Tensor:
     """Return the positions of the misclassified images, int64, the most confident first.
 
-    `true` leaves only images of that class, `predicted` only images that were taken for that class;
-    both are class numbers.
+    `true` and `predicted` are class numbers. If given, only images whose label is `true`, and only
+    images that were taken for `predicted`, are returned.
     """
     confidence, guess = logits.softmax(1).max(1)  # (N,) each
     labels = labels.cpu()
@@ -147,20 +161,29 @@ def most_confident_mistakes(
         is_mistake &= labels == true
     if predicted is not None:
         is_mistake &= guess == predicted
-    order = confidence.argsort(descending=True, stable=True)
+
+    # Sort all positions, and keep those of the mistakes.
+    order = confidence.argsort(descending=True, stable=True)  # (N,)
     return order[is_mistake[order]]
 
 
 def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.ndarray]:
-    """Compare confidence with accuracy in bins of confidence of equal width, each (low, high].
+    """Compare confidence with accuracy in bins of confidence.
 
-    Returns `edges` (bins + 1,) and, for each bin, `count`, mean `confidence` and `accuracy`
-    (bins,), nan where the bin is empty.
+    The bins have equal width. Each contains its upper edge, and not its lower one.
+
+    Returns four arrays: the `edges` (bins + 1,), and for each bin the `count` of its images, their
+    mean `confidence` and their `accuracy`, (bins,) each. The last two are nan in an empty bin.
     """
-    confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))
+    confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))  # (N,) each
     is_correct = guess == labels.cpu().numpy()
+
+    # Which bin each image is in. A confidence may be rounded to a little more than 1: `clip` puts
+    # it into the last bin.
     edges = np.linspace(0, 1, bins + 1)
-    which = np.searchsorted(edges[1:], confidence).clip(max=bins - 1)  # float32 may round above 1
+    which = np.searchsorted(edges[1:], confidence).clip(max=bins - 1)  # (N,)
+
+    # With weights, bincount gives each bin's sum of them.
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
         means = [np.bincount(which, values, bins) / count for values in (confidence, is_correct)]
@@ -168,21 +191,25 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error: mean |accuracy - confidence| over the images.
+    """Return the expected calibration error.
+
+    It is |accuracy - confidence| of each bin of `reliability`, averaged over the images in them.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
     """
     r = reliability(logits, labels, bins)
+    # The gap of an empty bin is nan. Its weight is 0, but 0 * nan would be nan: so it becomes 0.
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float(np.average(gaps, weights=r["count"]))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the T, from e^-3 to e^3, for which logits / T have the smallest cross-entropy.
+    """Return the temperature T for which logits / T have the smallest cross-entropy.
 
-    Source: Guo et al. 2017, arXiv:1706.04599.
+    T is between e^-3 and e^3. Source: Guo et al. 2017, arXiv:1706.04599.
     """
     labels = labels.cpu()
+    # Search over t = log T, in which halving and doubling T are steps of the same length.
     found = minimize_scalar(
         lambda t: F.cross_entropy(logits / math.exp(t), labels).item(), bounds=(-3, 3)
     )
@@ -190,7 +217,10 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def summarize(logits: Tensor, labels: Tensor) -> dict:
-    """Return all that is measured on a labelled set, as fractions, for JSON."""
+    """Return everything that is measured on labelled images, ready for JSON.
+
+    Accuracies and their like are fractions, not percentages.
+    """
     matrix = confusion_matrix(logits, labels)
     correct, n = int(matrix.trace()), len(labels)
     return {

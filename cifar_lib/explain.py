@@ -1,4 +1,4 @@
-"""Where the network looks."""
+"""Grad-CAM: which places in an image speak for a class, by what the network computes there."""
 
 import matplotlib
 import numpy as np
@@ -13,42 +13,53 @@ from cifar_lib.model import ResNet
 def grad_cam(
     model: ResNet, images: Tensor, classes: Tensor, normalization: Normalization
 ) -> Tensor:
-    """Return what in each image speaks for its class, by the network's last stage.
+    """Return, for each image and a class, how much each place in the image speaks for that class.
 
-    images uint8 (N, 3, 32, 32), classes int64 (N,) -> heat float32 (N, 32, 32) in [0, 1] on the
-    CPU. Each image's heat is divided by its own maximum; it is 0 everywhere if nothing speaks for
-    the class.
+    images: uint8 (N, 3, 32, 32).
+    classes: int64 (N,), one class number per image, such as its prediction.
+
+    Returns the heat, float32 (N, 32, 32) on the CPU, in [0, 1], as the network's last stage has it.
+    Each image's heat is divided by its own maximum. It is 0 everywhere if nothing speaks for the
+    class.
 
     Source: Grad-CAM, Selvaraju et al. 2016, arXiv:1610.02391.
     """
     device = next(model.parameters()).device
     inputs, classes = normalization(images.to(device)), classes.to(device)
 
-    # Forward, keeping the last stage's activations.
+    # Forward, keeping the last stage's activations. In evaluation mode an image's logits depend on
+    # that image alone: so the gradient of the sum over images holds each image's own gradient.
     kept: list[Tensor] = []
     hook = model.stages[-1].register_forward_hook(lambda stage, args, output: kept.append(output))
     with torch.enable_grad():
         logits = model(inputs)  # (N, 10)
-        of_class = logits.gather(1, classes[:, None]).sum()
+        class_logits = logits.gather(1, classes[:, None]).sum()
     hook.remove()
 
-    # How fast the class's logit grows with each channel, averaged over its places, is its weight.
+    # A channel's weight is how fast the class's logit grows with it, averaged over all places.
     activations = kept[0]  # (N, 264, 8, 8)
-    gradients = torch.autograd.grad(of_class, activations)[0]
+    gradients = torch.autograd.grad(class_logits, activations)[0]  # (N, 264, 8, 8)
     weights = gradients.mean((2, 3), keepdim=True)  # (N, 264, 1, 1)
 
-    # The weighted sum of the channels; what speaks against the class counts as nothing.
+    # The heat is the weighted sum of the channels. Where it is negative, it speaks against the
+    # class, and becomes 0. Then it is enlarged to the image's size, (N, 32, 32).
     heat = (weights * activations).sum(1, keepdim=True).relu().detach().cpu()  # (N, 1, 8, 8)
     heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+
+    # The smallest normal number instead of a maximum of 0: 0 divided by it is 0.
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 
 def beside_heat(image: Tensor, heat: Tensor, scale: int = 8) -> np.ndarray:
-    """Put a picture beside itself under its heat, enlarged.
+    """Return a picture of an image, and to its right the same image coloured by its heat.
 
-    image uint8 (3, H, W), heat float32 (H, W) -> uint8 (scale * H, scale * 2 W, 3).
+    image: uint8 (3, H, W), on the CPU.
+    heat: float32 (H, W), in [0, 1], on the CPU.
+
+    Returns uint8 (scale * H, scale * 2 * W, 3): each pixel is enlarged to a square.
     """
     plain = image.permute(1, 2, 0).numpy()  # (H, W, 3)
     colours = 255 * matplotlib.colormaps["inferno"](heat.numpy())[..., :3]  # (H, W, 3)
     heated = (0.45 * plain + 0.55 * colours).round().astype(np.uint8)
-    return np.hstack([plain, heated]).repeat(scale, axis=0).repeat(scale, axis=1)
+    both = np.hstack([plain, heated])  # (H, 2 * W, 3)
+    return both.repeat(scale, axis=0).repeat(scale, axis=1)

@@ -1,4 +1,4 @@
-"""The report's network, a CIFAR ResNet (He et al. 2015, arXiv:1512.03385), and its file."""
+"""The report's network, a CIFAR ResNet (He et al. 2015, arXiv:1512.03385), and its weights."""
 
 import hashlib
 import json
@@ -20,9 +20,10 @@ from cifar_lib.errors import InputError, explained
 from cifar_lib.files import parse_object, read_regular, write_atomically
 
 PARAMETER_BUDGET = 5_000_000  # the competition's limit
-DEEPEST, WIDEST = 100, 10_000  # blocks in all; channels
-LARGEST_FILE = 100_000_000  # bytes
-PRETRAINED = "pretrained"  # stands for the weights that come with the package
+DEEPEST = 100  # the most blocks that a network may have, all stages together
+WIDEST = 10_000  # the most channels that a stage may have
+LARGEST_FILE = 100_000_000  # the most bytes that a file of weights may have
+PRETRAINED = "pretrained"  # given instead of a path, it means the weights of the package
 SHIPPED = Path(__file__).parent / "weights" / "report.safetensors"
 
 
@@ -55,8 +56,11 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """A 3x3 convolution, one stage per entry of `blocks`, average pooling and a linear layer.
 
-    Each stage after the first halves the image. Normalised float images (N, 3, H, W) become logits
-    (N, num_classes). `check_shape` says which shapes are sound.
+    blocks: how many blocks each stage has.
+    channels: how many channels each stage has. Each stage after the first halves height and width.
+
+    Normalised float images (N, 3, H, W) become logits (N, num_classes). `check_shape` checks
+    `blocks` and `channels`, where they come from outside.
     """
 
     def __init__(
@@ -68,11 +72,12 @@ class ResNet(nn.Module):
         super().__init__()
         self.blocks, self.channels, self.num_classes = tuple(blocks), tuple(channels), num_classes
 
-        # The stem keeps the image's size.
+        # The stem: a convolution that keeps height and width.
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
 
-        # layer1, layer2, ...: in each stage the first block changes the width and halves the image.
+        # The stages layer1, layer2, and so on. The first block of each stage changes the number of
+        # channels (the width) and, from layer2 on, halves the image.
         width_in = channels[0]
         for i, (depth, width) in enumerate(zip(blocks, channels, strict=True)):
             stage = [BasicBlock(width_in, width, stride=1 if i == 0 else 2)]
@@ -80,12 +85,13 @@ class ResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
             width_in = width
 
-        # The head.
+        # The head: the average over all places of the image, and from it one logit per class.
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels[-1], num_classes)
 
     @property
     def stages(self) -> list[nn.Module]:
+        """The stages layer1, layer2, and so on, in this order."""
         return [getattr(self, f"layer{i + 1}") for i in range(len(self.blocks))]
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W); the report's: (N, 3, 32, 32)
@@ -99,12 +105,14 @@ class ResNet(nn.Module):
 def check_shape(
     blocks: Sequence[int], channels: Sequence[int], budget: int = PARAMETER_BUDGET
 ) -> None:
-    """Check a shape that comes from outside: a configuration's or a file's.
+    """Check a network's shape that comes from a configuration or a file.
 
-    Raises InputError if it isn't a network's, or if its network has more than `budget` parameters.
+    Raises InputError if no network has this shape, or if its network would have more than `budget`
+    parameters.
     """
-    numbers = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels))
-    if not numbers or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
+    # `type(n) is int` refuses True and False, which `isinstance` would take for 1 and 0.
+    are_sizes = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels))
+    if not are_sizes or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
         what = f"as many blocks as channels, whole numbers from 1 to {WIDEST:,}"
         most = f"at most {DEEPEST} blocks in all; got {blocks} and {channels}"
         raise InputError(f"a network takes {what}, and {most}")
@@ -115,18 +123,16 @@ def check_shape(
 
 
 def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes: int = 10) -> int:
-    """Count the trainable parameters of `ResNet(blocks, channels, num_classes)`.
-
-    None of them is allocated.
-    """
-    with torch.device("meta"):
+    """Count the trainable parameters of `ResNet(blocks, channels, num_classes)`."""
+    with torch.device("meta"):  # tensors there have a shape and take no memory
         model = ResNet(blocks, channels, num_classes)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 # Its weights on disk.
 
-# JSON has lists where Python has tuples.
+# The types of a mean and a standard deviation in a file: three numbers in a sane range. JSON has no
+# tuples, so `strict=False` lets a list become one.
 Mean = Annotated[
     tuple[Annotated[float, Field(ge=-1e3, le=1e3)], ...],
     Field(min_length=3, max_length=3, strict=False),
@@ -138,13 +144,15 @@ Std = Annotated[
 
 
 class WeightsInfo(BaseModel, strict=True, frozen=True):
-    """What must be known of weights to use them: wrongly normalised images get wrong labels.
+    """What a file says about its weights, above all how to normalise images for them.
 
-    recipe, seed, data, epochs: how they were trained, for people.
-    mean, std: how images are normalised to predict them.
-    train_mean, train_std: how they were normalised in training; None in files of older versions.
-    temperature: what logits are divided by before they become probabilities; None if none was
-    fitted, for want of a validation part.
+    A network gives wrong labels to images that are normalised in another way.
+
+    recipe, seed, data, epochs: how the weights were trained, for people to read.
+    mean, std: what images are normalised by before the network predicts their classes.
+    train_mean, train_std: what training images were normalised by; None in files of older versions.
+    temperature: what logits are divided by before they become probabilities; None if it wasn't
+    fitted, which takes validation images.
     """
 
     recipe: str | None = None
@@ -165,14 +173,16 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
 
     @property
     def normalization(self) -> Normalization:
-        """How images are normalised to predict them."""
+        """How images are normalised before the network predicts their classes."""
         return Normalization(self.mean, self.std)
 
     @property
     def training_normalization(self) -> Normalization:
-        """How images were normalised in training; the recipe's name doesn't tell, as fields change.
+        """How images were normalised in training.
 
-        Raises InputError where the file doesn't say, as older ones don't.
+        The recipe's name doesn't tell, as each run may change the recipe's fields.
+
+        Raises InputError if the file doesn't say it, as files of older versions don't.
         """
         if self.train_mean is None or self.train_std is None:
             what = "expected the mean and std of the training (train_mean, train_std), found none"
@@ -180,30 +190,37 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
         return Normalization(self.train_mean, self.train_std)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return logits (N, 10) as probabilities, calibrated if there is a temperature."""
+        """Return the probabilities (N, 10) of logits (N, 10), calibrated if there is a temperature.
+
+        Without one, the logits aren't divided.
+        """
         return (logits / (self.temperature or 1.0)).softmax(1)
 
     def as_record(self) -> dict:
-        """Return what is known, for JSON, as files hold it."""
+        """Return the fields that aren't None, as a file's JSON holds them."""
         return self.model_dump(exclude_none=True)
 
 
 def save_model(path: Path, model: ResNet, info: WeightsInfo) -> None:
-    """Write weights as safetensors, with the network's shape and `info` to use them."""
+    """Write the model's weights to a safetensors file, with the network's shape and `info`.
+
+    Raises InputError if the file can't be written.
+    """
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # One key: safetensors writes several in random order, and equal weights should be equal bytes.
+    # All of it under one key: safetensors writes several keys in random order, and the file of
+    # equal weights should have equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info.as_record()})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, WeightsInfo]:
-    """Read a file that `save_model` has written.
+    """Read a file that `save_model` has written, or the package's own weights for `pretrained`.
 
-    Returns the network, float32 and in evaluation mode on the CPU, and what is known of its
-    weights. `pretrained` names the package's own, whose sha256 is checked.
+    Returns the network, float32 on the CPU and in evaluation mode, and what the file says about its
+    weights. The sha256 of the package's own file is checked.
 
-    Raises InputError if the file is missing or damaged, or its network gives no usable logits.
+    Raises InputError if the file is missing or damaged, or if its network gives no usable logits.
     """
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
     shipped = str(path) == PRETRAINED
@@ -220,21 +237,24 @@ def load_model(path: str | os.PathLike) -> tuple[ResNet, WeightsInfo]:
 
 
 def _parse(content: bytes) -> tuple[ResNet, WeightsInfo]:
-    """The network and the info of a safetensors file's content."""
+    """Return the network and the info that a safetensors file's `content` holds."""
     tensors = safetensors.torch.load(content)
+
+    # The metadata is in the file's header: its length in 8 bytes, then that many bytes of JSON.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = parse_object(header["__metadata__"]["cifar_lib"].encode())
     info = WeightsInfo.model_validate(metadata["info"])
 
-    # The network, once its shape is known to be one.
+    # Build the network only once its shape has been checked.
     blocks, channels = metadata["model"]["blocks"], metadata["model"]["channels"]
     check_shape(blocks, channels)
     model = ResNet(blocks, channels).eval()
     model.load_state_dict(tensors)
 
-    # Weights that aren't numbers would label everything an airplane.
+    # If weights are NaN, so are the logits, and argmax would call every image an airplane. Try one
+    # image, a ramp over the values that normalised images have.
     with torch.inference_mode():
-        logits = model(torch.linspace(-3, 3, 32).expand(1, 3, 32, 32))  # as normalised images are
+        logits = model(torch.linspace(-3, 3, 32).expand(1, 3, 32, 32))  # (1, 10)
     if not all(tensor.isfinite().all() for tensor in (*model.state_dict().values(), logits)):
         raise ValueError("its weights, or the logits they give, are not finite")
     return model, info

@@ -1,8 +1,9 @@
 """The operations of RandAugment, AutoAugment and TrivialAugment, on batches of uint8 images.
 
-Each operation is one function of the images (n, 3, 32, 32) and a magnitude; OPERATIONS lists them
-all. Their pixels are those of Pillow 10 to 13, to the last one (nearest pixel, black outside):
-tests/test_augment.py compares every operation at every magnitude and sign.
+Each operation is one function of the images, uint8 (n, 3, 32, 32), and a magnitude; OPERATIONS
+lists them all. They give exactly the pixels that Pillow 10 to 13 gives when it takes the nearest
+pixel and fills with black: tests/test_augment.py compares every operation at every magnitude and
+sign.
 """
 
 import math
@@ -19,14 +20,16 @@ from torchvision.transforms.v2 import functional as kernels
 
 from cifar_lib import hardware
 
-SIZE = 32
+SIZE = 32  # height and width of an image, in pixels
 NEAREST = reference.InterpolationMode.NEAREST
 
+# Operations that move pixels.
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
+# Operations whose magnitude may be negated: they go either way.
 SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
-# The order counts: random numbers choose among the operations by their position.
+# Random numbers choose operations by their position here, so another order would change training.
 OPS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
-AUTO_OPS = (*OPS, "Invert")  # AutoAugment's
+AUTO_OPS = (*OPS, "Invert")  # the operations of AutoAugment
 
 
 class Op(NamedTuple):
@@ -37,27 +40,38 @@ class Op(NamedTuple):
 
 
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
-    """What an operation's strength is in each bin, as torchvision has it.
+    """Return the magnitude of the operation `name` in each bin, as torchvision defines it.
 
-    Shears: the tangent of the angle. Translations: pixels. Rotate: degrees. Brightness, Color,
-    Contrast and Sharpness: by how much the factor differs from 1. Posterize: bits kept. Solarize:
-    the threshold. The others: 0, which they ignore. `wide` gives TrivialAugmentWide's ranges.
+    ShearX and ShearY: the tangent of the angle.
+    TranslateX and TranslateY: pixels.
+    Rotate: degrees.
+    Brightness, Color, Contrast, Sharpness: how much the factor differs from 1.
+    Posterize: how many bits are kept.
+    Solarize: the threshold.
+    All others: 0, which they ignore.
+
+    With `wide` the ranges are those of TrivialAugmentWide, else those of RandAugment, which
+    AutoAugment has too.
     """
+    # torchvision's table: {name: (its magnitudes, whether their sign is drawn)}.
     if wide:
         space = reference.TrivialAugmentWide()._augmentation_space(bins)
-    else:  # AutoAugment's are the same
+    else:
         space = reference.RandAugment()._augmentation_space(bins, (SIZE, SIZE))
+
+    # Invert isn't in it. An operation without magnitudes has a single 0 there: repeat it.
     values, _ = space.get(name, (torch.zeros(1), False))
     return values.float().expand(bins).tolist()
 
 
-# Operations that move pixels.
+# Operations that move pixels. Each pixel of the result is a copy of one pixel of the image, its
+# source pixel, or black.
 
 
 def move(name: str, images: Tensor, magnitude: float) -> Tensor:
-    """Shear, translate or rotate: every pixel is copied from the one that Pillow takes it from."""
+    """Shear, translate or rotate the images, with the same source pixels as Pillow."""
     source, is_inside = _source_pixels(name, magnitude, images.device)  # (1024,) each
-    # On a CPU gather with an expanded index is three times as fast as images[:, :, source].
+    # On a CPU, gather with an expanded index is three times as fast as images[:, :, source].
     index = source.expand(*images.shape[:2], -1)  # (n, 3, 1024)
     moved = images.flatten(2).gather(2, index)  # (n, 3, 1024)
     return moved.mul_(is_inside).view_as(images)
@@ -65,11 +79,12 @@ def move(name: str, images: Tensor, magnitude: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each of the 1024 pixels after a move, the pixel it was before, int64 (1024,), and whether
-    that lay inside the image, as 0 or 1, uint8 (1024,).
+    """Return where a move takes each of the 1024 pixels of its result from.
 
-    Pillow itself says so: it moves a picture whose pixels are numbered from 1, and 0 is outside.
+    The first tensor, int64 (1024,), is the source pixel's position in the flattened image. The
+    second, uint8 (1024,), is 1 where that lies inside the image, and 0 where the result is black.
     """
+    # Let Pillow tell: it moves a picture whose pixels are numbered from 1, and fills with 0.
     numbers = np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE)
     picture = Image.fromarray(numbers)
     moved = np.array(reference._apply_op(picture, name, magnitude, NEAREST, fill=None))
@@ -77,94 +92,117 @@ def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[T
     return (source - 1).clamp_(min=0), (source > 0).to(torch.uint8)
 
 
-# Operations that blend each image with a plainer one: base + (1 + change) (image - base).
+# Operations that blend each image with a plainer one, the base:
+# base + (1 + change) * (image - base). A positive change moves the image away from the base, a
+# negative one towards it.
 
 
 def brightness(images: Tensor, change: float) -> Tensor:
-    """Away from black, or towards it where `change` is negative."""
+    """Blend each image with black."""
     return _blend(images.new_zeros(1), images, change)
 
 
 def color(images: Tensor, change: float) -> Tensor:
-    """Away from the grey image, or towards it."""
+    """Blend each image with the same image in grey."""
     return _blend(_grey(images), images, change)
 
 
 def contrast(images: Tensor, change: float) -> Tensor:
-    """Away from the image's mean grey level, or towards it."""
+    """Blend each image with its own mean grey level, one number per image."""
     return _blend(_grey(images).mean((1, 2, 3), keepdim=True), images, change)
 
 
 def sharpness(images: Tensor, change: float) -> Tensor:
-    """Away from the smoothed image, or towards it."""
+    """Blend each image with the same image smoothed."""
     return _blend(_smooth(images), images, change)
 
 
 def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
-    """Pillow's blend: the base is rounded to whole levels, the result is cut at 0 and 255."""
+    """Blend as Pillow does: the base is rounded to whole levels, the result clamped to 0..255."""
     base = (base + 0.5).floor_()
-    # Neither lerp nor addcmul: they round once where Pillow rounds twice.
+    # lerp and addcmul won't do: they round once, Pillow rounds twice.
     blended = images.float().sub_(base).mul_(1 + change).add_(base)
     return blended.clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Grey levels, whole numbers as float32 (n, 1, 32, 32): exact, since no sum reaches 2**24."""
+    """Return grey levels, float32 (n, 1, 32, 32), which are whole numbers, as Pillow rounds them.
+
+    Below 2**24 float32 is exact for whole numbers, and no sum here reaches that.
+    """
     red, green, blue = images.float().split(1, dim=1)  # (n, 1, 32, 32) each
-    total = red * 19595 + green * 38470 + blue * 7471
-    return total.add_(32768).div_(65536).floor_()
+    total = red * 19595 + green * 38470 + blue * 7471  # the weights' sum is 65536
+    return total.add_(32768).div_(65536).floor_()  # adding one half first rounds to the nearest
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Each pixel averaged with its neighbours by (1 1 1, 1 5 1, 1 1 1) / 13, float32; the border
-    stays as it is."""
+    """Average each pixel with its eight neighbours: uint8 (n, 3, 32, 32) -> float32.
+
+    The weights are (1 1 1, 1 5 1, 1 1 1) / 13. The outermost pixels stay as they are.
+    """
     smooth = images.float()
+
+    # Sums of three pixels below one another, then of three such sums side by side.
     columns = smooth[:, :, :-2] + smooth[:, :, 1:-1]
-    columns.add_(smooth[:, :, 2:])  # (n, 3, 30, 32): sums of three rows
-    around = columns[..., :-2] + columns[..., 1:-1]
-    around.add_(columns[..., 2:])  # (n, 3, 30, 30): sums of three by three pixels
-    inner = smooth[:, :, 1:-1, 1:-1]
-    inner.copy_(around.add_(inner, alpha=4).mul_(1 / 13))
+    columns.add_(smooth[:, :, 2:])  # (n, 3, 30, 32)
+    squares = columns[..., :-2] + columns[..., 1:-1]
+    squares.add_(columns[..., 2:])  # (n, 3, 30, 30): each 3x3 square with equal weights
+
+    # The pixel in the middle counts once in its square, and four times more makes five.
+    inner = smooth[:, :, 1:-1, 1:-1]  # (n, 3, 30, 30), a view
+    inner.copy_(squares.add_(inner, alpha=4).mul_(1 / 13))
     return smooth
 
 
-# Operations on the levels of single pixels.
+# Operations that replace each value by another one, wherever in the image it is. All of them take
+# a magnitude; those that don't use it call it `_`.
 
 
 def identity(images: Tensor, _: float) -> Tensor:
+    """Return the images themselves."""
     return images
 
 
 def invert(images: Tensor, _: float) -> Tensor:
+    """Exchange dark and bright."""
     return 255 - images
 
 
 def posterize(images: Tensor, bits: float) -> Tensor:
-    """Only the highest bits of each value are kept."""
-    return images & (256 - 2 ** (8 - int(bits)))
+    """Keep only the highest `bits` of the 8 bits of each value."""
+    return images & (256 - 2 ** (8 - int(bits)))  # 4 bits: & 0b11110000
 
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
-    """Values at the threshold or above it are inverted."""
+    """Invert the values that are at the threshold or above it."""
+    # Values are whole numbers, so they reach the threshold where they reach the next whole one.
     return torch.where(images >= math.ceil(threshold), 255 - images, images)
 
 
 def autocontrast(images: Tensor, _: float) -> Tensor:
-    """Each channel is stretched to 0 to 255, unless it is constant. (Pillow's arithmetic may cut
-    the brightest value to 254.)"""
-    if images.device.type == hardware.APPLE_GPU:  # which lacks the float64 of Pillow
+    """Stretch each channel so that its values go from 0 to 255, unless it is constant.
+
+    As in Pillow, whose arithmetic this follows, the brightest value may come out as 254.
+    """
+    # Pillow computes in float64, which an Apple GPU doesn't have: there the CPU does it.
+    if images.device.type == hardware.APPLE_GPU:
         return autocontrast(images.cpu(), 0.0).to(images.device)
-    darkest, brightest = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+
+    # The limits of each channel. Those of a constant one become 0 and 255, which leaves it as it
+    # is.
+    darkest = images.amin((2, 3), keepdim=True)  # (n, 3, 1, 1)
+    brightest = images.amax((2, 3), keepdim=True)  # (n, 3, 1, 1)
     is_constant = darkest == brightest  # (n, 3, 1, 1)
     darkest = darkest.masked_fill(is_constant, 0).double()
     brightest = brightest.masked_fill(is_constant, 255).double()
-    # A plain 255 / x would be computed as 255 times 1 / x, which rounds differently.
-    scale = torch.tensor(255.0) / (brightest - darkest)
+
+    # PyTorch computes 255 / x as 255 * (1 / x), which rounds differently: so 255 is a tensor.
+    scale = torch.tensor(255.0) / (brightest - darkest)  # (n, 3, 1, 1)
     return images.double().mul_(scale).sub_(darkest * scale).to(torch.uint8)
 
 
 def equalize(images: Tensor, _: float) -> Tensor:
-    """Each channel's levels are spread so that they occur about equally often."""
+    """Spread each channel's values so that all of them occur about equally often."""
     return kernels.equalize(images)
 
 
@@ -184,5 +222,8 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """One operation on all images: uint8 (n, 3, 32, 32) -> the same shape; the images stay."""
+    """Apply the operation `name` to all images: uint8 (n, 3, 32, 32) -> the same shape and dtype.
+
+    The given tensor isn't changed; Identity returns that tensor.
+    """
     return OPERATIONS[name](images, magnitude)

@@ -13,18 +13,24 @@ from torch import Tensor
 from cifar_lib.errors import explained
 from cifar_lib.files import read_regular
 
-PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # EPS, say, would run a program
-MAX_PIXELS = 50_000_000  # of a picture: 200 MB once it is decoded
-# JPEG can be decoded at an eighth of its size, so that it may be larger: a phone's 108 megapixels.
-# One of several scans (progressive) is held whole, 6 bytes per pixel, and each scan goes over it.
-MAX_JPEG_PIXELS, MAX_BUFFERED_PIXELS, MAX_SCANS = 150_000_000, 64_000_000, 20
-# The brightest value of a picture of 16 bits is at least this: a quarter of the range. With less,
-# 8, 10, 12 or 14 bits, as cameras and scanners give them, were put into 16 without being scaled.
+# Pillow knows more formats, but not all of them are safe: for EPS, say, it runs a program.
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_PIXELS = 50_000_000  # in a picture: 200 MB once it is decoded
+# A JPEG may have more pixels, such as the 108 million of some phones, because it can be decoded at
+# an eighth of its width and height.
+MAX_JPEG_PIXELS = 150_000_000
+# A JPEG may spread its pixels over several scans (a progressive one does). Then all of it is held
+# in memory, at 6 bytes per pixel, and each scan is a pass over all of that.
+MAX_BUFFERED_PIXELS = 64_000_000
+MAX_SCANS = 20
+# The brightest value in a picture of 16 bits must be at least this, a quarter of the range. If it
+# is less, then probably the 8, 10, 12 or 14 bits of a camera or scanner were stored in 16 bits
+# without scaling them up.
 DIMMEST_16_BIT_WHITE = 1 << 14
 
 
 class _Unusable(ValueError):
-    """A picture is whole, but can't be used; `remedy` says what to do."""
+    """A picture isn't damaged, but can't be used. The attribute `remedy` says what to do."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(reason)
@@ -32,23 +38,25 @@ class _Unusable(ValueError):
 
 
 def read_picture(path: str | os.PathLike) -> Tensor:
-    """Return a picture file as a CIFAR-10 image, uint8 (3, 32, 32).
+    """Read a picture file and return it as a CIFAR-10 image, uint8 (3, 32, 32).
 
-    It is the picture's central square, scaled down with anti-aliasing, on white; of an animation,
-    its first frame. Values of 12, 16 or 32 bits are scaled by what the file says is white.
+    The image is the picture's central square, scaled to 32x32 with anti-aliasing. Transparent
+    pixels become white. An animation gives its first frame. Values of 12, 16 or 32 bits are scaled
+    so that white becomes 255.
 
-    Raises InputError for what isn't a picture, for one that is too large, and for values whose
-    brightness isn't known.
+    Raises InputError if the file isn't a picture, if the picture is too large, or if it isn't clear
+    which value is white.
     """
     remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
-    # Whatever Pillow stumbles over in a broken file; the error says what its warnings do.
+    # Pillow raises all kinds of errors for a broken file. Its warnings are left out, since the
+    # error says the same.
     with explained(f"picture: {path} can't be read", remedy, Exception):
         content = read_regular(Path(path), 4 * MAX_PIXELS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = _decode(content)
 
-    # Transparent pixels become white, and the central square becomes 32x32.
+    # Put the picture on white, and scale its central square to 32x32.
     background = Image.new("RGBA", picture.size, "white")
     opaque = Image.alpha_composite(background, picture).convert("RGB")
     square = ImageOps.fit(opaque, (32, 32), Image.Resampling.BOX)
@@ -56,51 +64,71 @@ def read_picture(path: str | os.PathLike) -> Tensor:
 
 
 def _decode(content: bytes) -> Image.Image:
-    """The picture upright, in 8 bits per value, RGBA."""
+    """Return the picture in a file's `content`: upright, RGBA, with 8 bits per value."""
     file = _open_picture(content)
     bits, white = _depth(file, content)
-    picture = ImageOps.exif_transpose(file)
+    picture = ImageOps.exif_transpose(file)  # upright, as the file says; this decodes it
     if bits > 8:
         picture = _in_8_bits(picture, file, bits, white)
     return picture.convert("RGBA")
 
 
 def _open_picture(content: bytes) -> Image.Image:
-    """The picture, not yet decoded; a large JPEG will be decoded at an eighth of its size."""
+    """Return the picture in a file's `content`, not yet decoded, if it isn't too large.
+
+    A large JPEG will be decoded at an eighth of its width and height.
+
+    Raises _Unusable if the picture is too large.
+    """
     try:
         file = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
     except Image.DecompressionBombError as error:
         raise _Unusable(str(error), "scale it down") from error
-    size, pixels = f"{file.width} x {file.height} pixels", file.width * file.height
+
+    size = f"{file.width} x {file.height} pixels"
+    pixels = file.width * file.height
     limit = MAX_PIXELS
     if isinstance(file, JpegImagePlugin.JpegImageFile) and pixels > MAX_PIXELS:
         buffered, scans = _scans(content, file.layers)
         limit = MAX_BUFFERED_PIXELS if buffered else MAX_JPEG_PIXELS
         if buffered and scans > MAX_SCANS:
             raise _Unusable(f"{size} in {scans} scans", "scale it down")
-        file.draft(None, (file.width // 8, file.height // 8))
+        file.draft(None, (file.width // 8, file.height // 8))  # the size to decode it at
     if pixels > limit:
         raise _Unusable(f"{size}, over {limit:,}", "scale it down")
     return file
 
 
 def _scans(content: bytes, components: int) -> tuple[bool, int]:
-    """Whether a JPEG must be held whole, since it takes several scans, and how many it has.
+    """Return whether a JPEG has several scans, so that it must be held whole, and how many.
 
-    The scans of pictures that a phone has put behind it are counted, too.
+    `components` is the number of its colour channels. If a phone has put further pictures into the
+    file, behind this one, their scans are counted too.
     """
-    progressive, place = False, 2
+    # After two bytes for the start of the picture come segments: 0xFF, a byte that says which kind
+    # of segment it is, two bytes for its length, its data. Go through them to the first scan, and
+    # look whether a frame's segment says "progressive".
+    progressive = False
+    place = 2
     while content[place + 1] != 0xDA:  # the start of a scan
-        progressive |= content[place + 1] in (0xC2, 0xC6, 0xCA, 0xCE)  # start of a frame
+        progressive |= content[place + 1] in (0xC2, 0xC6, 0xCA, 0xCE)  # a progressive frame
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+
+    # A scan's data begin with the number of its components: if some are missing, others follow.
     buffered = progressive or content[place + 4] < components
     return buffered, content[place:].count(b"\xff\xda")
 
 
 def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
-    """The bits of a value in the file, and which value is white, if the file says so."""
+    """Return how many bits a value has in the file, and which value is white.
+
+    The second is None if the file doesn't say it.
+
+    Raises _Unusable if the values are signed or floating-point numbers.
+    """
     if file.format == "PNG":
-        return content[24], _significant_bits(content)  # 24: in the header, behind the size
+        bits = content[24]  # in the header, after width and height
+        return bits, _white_of_significant_bits(content)
     if file.format == "TIFF":
         tags = file.tag_v2
         bits = max(tags.get(258, (1,)))  # BitsPerSample
@@ -109,12 +137,18 @@ def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
             kind = "floating-point" if 3 in kinds else "signed"
             raise _Unusable(f"its values are {kind} numbers", "save it with 8 bits per value")
         stated = max(tags.get(281, (0,)))  # MaxSampleValue
+        # Values of 12 bits aren't scaled up in the file, so 12 ones are white.
         return bits, stated or (4095 if bits == 12 else None)
     return 8, None
 
 
-def _significant_bits(content: bytes) -> int | None:
-    """White by a PNG's sBIT chunk, where that says that fewer bits count than are stored."""
+def _white_of_significant_bits(content: bytes) -> int | None:
+    """Return the largest value that a PNG's significant bits can hold; None if it doesn't say it.
+
+    Its sBIT chunk says how many bits the values had before they were stored with more.
+    """
+    # After 8 bytes of signature come chunks: 4 bytes for the length of the data, 4 for the kind of
+    # chunk, the data, 4 for a checksum. Those from the first IDAT on hold the pixels.
     place = 8
     while (kind := content[place + 4 : place + 8]) not in (b"", b"IDAT"):
         if kind == b"sBIT":
@@ -126,18 +160,27 @@ def _significant_bits(content: bytes) -> int | None:
 def _in_8_bits(
     picture: Image.Image, file: Image.Image, bits: int, white: int | None
 ) -> Image.Image:
-    """The picture of a file of more than 8 bits per value, scaled so that `white` becomes 255."""
+    """Scale a `picture` of more than 8 bits per value so that `white` becomes 255.
+
+    `file` is the file that it was read from. `bits` and `white` are what `_depth` says of it.
+
+    Raises _Unusable if it isn't clear which value is white.
+    """
     remedy = "stretch it to the full range, or save it with 8 bits per value"
+
+    # The largest value. Pillow reads grey values whole, but of colours only the upper 8 bits.
     grey = picture.mode.startswith("I")
     if grey:
         values = np.asarray(picture)  # uint16 or int32 (H, W)
         largest = int(values.max())
-    else:  # of colours Pillow has kept the upper 8 bits
+    else:
         largest = 256 * max(picture.getchannel(c).getextrema()[1] for c in _colours(picture))
 
-    # PNG's sBIT leaves room for both: it asks for scaled values, and some programs don't scale.
+    # Which value is white. A PNG with an sBIT chunk should have scaled its values up to all bits,
+    # but some programs don't. So sBIT's white counts only if no value is above it.
     if file.format == "PNG" and white is not None and largest > white:
         white = None
+    # If the file doesn't say it, the full range of 16 bits is taken, if that is plausible.
     if white is None:
         white = 65535
         if bits > 16:
@@ -147,15 +190,20 @@ def _in_8_bits(
             raise _Unusable(f"{what}, and says no maximum", remedy)
     if largest > white or (grey and values.min() < 0):
         raise _Unusable(f"it has values outside of 0 to {white:,}, its maximum", remedy)
+
+    # The upper 8 bits of colours are right as they are if white has 16. Otherwise Pillow has
+    # dropped bits that count.
     if not grey:
         if white < 65535:
             raise _Unusable(f"its colours have {bits} bits, and white is {white:,}", remedy)
         return picture
 
-    scaled = np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)
-    white_is_zero = file.format == "TIFF" and file.tag_v2.get(262) == 0  # the photometric tag
+    # Scale grey values. A TIFF may count from white to black.
+    scaled = np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)  # (H, W)
+    white_is_zero = file.format == "TIFF" and file.tag_v2.get(262) == 0  # PhotometricInterpretation
     return Image.fromarray(255 - scaled if white_is_zero else scaled)
 
 
 def _colours(picture: Image.Image) -> tuple[str, ...]:
+    """Return the names of the picture's channels, without that of transparency."""
     return tuple(band for band in picture.getbands() if band not in "Aa")

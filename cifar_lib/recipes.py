@@ -14,53 +14,62 @@ from cifar_lib.errors import InputError
 from cifar_lib.hardware import PRECISIONS
 from cifar_lib.model import check_shape
 
-# How text reads: "3,4,3" or "(3, 4, 3)", and "none" where a field may be None.
+# Values may come as text from the command line: "3,4,3" or "(3, 4, 3)" becomes a list, and "none"
+# becomes None where a field may be None.
 Split = BeforeValidator(lambda v: v.strip("()[] ").split(",") if isinstance(v, str) else v)
 OrNone = BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "none" else v)
-# The ranges of more than one field.
+# Ranges that several fields share.
 Count = Annotated[int, Field(ge=0, lt=10**6)]
 Positive = Annotated[int, Field(ge=1, lt=10**6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Mean = Annotated[tuple[float, float, float], Split]
 Std = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=3, max_length=3), Split]
-# Below 16, oneDNN's 1x1 convolutions write past their memory (uxlfoundation/oneDNN#6035).
+# With fewer than 16 channels oneDNN's 1x1 convolutions write to memory that isn't theirs
+# (uxlfoundation/oneDNN#6035).
 Width = Annotated[int, Field(ge=16)]
 
 
 @checked
 class TrainConfig:
-    """What is trained and how. The defaults are the published run, quirks included."""
+    """What is trained and how. The defaults are the published run's, quirks included."""
 
-    recipe: str = "report"
+    recipe: str = "report"  # the recipe's name, which stays if fields are changed
+    # how many blocks, and how many channels, each stage of the network has
     blocks: Annotated[tuple[int, ...], Split] = (3, 4, 3)
     channels: Annotated[tuple[Width, ...], Field(min_length=1), Split] = (66, 132, 264)
     epochs: Positive = 60
     batch_size: Positive = 128  # the last batch of an epoch takes what is left
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the peak
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the peak of the schedule
     warmup_epochs: Count = 10
-    # published: the report's, by epoch; cosine: by step, down to 0
+    # published: the report's, which changes once per epoch; cosine: changes each step, ends at 0
     schedule: Literal["published", "cosine"] = "published"
     momentum: Fraction = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
-    # the report's s: s / 9 on each wrong class
+    # s in the report's definition: each of the nine wrong classes gets s / 9
     label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(data.CLASSES))] = 0.05
-    half_size_epochs: Count = 0  # first epochs, never the last, at 16x16: a quarter of the cost
-    policy: Policy = Policy()
-    mean: Mean = data.CIFAR10_MEAN  # by which training images are normalised
+    # how many epochs at the start, never the last one, see 16x16 images at a quarter of the cost
+    half_size_epochs: Count = 0
+    policy: Policy = Policy()  # the augmentation
+    mean: Mean = data.CIFAR10_MEAN  # what training images are normalised by
     std: Std = data.PUBLISHED_STD
-    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # and those that are predicted
+    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # what images to be predicted are normalised by
     test_std: Std = data.PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-    precision: Literal[PRECISIONS] = "fp32"  # auto: half, where the hardware is good for it
-    # torch.compile; None: on a GPU, for runs that are worth it
+    precision: Literal[PRECISIONS] = "fp32"  # auto: bf16 or fp16, where the hardware is fast at it
+    # whether to use torch.compile; None: on a GPU, for runs that are long enough to gain by it
     compile: Annotated[bool | None, OrNone] = None
-    train_size: Annotated[Positive | None, OrNone] = None  # a stratified part; None: all images
-    validation_size: Count = 0  # of these, held out and evaluated each epoch
+    # how many training images to take, each class in its share; None: all
+    train_size: Annotated[Positive | None, OrNone] = None
+    validation_size: Count = 0  # how many of those are held out, and evaluated each epoch
     watch_test: bool = True  # evaluate the test set each epoch, as the report did
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> "TrainConfig":
+        """Check fields against each other; pydantic has checked each by itself.
+
+        Raises InputError if they don't go together.
+        """
         check_shape(self.blocks, self.channels)
         if self.nesterov and not self.momentum:
             raise InputError("nesterov: expected a momentum above 0, got 0: set both or neither")
@@ -73,13 +82,14 @@ class TrainConfig:
 
     @property
     def test_normalization(self) -> Normalization:
-        """How images are normalised to predict them."""
+        """How images are normalised before their classes are predicted."""
         return Normalization(self.test_mean, self.test_std)
 
 
 REPORT = TrainConfig()
-# Values that brought a nearly identical network (blocks 3, 3, 3; 64, 128, 256 channels) to 96.05 %
-# in 65 epochs, at rate 0.2: davdcharizard/autoresearch-cifar10, one run.
+# These values are taken from davdcharizard/autoresearch-cifar10, where one run of 65 epochs at a
+# learning rate of 0.2 brought a nearly identical network (blocks 3, 3, 3; channels 64, 128, 256) to
+# 96.05 %.
 BEST = replace(
     REPORT,
     recipe="best",
@@ -87,7 +97,7 @@ BEST = replace(
     warmup_epochs=5,
     nesterov=True,
     weight_decay=5e-4,
-    label_smoothing=0.09,  # 0.1 in PyTorch's definition
+    label_smoothing=0.09,  # this is 0.1 in PyTorch's definition
     policy=Policy(ops="none", erasing=0.0, cutout=16),
     std=data.CIFAR10_STD,
     test_mean=data.CIFAR10_MEAN,
@@ -114,21 +124,25 @@ RECIPES = {config.recipe: config for config in (REPORT, BEST, QUICK)}
 def recipe(name: str, /, **changes: object) -> TrainConfig:
     """Return the recipe of that name with some fields changed.
 
-    `policy.<field>` reaches into the augmentation. Values may be of the field's type, or text that
-    reads as one ("0.1", "true", "3,4,3", "none").
+    `policy.<field>` changes a field of the augmentation. A value has the field's type, or is text
+    that stands for such a value ("0.1", "true", "3,4,3", "none").
 
     Raises InputError for an unknown recipe or field, and for a value that doesn't fit.
     """
     if name not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
+
+    # Take the changes of the augmentation out of the others.
     inner = {field for field in changes if field.startswith("policy.")}
     policy = {field.removeprefix("policy."): changes.pop(field) for field in inner}
+
+    # pydantic checks the values. The first error that it finds is reported, in one line.
     try:
         config = replace(RECIPES[name], **changes)
         return replace(config, policy=asdict(config.policy) | policy)
     except ValidationError as error:
         wrong = error.errors()[0]
-        if not wrong["loc"]:  # fields that don't go together
+        if not wrong["loc"]:  # it is about no single field: `_fields_go_together` has raised it
             raise wrong["ctx"]["error"] from None
         field = ".".join(map(str, wrong["loc"]))
         reason = wrong["msg"].replace("Input should be", "expected")
@@ -138,23 +152,29 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
 
 
 def learning_rate(config: TrainConfig, epoch: float) -> float:
-    """Return the learning rate at `epoch`, counted from 0; its fraction is the part that is done.
+    """Return the learning rate at `epoch`.
 
-    Below, p is the peak, E the number of epochs and w that of warm-up.
+    Epochs are counted from 0, and a fraction says how far the epoch has come: 2.5 is the middle of
+    the third one. Below, e is the epoch, E the number of epochs, w the number of warm-up epochs and
+    p the peak. During warm-up, while e < w, the rate is p * e / w under both schedules.
 
-    published: by whole epochs e: p e / w for e < w, then p (1 + cos(pi (e - w/2) / (E - w/2))) / 2.
-    The report's program starts its cosine at half the warm-up, so the rate jumps from 0.9 p to
-    0.98 p, and the peak is never reached.
+    published: e is rounded down, so the rate changes once per epoch. After warm-up it is
+    p * (1 + cos(pi * (e - w/2) / (E - w/2))) / 2. The report's program starts the cosine at half
+    the warm-up: so its rate jumps from 0.9 p to 0.98 p, and never reaches the peak.
 
-    cosine: step by step, linear over the warm-up (at most half the epochs), then
-    p (1 + cos(pi (epoch - w) / (E - w))) / 2.
+    cosine: the rate changes each step, and w is at most E / 2. After warm-up it is
+    p * (1 + cos(pi * (e - w) / (E - w))) / 2.
     """
     peak, warmup, total = config.learning_rate, config.warmup_epochs, config.epochs
+
+    # Where the cosine starts.
     if config.schedule == "published":
         epoch = math.floor(epoch)
         start = warmup / 2
     else:
         start = warmup = min(warmup, total / 2)
+
+    # A straight line up, then half a cosine down.
     if epoch < warmup:
         return peak * epoch / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (epoch - start) / max(total - start, 1)))

@@ -1,4 +1,9 @@
-"""Domain shift: adapting a network to images of another kind, without their labels."""
+"""Domain shift: adapting a network to images that differ from its training images, without labels.
+
+A file of images to predict may differ in two ways. Its pixels may be shifted: darker, noisier,
+blurred. And its class mix may differ: half of them may be cats. Adapting removes a shift, but takes
+a class mix for one. `predict_adapted` tells them apart by the predictions.
+"""
 
 import copy
 import math
@@ -12,24 +17,30 @@ from cifar_lib.evaluate import batches, predict
 from cifar_lib.hardware import computing
 
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
-PRIOR = 16  # images that the training statistics count for: Schneider et al. found 8 to 32 best
-BALANCED = "normalize+batchnorm"  # where classes are about equally frequent: verdict.json chose it
-UNBALANCED = "none"  # where they are not: batch-norm statistics would carry the class mix
-# How far from equal the predicted class shares of n images may be, as `imbalance` counts it. Equal
-# classes, drawn n times, deviate by 5 sqrt(2 * 0.1 * 0.9 / (pi n)) = 1.2 / sqrt(n) on average; the
-# margin leaves room for the classes that a strong shift favours.
-CHANCE, MARGIN = 1.2, 0.05
-# Confidence that adapting may cost. On the unbalanced files of 300 images by which it was chosen
-# (results/shift/class_balance.csv, "choose"), it costs 0.037 to 0.410 where adapting loses
-# accuracy, and at most 0.018 where it gains, but for two files: 0.073 for half cats, pixelated,
-# and 0.133 for ships with noise, where adapting gains one image.
+PRIOR = 16  # the training statistics count as so many images: Schneider et al. found 8 to 32 best
+# The adaptation if the classes are about equally frequent, as results/shift/verdict.json chose it.
+BALANCED = "normalize+batchnorm"
+# The adaptation if they aren't: batch-norm statistics would contain the class mix.
+UNBALANCED = "none"
+# The imbalance of n predicted classes that is allowed: CHANCE / sqrt(n) + MARGIN. If n images are
+# drawn from equally frequent classes, their imbalance is 5 sqrt(2 * 0.1 * 0.9 / (pi n)) =
+# 1.2 / sqrt(n) on average. The margin is for a strong shift, which makes the network favour some
+# classes.
+CHANCE = 1.2
+MARGIN = 0.05
+# How much mean confidence adapting may cost. The value was chosen on unbalanced files of 300 images
+# ("choose" in results/shift/class_balance.csv). If adapting loses accuracy there, it costs 0.037 to
+# 0.410 of confidence. If it gains accuracy, it costs at most 0.018, except on two files: 0.073 on
+# pixelated images of which half are cats, and 0.133 on ships with noise, where it gains one image.
 DOUBT = 0.03
-# How alike the two networks' class counts must be, as `agreement` counts it: a class mix shows in
-# both. "choose" files of 300 images on which adapting loses accuracy have 0.59 and more. Balanced
-# images with the strongest pixelation, on which adapting wins about 20 points in spite of its
-# doubt, have less than 0 (tests/test_shift.py).
+# The `agreement` from which on the adapted and the unadapted network see the same class mix. On the
+# same files, if adapting loses accuracy, it is 0.59 or more. On balanced images with the strongest
+# pixelation it is below 0: there adapting gains about 20 points of accuracy, although it costs
+# confidence (tests/test_shift.py).
 AGREEMENT = 0.5
-STATISTICS_BATCH = 250  # images; the variance between batches is not in the statistics
+# Images per batch when batch-norm statistics are measured. A variance is then the average of those
+# inside each batch; the variance between batches isn't in it.
+STATISTICS_BATCH = 250
 
 
 @torch.no_grad()
@@ -40,16 +51,19 @@ def adapt(
     normalization: Normalization,
     precision: str = "fp32",
 ) -> tuple[nn.Module, Normalization]:
-    """Return the network and the normalization to predict unlabelled images with.
+    """Return a network and a normalization, adapted to unlabelled images, to predict these with.
 
-    images: uint8 (N, 3, 32, 32), the whole set, whose statistics every `method` but `none` uses.
+    images: uint8 (N, 3, 32, 32), all images of a set: adapting uses their statistics.
 
-    none: as they come.
-    normalize: normalised by the images' own channel statistics, as the report does.
-    batchnorm: a copy of the network whose batch norms have statistics of these images, mixed with
-    the training ones (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016, arXiv:1603.04779).
+    method:
+    none changes nothing.
+    normalize returns the normalization by the images' own channel statistics, as the report does.
+    batchnorm returns a copy of the network, whose batch norms have the statistics of these images
+    mixed with those of training (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016,
+    arXiv:1603.04779).
+    normalize+batchnorm does both.
 
-    Raises InputError if a channel is constant and the images are to be normalised by their own.
+    Raises InputError if the images' own channel statistics are needed and a channel is constant.
     """
     assert method in ADAPTATIONS, method
     if "normalize" in method:
@@ -62,17 +76,21 @@ def adapt(
 def _with_statistics_of(
     images: Tensor, model: nn.Module, normalization: Normalization, precision: str
 ) -> nn.Module:
-    """A copy whose batch norms have mixed these images' statistics into the training ones."""
+    """Return a copy of `model` whose batch norms have these images' statistics, mixed with its own.
+
+    images: uint8 (N, 3, 32, 32).
+    """
     adapted = copy.deepcopy(model).eval()
 
-    # Forget the training statistics, and gather those of these images.
+    # Forget the training statistics, and measure those of these images: a batch norm in training
+    # mode does that as the images pass.
     for layer in _batch_norms(adapted):
         layer.reset_running_stats()
-        layer.momentum = None  # the plain mean over batches
+        layer.momentum = None  # every batch counts the same
         layer.train()
     _forward(adapted, images, normalization, precision)
 
-    # Mix the training ones in, as if they were of PRIOR more images.
+    # Mix the training statistics in, as if they came from PRIOR more images.
     share = PRIOR / (PRIOR + len(images))
     for layer, trained in zip(_batch_norms(adapted), _batch_norms(model), strict=True):
         layer.running_mean.lerp_(trained.running_mean, share)
@@ -82,11 +100,11 @@ def _with_statistics_of(
 
 
 class Adapted(NamedTuple):
-    """Logits float32 (N, 10), the adaptation that made them, and why it was taken, in one line."""
+    """What `predict_adapted` returns: the logits, and which adaptation was used and why."""
 
-    logits: Tensor
-    method: str
-    why: str
+    logits: Tensor  # float32 (N, 10), on the CPU
+    method: str  # BALANCED or UNBALANCED
+    why: str  # in one line
 
 
 def predict_adapted(
@@ -98,25 +116,28 @@ def predict_adapted(
 ) -> Adapted:
     """Predict unlabelled images, uint8 (N, 3, 32, 32), adapted unless their class mix forbids it.
 
-    Statistics of a file carry its class mix as well as its shift: on 300 images of one class,
-    batch norm removes what makes them that class. So the predictions are looked at. Where the
-    adapted classes are far from equally frequent, the unadapted network predicts too, and
-    `is_misled` decides between them.
+    The statistics of a file contain its class mix as well as its shift: on 300 images of one class,
+    an adapted batch norm removes what distinguishes that class from others. So the predictions
+    decide. If the adapted network predicts classes that are far from equally frequent, the
+    unadapted one predicts too, and `is_misled` chooses between the two.
 
     Raises InputError if a channel is constant.
     """
-    # Adapt, and look at the classes that this predicts.
+    # Predict with the adapted network. If its classes are balanced, that is the answer.
     network, own_normalization = adapt(BALANCED, model, images, normalization, precision)
     adapted = predict(network, images, own_normalization, precision, tta)
     counts = class_counts(adapted)
     if is_balanced(counts):
         return Adapted(adapted, BALANCED, "the predicted classes are balanced")
 
-    # They are far from balanced: is that the file's classes, or a strong shift?
+    # They aren't balanced. The file's class mix may be the reason, or a strong shift: predict
+    # without adapting, to compare.
     unadapted = predict(model, images, normalization, precision, tta)
     unadapted_counts = class_counts(unadapted)
     sure, adapted_sure = confidence(unadapted), confidence(adapted)
     allowed = allowed_imbalance(len(images))
+
+    # Choose, and say why.
     why = f"classes are unbalanced ({imbalance(counts):.2f} from equal, {allowed:.2f} allowed)"
     if is_misled(counts, unadapted_counts, sure - adapted_sure):
         why = f"{why}, and adapting lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
@@ -129,51 +150,55 @@ def predict_adapted(
 
 
 def is_misled(counts: Tensor, unadapted_counts: Tensor, confidence_lost: float) -> bool:
-    """Whether the classes of a file, and not a shift, unbalance what an adapted network predicts.
+    """Return whether adapting to a file has removed its class mix, and not a shift.
 
-    counts, unadapted_counts: int64 (10,), the images of each predicted class, with adapting and
-    without.
+    counts: int64 (10,), how many images the adapted network predicts to be of each class.
+    unadapted_counts: the same for the unadapted network.
     confidence_lost: by how much adapting lowers the mean confidence.
 
-    A class mix shows without adapting too, and adapting to it costs confidence. A strong shift
-    makes the unadapted network doubt, or see quite other classes.
+    If the file's class mix isn't balanced, both networks predict a similar mix, and adapting costs
+    confidence. If there is a strong shift, adapting costs little confidence or none, or the
+    unadapted network predicts quite another mix.
     """
     both_see_it = agreement(counts, unadapted_counts) >= AGREEMENT
     return not is_balanced(counts) and both_see_it and confidence_lost > DOUBT
 
 
 def is_balanced(counts: Tensor) -> bool:
-    """Whether predictions, int64 (10,) per class, are as equal as chance makes them."""
+    """Return whether class counts, int64 (10,), are as nearly equal as `allowed_imbalance` asks."""
     return imbalance(counts) <= allowed_imbalance(int(counts.sum()))
 
 
 def allowed_imbalance(n: int) -> float:
-    """The imbalance of n predicted classes that chance and a strong shift may make."""
+    """Return the imbalance of n predicted classes that chance and a strong shift may cause."""
     return MARGIN + CHANCE / math.sqrt(n)
 
 
 def imbalance(counts: Tensor) -> float:
-    """How far classes, int64 (10,), are from equally frequent, from 0 to 0.9.
+    """Return how far class counts, int64 (10,), are from equal: 0 if they are, 0.9 for one class.
 
-    It is the total variation distance of their shares from equal ones: the part of the images that
-    would have to change class.
+    It is the fraction of the images that would have to change class to make them equal (the total
+    variation distance from equal shares).
     """
-    shares = counts / counts.sum()
+    shares = counts / counts.sum()  # (10,)
     return (shares - 1 / len(CLASSES)).abs().sum().item() / 2
 
 
 def agreement(counts: Tensor, others: Tensor) -> float:
-    """The correlation of two networks' class counts, int64 (10,) each, from -1 to 1."""
+    """Return the correlation of two networks' class counts, int64 (10,) each: from -1 to 1."""
     return torch.corrcoef(torch.stack([counts, others]).double())[0, 1].item()
 
 
 def class_counts(logits: Tensor) -> Tensor:
-    """How many of N images are predicted to be of each class: logits (N, 10) -> int64 (10,)."""
+    """Count how many of N images are predicted to be of each class: (N, 10) -> int64 (10,)."""
     return logits.argmax(1).bincount(minlength=len(CLASSES))
 
 
 def confidence(logits: Tensor) -> float:
-    """The mean over the images of the likeliest class's probability, of logits (N, 10)."""
+    """Return the mean confidence: the likeliest class's probability, averaged over logits (N, 10).
+
+    Here the logits aren't divided by a temperature.
+    """
     return logits.softmax(1).amax(1).mean().item()
 
 
@@ -181,31 +206,36 @@ def confidence(logits: Tensor) -> float:
 def rebase_batch_norm(
     model: nn.Module, images: Tensor, normalization: Normalization, precision: str = "fp32"
 ) -> nn.Module:
-    """Return a copy that computes the same, with batch norms written around other statistics.
+    """Return a copy of `model` that computes the same from other batch-norm statistics.
 
-    images: uint8 (N, 3, 32, 32), plain training images, whose statistics they are.
+    images: uint8 (N, 3, 32, 32), training images without augmentation. The copy's batch norms have
+    their statistics.
 
-    Training leaves statistics of augmented images, and weights that expect other images to deviate
-    from them. `adapt` would take that deviation away together with the shift; around those of plain
-    images only the shift is left.
+    The statistics that training leaves are those of augmented images, from which plain images
+    deviate; the weights have learnt to expect that. Without this, `adapt` would remove that
+    deviation together with the shift. If the statistics are those of plain images, only the shift
+    deviates from them.
     """
     model = copy.deepcopy(model).eval()
 
-    # Measure the variance and mean of what comes into each batch norm, batch by batch.
+    # Measure the variance and the mean of each batch norm's input, (b, channels, H, W), in each
+    # batch.
     moments: dict[nn.Module, list[Tensor]] = {layer: [] for layer in _batch_norms(model)}
 
     def measure(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        moments[layer].append(torch.stack(torch.var_mean(inputs[0].float(), (0, 2, 3))))
+        variance_and_mean = torch.var_mean(inputs[0].float(), (0, 2, 3))  # (channels,) each
+        moments[layer].append(torch.stack(variance_and_mean))  # (2, channels)
 
     hooks = [layer.register_forward_pre_hook(measure) for layer in moments]
     _forward(model, images, normalization, precision)
     for hook in hooks:
         hook.remove()
 
-    # Exchange the statistics, and undo the exchange in weight and bias.
+    # Replace the statistics. A batch norm computes scale * (x - mean) + bias, so a new bias and a
+    # new weight keep its result the same.
     for layer, measured in moments.items():
         variance, mean = torch.stack(measured).mean(0)  # (channels,) each
-        scale = layer.weight / (layer.running_var + layer.eps).sqrt()
+        scale = layer.weight / (layer.running_var + layer.eps).sqrt()  # (channels,)
         layer.bias += scale * (mean - layer.running_mean)
         layer.weight.copy_(scale * (variance + layer.eps).sqrt())
         layer.running_mean.copy_(mean)
@@ -214,13 +244,14 @@ def rebase_batch_norm(
 
 
 def _batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """Return the model's batch norms, from the first to the last."""
     return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def _forward(
     model: nn.Module, images: Tensor, normalization: Normalization, precision: str
 ) -> None:
-    """Let the model see all images, for what its layers measure."""
+    """Run the model on all images, uint8 (N, 3, 32, 32), only so that its layers can measure."""
     for inputs in batches(model, images, normalization, STATISTICS_BATCH):
         with computing(inputs.device, precision):
             model(inputs)
