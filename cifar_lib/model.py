@@ -168,7 +168,7 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
     @model_validator(mode="after")
     def _both_or_neither(self) -> "WeightsInfo":
         if (self.train_mean is None) != (self.train_std is None):
-            raise ValueError("of train_mean and train_std, one is missing")
+            raise ValueError("one of train_mean and train_std is missing")
         return self
 
     @property

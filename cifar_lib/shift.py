@@ -143,9 +143,9 @@ def predict_adapted(
         why = f"{why}, and adapting lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
         return Adapted(unadapted, UNBALANCED, why)
     if agreement(counts, unadapted_counts) < AGREEMENT:
-        why = f"{why}, but without adapting they would be quite others, as on a strong shift"
+        why = f"{why}, but without adapting they would be very different, as on a strong shift"
     else:
-        why = f"{why}, but adapting doesn't lower the confidence ({sure:.1%} to {adapted_sure:.1%})"
+        why = f"{why}, but adapting hardly lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
     return Adapted(adapted, BALANCED, why)
 
 
