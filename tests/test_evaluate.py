@@ -197,6 +197,7 @@ def test_grad_cam_of_a_network_that_averages_is_the_class_activation_map(images)
     model.stages[-1].register_forward_hook(lambda *arguments: activations.append(arguments[2]))
     heat = grad_cam(model, images[:3], torch.tensor([3, 5, 7]), NORMALIZATION)
     assert heat.shape == (3, 32, 32) and not heat.requires_grad and heat[0].max() == 0
+    assert len(model.stages[-1]._forward_hooks) == 1  # the one above: Grad-CAM leaves none
 
     weights = model.linear.weight[[5, 7], :, None, None]
     small = (weights * activations[0][1:]).sum(1, keepdim=True).relu()  # (2, 1, 16, 16)

@@ -146,8 +146,8 @@ WRONG_ENTRIES = [
         for value in ([0.2] * 4, [0.2] * 2, [1, 1, 1e-4], [1, 1, 1001])
     ),
     ("info", "std", [1, 1, 10**400], "100 digits"),
-    ("info", "train_mean", [0.5] * 3, "one is missing"),
-    ("info", "train_std", [0.2] * 3, "one is missing"),
+    ("info", "train_mean", [0.5] * 3, "train_std is missing"),
+    ("info", "train_std", [0.2] * 3, "train_std is missing"),
     *(("info", "temperature", value, "temperature") for value in ("warm", 0.049, 20.1, NAN)),
     ("tensors", "linear.weight", torch.ones(7, 4), "size mismatch for linear.weight"),
     ("tensors", "linear.bias", torch.full((10,), NAN), "are not finite"),
