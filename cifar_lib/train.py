@@ -215,6 +215,7 @@ def train_one_epoch(
     """
     config = step.config
     plan = plan or plan_epoch(config, len(train), epoch)
+    bar = tqdm(disable=True) if bar is None else bar
     steps = math.ceil(len(train) / config.batch_size)
     # The last epoch has the full size, whatever is configured: that is how images are predicted.
     half_size = epoch < min(config.half_size_epochs, config.epochs - 1)
@@ -230,10 +231,8 @@ def train_one_epoch(
         if step.device.type != "cuda" or i % LOOK_EVERY == 0:
             mean_loss, accuracy = totals.means()
             _refuse_divergence(mean_loss, epoch, i)
-            if bar is not None:
-                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
-        if bar is not None:
-            bar.update(len(labels))
+            bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
+        bar.update(len(labels))
 
     mean_loss, accuracy = totals.means()
     _refuse_divergence(mean_loss, epoch, steps - 1)
