@@ -1,3 +1,5 @@
+"""The data that several test files use."""
+
 from pathlib import Path
 
 import pytest
@@ -6,9 +8,8 @@ import torch
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
 from notebooks.course.stand_in import generate_stand_in
 
-torch.set_num_threads(
-    1
-)  # on tensors this small, threads only wait for each other: ten times slower on busy cores
+# On tensors this small, threads only wait for each other: ten times slower on busy cores.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -28,16 +29,15 @@ def stand_in() -> tuple[ImageSet, ImageSet]:
 
 @pytest.fixture(scope="session")
 def pictures() -> torch.Tensor:
-    """A dozen images that real ones resemble in one way or another: uint8 (12, 3, 32, 32)."""
+    """A dozen images with what real ones have in one way or another: uint8 (12, 3, 32, 32)."""
     generator = torch.Generator().manual_seed(7)
     ramp = torch.linspace(0, 255, 32)
     across, down = ramp.expand(32, 32), ramp[:, None].expand(32, 32)
     gradients = [
         torch.stack([across, down, 255 - across]),
         torch.stack([(across + down) / 2] * 3),  # grey
-        torch.stack(
-            [100 + across / 8, 90 + down / 8, 110 + across / 16]
-        ),  # low contrast, narrow histogram
+        # Low contrast, a narrow histogram.
+        torch.stack([100 + across / 8, 90 + down / 8, 110 + across / 16]),
     ]
     noise = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
     flat = torch.tensor([200, 30, 90], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
