@@ -56,7 +56,7 @@ def refuses(path: Path, message: str, **options: object) -> None:
 
 
 def test_a_write_replaces_the_file_keeps_the_old_one_and_leaves_nothing_else(tmp_path):
-    path, kept = tmp_path / "deep" / "file", tmp_path / "deep" / "kept"
+    path, kept = tmp_path / "deep" / "er" / "file", tmp_path / "deep" / "er" / "kept"
     for content in (b"one", b"two", b"three"):
         write_atomically(path, content, keep=kept)
     assert contents(path.parent) == {"file": b"three", "kept": b"two"}

@@ -133,6 +133,11 @@ def test_the_order_of_the_values_is_told_by_smoothness(tmp_path):
     grey = generate_stand_in(50, 0)[0].images[:, :1].expand(-1, 3, -1, -1)
     check_layouts(tmp_path, grey)
 
+    # However numpy has stored them.
+    backwards = np.asfortranarray(grey.permute(0, 2, 3, 1).numpy())
+    read = read_test_file(written(tmp_path, {"data": backwards, "ids": list(range(50))}))
+    assert torch.equal(read.images, grey)
+
     # Nothing contradicts what the shape says.
     flat = torch.tensor([[200, 30, 90], [7, 7, 7]], dtype=torch.uint8)
     data = {"data": flat[:, None, None].expand(2, 32, 32, 3).numpy(), "ids": [0, 1]}

@@ -136,8 +136,10 @@ def test_weights_know_their_normalisations_and_what_their_logits_are_worth(tmp_p
 
 ROW, NAN = torch.ones(4), math.nan
 WRONG_ENTRIES = [
-    *(("shape", "blocks", value, "") for value in (3, None, {"a": 1}, ["1"], "11", [20_000])),
-    *(("shape", "blocks", value, "") for value in ([[1]], [1, 1])),
+    *(("shape", "blocks", value, "") for value in (3, None, {"a": 1}, ["1"], "11")),
+    ("shape", "blocks", [[1]], "as many blocks as channels"),
+    ("shape", "blocks", [1, 1], "as many blocks as channels"),
+    ("shape", "blocks", [101], "at most 100 blocks"),
     ("shape", "blocks", [2], "Missing key"),
     *(("info", "mean", value, "mean") for value in (0.5, None, [0.5, 0.4, "0.3"], [0, 0, NAN])),
     *(("info", "mean", value, "mean") for value in ([0, 0, -1001], [0, 0, 1001], [0.2] * 4)),
