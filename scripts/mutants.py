@@ -326,8 +326,10 @@ def deciding(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
     wanted = {f"{mutant.module}:{mutant.line + i}" for i in range(mutant.old.count("\n") + 1)}
     direct = {name for name, t in sound.items() if wanted & set(t["lines"])}
     files = {name.split("::")[0] for name in direct if wanted & set(sound[name]["shared"])}
+    # What runs in child processes isn't traced: the module's own tests may start them.
+    files.add(f"tests/test_{mutant.module}.py")
     names = direct | {name for name in sound if name.split("::")[0] in files}
-    # It runs when the module is imported, or only in child processes: anyone may notice.
+    # It runs when the module is imported, and there are no tests of that name: anyone may notice.
     names = names or set(sound)
     return sorted(names, key=lambda name: sound[name]["seconds"])
 

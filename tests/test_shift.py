@@ -142,6 +142,11 @@ def logits_of(labels: torch.Tensor, scale: float = 5) -> torch.Tensor:
     return scale * torch.nn.functional.one_hot(labels, 10).float()
 
 
+def uneven(first: int, other: int) -> torch.Tensor:
+    """Labels of 300 images: `first` of class 0, and `other` of each other class."""
+    return torch.arange(10).repeat_interleave(torch.tensor([first] + 9 * [other]))
+
+
 TEN, TWO, ONE = (torch.arange(300) % n for n in (10, 2, 1))
 
 
@@ -153,6 +158,8 @@ TEN, TWO, ONE = (torch.arange(300) % n for n in (10, 2, 1))
         (logits_of(TEN[:30].clamp(min=2)), None, shift.BALANCED, "are balanced"),
         # Unbalanced, and adapting makes the network doubt.
         (logits_of(TWO, 2), logits_of(ONE), "none", "lowers"),
+        # So it does where the unadapted network's classes are alike, and just balanced.
+        (logits_of(uneven(75, 25), 2), logits_of(uneven(39, 29)), "none", "lowers"),
         # Unbalanced as well, but it is the shift that makes the unadapted network doubt.
         (logits_of(TWO), logits_of(ONE, 2), shift.BALANCED, "hardly lowers"),
         # A shift makes one class of all images, and the network is sure of it.
