@@ -216,7 +216,9 @@ class Reach:
         if not frame.f_code.co_filename.startswith(self.package):
             return None
         if event in ("line", "call"):
-            self.hits.add(f"{Path(frame.f_code.co_filename).stem}:{frame.f_lineno}")
+            # No Path: a test may have said that this is Windows.
+            name = os.path.basename(frame.f_code.co_filename).removesuffix(".py")
+            self.hits.add(f"{name}:{frame.f_lineno}")
         return self._trace
 
     @pytest.hookimpl(wrapper=True)
