@@ -257,9 +257,11 @@ def _forget_cached_results(package: str) -> None:
 
 
 def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int:
-    """pytest's exit code, in this (forked) process, with the package of `tree`."""
+    """pytest's exit code, in this (forked) process, with the package of `tree`.
+
+    The tree's pyproject.toml puts the tree itself before everything else that is importable.
+    """
     os.chdir(tree)
-    sys.path[0] = str(tree)
     del sys.modules["scripts"]  # this checkout's: the tests import the tree's
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
