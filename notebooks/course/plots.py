@@ -203,7 +203,7 @@ def _draw_progress(ax: Axes, history: pd.DataFrame, epochs: int) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.axhline(0.1, color=RED, linestyle=":", label="guessing")
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left")
 
 
 def _draw_answer(ax: Axes, probabilities: np.ndarray | None, label: int) -> None:

@@ -19,10 +19,10 @@ def gradients(function, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Ten
 @pytest.mark.parametrize(
     ("images", "inputs", "outputs", "height", "width"),
     [
-        (3, 16, 16, 32, 32),
+        (3, 64, 64, 32, 32),
         (2, 66, 66, 16, 16),
-        (5, 20, 33, 4, 4),
-        (1, 17, 24, 8, 12),
+        (5, 70, 83, 4, 4),
+        (1, 67, 74, 8, 12),
         (40, 264, 264, 8, 8),
     ],
 )
@@ -46,23 +46,24 @@ def test_it_takes_the_convolutions_that_fit_and_leaves_the_others_alone(monkeypa
         cifar_winograd._Convolution, "apply", lambda x, weight: taken.append(tuple(x.shape))
     )
     plain = torch.nn.Conv2d
-    x = torch.randn(1, 16, 8, 8)
+    x = torch.randn(1, 64, 8, 8)
     with Winograd():
-        plain(16, 16, 3, padding=1, bias=False)(x)
+        plain(64, 64, 3, padding=1, bias=False)(x)
         for other in (
-            plain(16, 16, 3, padding=1),
-            plain(16, 16, 3, stride=2, padding=1, bias=False),
-            plain(16, 16, 1, bias=False),
-            plain(16, 16, 3, bias=False),
-            plain(16, 16, 3, padding=2, dilation=2, bias=False),
-            plain(16, 16, 3, padding=1, groups=16, bias=False),
+            plain(64, 64, 3, padding=1),
+            plain(64, 64, 3, stride=2, padding=1, bias=False),
+            plain(64, 64, 1, bias=False),
+            plain(64, 64, 3, bias=False),
+            plain(64, 64, 3, padding=2, dilation=2, bias=False),
+            plain(64, 64, 3, padding=1, groups=64, bias=False),
         ):
             assert other(x) is not None
-        assert plain(16, 16, 3, padding=1, bias=False)(x[:, :, :6, :6]) is not None
-        assert plain(3, 16, 3, padding=1, bias=False)(x[:, :3]) is not None
-        assert plain(16, 16, 3, padding=1, bias=False).double()(x.double()) is not None
-    assert taken == [(1, 16, 8, 8)]
-    plain(16, 16, 3, padding=1, bias=False)(x)  # outside
+        assert plain(64, 64, 3, padding=1, bias=False)(x[:, :, :6, :6]) is not None
+        assert plain(3, 64, 3, padding=1, bias=False)(x[:, :3]) is not None
+        assert plain(64, 32, 3, padding=1, bias=False)(x) is not None  # too narrow to gain
+        assert plain(64, 64, 3, padding=1, bias=False).double()(x.double()) is not None
+    assert taken == [(1, 64, 8, 8)]
+    plain(64, 64, 3, padding=1, bias=False)(x)  # outside
     assert len(taken) == 1
 
 
