@@ -36,9 +36,10 @@ full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, in
 	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
 	  $(PY) -m scripts.archive_run runs/$$recipe-seed$$seed; \
 	done; done
+	$(PY) -m scripts.store_answers
 
-notebooks: .venv/ready  ## the full profile into the committed notebooks and figures/
-	CIFAR_PROFILE=full $(PY) -m scripts.build_pages --in-place
+notebooks: .venv/ready  ## outputs into the committed notebooks, and their figures into figures/
+	CIFAR_FIGURES=figures $(PY) -m scripts.build_pages --in-place
 
 benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)

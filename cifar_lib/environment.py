@@ -12,18 +12,26 @@ from cifar_lib.errors import InputError
 
 # What kind of value each variable has.
 VARIABLES = {
-    "CIFAR_PROFILE": "word",
+    "CIFAR_RECIPE": "word",
     "CIFAR_DEVICE": "device",
     "CIFAR10_ROOT": "folder",
     "CIFAR10_MIRROR": "address",
     "CIFAR_TEST_FILE": "file",
     "CIFAR_WEIGHTS": "file",
     "CIFAR_RUNS": "folder",
+    "CIFAR_FIGURES": "folder",
 }
 
 # The words that a variable may be set to: instead of a path, or, for the kind "word", as its only
 # values. The first of those is the default.
-WORDS = {"CIFAR_PROFILE": ("quick", "full"), "CIFAR_WEIGHTS": ("pretrained", "trained")}
+WORDS = {
+    "CIFAR_RECIPE": ("auto", "small", "short", "report", "best"),
+    "CIFAR_WEIGHTS": ("pretrained", "trained"),
+}
+# Variables of older versions, and what to set instead: silently, they would do nothing.
+RETIRED = {
+    "CIFAR_PROFILE": "notebooks look at all images now; CIFAR_RECIPE says what notebook 3 trains"
+}
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
 # Packages that only some sections of the notebooks need, and what pip has to install for each. The
@@ -83,8 +91,11 @@ def make_absolute(base: Path) -> None:
 
     Relative paths are taken from `base`. Empty variables are unset.
 
-    Raises InputError if a variable has a wrong value.
+    Raises InputError if a variable has a wrong value, or is one that no longer exists.
     """
+    for name, instead in RETIRED.items():
+        if os.environ.get(name, "").strip():
+            raise InputError(f"{name}: this variable is gone: unset it ({instead})")
     for name in VARIABLES:
         value = read(name, base)
         if value is None:

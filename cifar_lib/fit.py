@@ -4,26 +4,42 @@ import json
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import ImageSet, stratified_split
 from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, fit_temperature, predict, summarize
-from cifar_lib.hardware import choose_device, choose_precision, describe, prepare
+from cifar_lib.hardware import (
+    background_thread,
+    choose_device,
+    choose_precision,
+    describe,
+    prepare,
+)
 from cifar_lib.model import WeightsInfo, save_model
 from cifar_lib.recipes import REPORT, TrainConfig, learning_rate
 from cifar_lib.shift import rebase_batch_norm
-from cifar_lib.train import State, Step, plan_epoch, smooth_cross_entropy, train_one_epoch
+from cifar_lib.train import (
+    State,
+    Step,
+    at_size,
+    has_half_size,
+    plan_epoch,
+    smooth_cross_entropy,
+    train_one_epoch,
+)
 
 MANY_STEPS = 2000  # with as many, compiling for minutes pays off on a GPU
 REBASED_ON = 5000  # at most so many training images give the batch-norm statistics that are saved
 ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what a result's last digits depend on
+AfterEpoch = Callable[[nn.Module, list[dict]], None]
 RETIRED = {"ranks": 1}  # settings that were removed, with the value that today's code has for them
 
 
@@ -34,10 +50,15 @@ def fit(
     test: ImageSet,
     device: str = "auto",
     log: Callable[[str], None] = print,
+    after_epoch: AfterEpoch | None = None,
 ) -> dict:
     """Train into a run directory, or go on with what is there; then evaluate.
 
     Returns the run's metrics, as metrics.json has them. A finished run isn't trained again.
+
+    log: called with each line of progress.
+    after_epoch: called after each epoch with the network and the history up to this epoch. If the
+    epoch's images had half size, it is a network that halves its images first.
 
     Raises InputError if the directory holds another run, if images have no labels, and for a
     configuration that can't be trained on these images or this device.
@@ -67,12 +88,12 @@ def fit(
         # Train the epochs that are left, and evaluate these sets after each.
         step = Step(state, config, log)
         watched = {"validation": validation, "test": test.to(device) if config.watch_test else None}
-        _train_epochs(step, run, part, watched, log)
+        _train_epochs(step, run, part, watched, log, after_epoch)
         run.write_rows("history.csv", state.history)  # a kill right after a checkpoint lost a row
 
         # Evaluate.
         info = _describe_weights(state, config, train.source, validation)
-        score = summarize(_predict(state, config, test), test.labels)
+        score = summarize(_predict(state.model, config, test), test.labels)
 
         # Save a network that computes the same, so that the score is its own; but its batch norms
         # have the statistics of unaugmented images, which `shift.adapt` needs.
@@ -164,6 +185,7 @@ def _train_epochs(
     train: ImageSet,
     watched: dict[str, ImageSet | None],
     log: Callable[[str], None],
+    after_epoch: AfterEpoch | None,
 ) -> None:
     """Train the epochs that are left; each ends with a log line, a history row and a checkpoint.
 
@@ -173,7 +195,7 @@ def _train_epochs(
     state, config, n = step.state, step.config, len(train)
     begin = len(state.history)
     with (
-        ThreadPoolExecutor(max_workers=1) as background,
+        background_thread() as background,
         tqdm(total=config.epochs * n, initial=begin * n, unit="img", leave=False) as bar,
     ):
         written: Future = background.submit(lambda: None)  # nothing to wait for yet
@@ -187,11 +209,14 @@ def _train_epochs(
             loss, train_accuracy = train_one_epoch(step, train, epoch, plan, bar)
             images_per_second = n / (time.perf_counter() - began)
 
-            # Evaluate. The learning rate in the row is the one at the epoch's start.
+            # Evaluate, on images of the size that the epoch trained on: a network that has only
+            # seen small ones knows little about large ones. The learning rate in the row is the
+            # one at the epoch's start.
+            network = at_size(state.model, has_half_size(config, epoch))
             row = {"epoch": epoch, "learning_rate": learning_rate(config, epoch)}
             row |= {"train_loss": loss, "train_accuracy": train_accuracy}
             for name, images in watched.items():
-                row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(state, config, images)
+                row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(network, config, images)
             state.history.append(row)
             seconds = time.perf_counter() - began
             timing = {"epoch": epoch, "seconds": seconds, "images_per_second": images_per_second}
@@ -201,6 +226,8 @@ def _train_epochs(
             written.result()
             written = background.submit(_write, run, state.content(), state.history[:], timing)
             log(_line(row, images_per_second, config.epochs))
+            if after_epoch is not None:
+                after_epoch(network, state.history[:])
         written.result()
 
 
@@ -211,19 +238,19 @@ def _write(run: RunDirectory, content: dict, history: list[dict], timing: dict) 
 
 
 def _watch(
-    state: State, config: TrainConfig, images: ImageSet | None
+    network: nn.Module, config: TrainConfig, images: ImageSet | None
 ) -> tuple[float | None, float | None]:
     """Loss and accuracy on a set that is evaluated each epoch; (None, None) without images."""
     if images is None:
         return None, None
-    logits, labels = _predict(state, config, images), images.labels.cpu()
+    logits, labels = _predict(network, config, images), images.labels.cpu()
     loss = smooth_cross_entropy(logits, labels, config.label_smoothing)
     return loss.item(), accuracy(logits, labels)
 
 
-def _predict(state: State, config: TrainConfig, images: ImageSet) -> torch.Tensor:
+def _predict(network: nn.Module, config: TrainConfig, images: ImageSet) -> torch.Tensor:
     """Logits float32 (N, 10) on the CPU, by the test normalisation and the run's precision."""
-    return predict(state.model, images.images, config.test_normalization, config.precision)
+    return predict(network, images.images, config.test_normalization, config.precision)
 
 
 def _line(row: dict, images_per_second: float, epochs: int) -> str:
@@ -246,7 +273,7 @@ def _describe_weights(
     """
     temperature = None
     if validation is not None:
-        logits = _predict(state, config, validation)
+        logits = _predict(state.model, config, validation)
         temperature = round(fit_temperature(logits, validation.labels), 4)
     return WeightsInfo(
         recipe=config.recipe,

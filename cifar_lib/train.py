@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cifar_lib.augment import SHUFFLING, Draws, augment, draw, random_stream
@@ -217,8 +217,7 @@ def train_one_epoch(
     plan = plan or plan_epoch(config, len(train), epoch)
     bar = tqdm(disable=True) if bar is None else bar
     steps = math.ceil(len(train) / config.batch_size)
-    # The last epoch has the full size, whatever is configured: that is how images are predicted.
-    half_size = epoch < min(config.half_size_epochs, config.epochs - 1)
+    half_size = has_half_size(config, epoch)
     totals = Totals(step.device)
     step.state.model.train()
 
@@ -237,6 +236,19 @@ def train_one_epoch(
     mean_loss, accuracy = totals.means()
     _refuse_divergence(mean_loss, epoch, steps - 1)
     return mean_loss, accuracy
+
+
+def has_half_size(config: TrainConfig, epoch: int) -> bool:
+    """Return whether the epoch, counted from 0, sees images at half size.
+
+    The last epoch has the full size, whatever is configured: that is how images are predicted.
+    """
+    return epoch < min(config.half_size_epochs, config.epochs - 1)
+
+
+def at_size(model: nn.Module, half_size: bool) -> nn.Module:
+    """Return the model itself, or one that first averages its images down to half size."""
+    return nn.Sequential(nn.AvgPool2d(2), model) if half_size else model
 
 
 class Totals:

@@ -1,10 +1,13 @@
-"""`pytest --nbmake notebooks`, as typed: this environment's kernel, figures really there."""
+"""`pytest --nbmake notebooks`, as typed: this environment's kernel, and outputs that are right."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import NotebookNode
 from nbmake.nb_run import NotebookRun
 
 from cifar_lib import environment
@@ -14,6 +17,8 @@ from cifar_lib.errors import InputError
 # "python3" of another interpreter in the user's folder would run the notebooks (jupyter_client#35).
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Variables that make notebooks print other numbers than those that are stored.
+OTHER_OUTPUTS = ("CIFAR_RECIPE", "CIFAR_WEIGHTS", "CIFAR_TEST_FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,18 +33,49 @@ _execute = NotebookRun.execute
 
 
 def _execute_and_look(self):
-    """A notebook can be green and show nothing: each call of session.show must give a picture."""
+    """Run the notebook; then look whether its pictures came out, and its text still holds."""
     result = _execute(self)
     if result.error is None:
-        code = [cell for cell in result.nb.cells if cell.cell_type == "code"]
-        asked = sum(cell.source.count("session.show(") for cell in code)
-        shown = sum(
-            "image/png" in output.get("data", {}) for cell in code for output in cell.outputs
-        )
-        assert shown >= asked > 0, (
-            f"{self.filename.name} calls session.show {asked} times, {shown} pictures came out"
-        )
+        _check_pictures(result.nb, self.filename.name)
+        _check_numbers(result.nb, self.filename)
     return result
+
+
+def _check_pictures(notebook: NotebookNode, name: str) -> None:
+    """A notebook can be green and show nothing: each call of session.show must give a picture."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    asked = sum(cell.source.count("session.show(") for cell in code)
+    shown = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert shown >= asked > 0, f"{name} calls session.show {asked} times, {shown} pictures came out"
+
+
+def _check_numbers(executed: NotebookNode, path: Path) -> None:
+    """The text describes the outputs that are stored: whoever runs a notebook must see the same.
+
+    Cells with the tag `varies` are left out: times, and what depends on the machine's training. On
+    stand-in data, and where a variable asks for something else, nothing is compared.
+    """
+    printed = [
+        output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])
+    ]
+    on_stand_in_data = any("Going on with generated stand-in data" in text for text in printed)
+    if on_stand_in_data or any(os.environ.get(name) for name in OTHER_OUTPUTS):
+        return
+    stored = nbformat.read(path, as_version=4)
+    for now, then in zip(executed.cells, stored.cells, strict=True):
+        if now.cell_type == "code" and "varies" not in now.metadata.get("tags", []):
+            assert _numbers(now) == _numbers(then), (
+                f"{path.name}, cell {now.id}: it prints {_numbers(now)}, stored is {_numbers(then)}"
+            )
+
+
+def _numbers(cell: NotebookNode) -> list[str]:
+    """Return the numbers that a cell has printed or shown as a table."""
+    texts = [output.text for output in cell.outputs if output.output_type == "stream"]
+    pages = [output.data.get("text/html", "") for output in cell.outputs if "data" in output]
+    for page in pages:
+        texts += re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", page)
+    return re.findall(r"-?\d[\d,.]*(?:e[+-]?\d+)?%?", " ".join(texts))
 
 
 NotebookRun.execute = _execute_and_look

@@ -2,7 +2,7 @@
 
     python -m scripts.build_pages [--in-place] [NAME...]
 
-Which profile they run in is CIFAR_PROFILE's to say (quick, the default, or full).
+docs/setup.md lists the environment variables that say what they train and look at.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def honest_pictures() -> list[bytes]:
 def honest_run() -> dict[str, bytes]:
     """The files of a run of one epoch, by name."""
     cli.load_cifar10 = lambda *_: generate_stand_in(60, 20)
-    words = "train --recipe quick --epochs 1 --train-size 60 --set validation_size=0 --device cpu"
+    words = "train --recipe small --epochs 1 --train-size 60 --device cpu"
     settings = [f"--set={field}={value}" for field, value in NETWORK.items()]
     quiet = io.StringIO()
     with (
@@ -154,7 +154,7 @@ def checkpoint() -> bytes:
 
 @functools.cache
 def state() -> State:
-    return State(recipe("quick", **NETWORK), torch.device("cpu"))
+    return State(recipe("small", **NETWORK), torch.device("cpu"))
 
 
 def read_checkpoint(path: Path) -> None:
@@ -163,7 +163,7 @@ def read_checkpoint(path: Path) -> None:
 
 
 def configuration() -> bytes:
-    content = nasty_json(asdict(RECIPES["quick"]))
+    content = nasty_json(asdict(RECIPES["small"]))
     return mutated(content) if random.random() < 0.3 else content
 
 

@@ -80,11 +80,11 @@ def test_batch_norm_gets_channels_last_images_but_for_apple(request, half_size):
 def test_weights_lie_in_memory_as_their_device_wants_it(request, stand_in, monkeypatch):
     monkeypatch.setenv("CIFAR_WEIGHTS", PRETRAINED)
     monkeypatch.setattr("notebooks.course.session.choose_device", lambda name: CPU)
-    session = Session("quick", *stand_in, stand_in[1], recipe("quick"))
+    session = Session(*stand_in)
 
     def layouts() -> list[bool]:
         options = argparse.Namespace(device="cpu", precision="fp32", weights=PRETRAINED)
-        models = [cli._load(options)[0], session.trained_model()[0]]
+        models = [cli._load(options)[0], session.network().model]
         return [is_channels_last(model.layer1[0].conv1.weight) for model in models]
 
     assert layouts() == [True, True]

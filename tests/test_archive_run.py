@@ -33,7 +33,7 @@ def script(tmp_path, monkeypatch, cifar10):
 
 def trained(folder: Path, images, seed: int, **changes: str) -> Path:
     train, test = images
-    config = recipe("quick", **{**SMALL, "seed": str(seed), **changes})
+    config = recipe("small", **{**SMALL, "seed": str(seed), **changes})
     fit(config, folder / f"{seed}", train, test[:100], "cpu", log=lambda _: None)
     return folder / f"{seed}"
 
@@ -45,15 +45,15 @@ def read(path: Path) -> dict:
 def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_path, cifar10):
     run = trained(tmp_path, cifar10, 42)
     metrics = script.archive(run)
-    weights = script.WEIGHTS / "quick.safetensors"
+    weights = script.WEIGHTS / "small.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     listed = (script.WEIGHTS / "SHA256SUMS").read_text(encoding="utf-8")
-    assert listed == f"{digest}  quick.safetensors\n"
+    assert listed == f"{digest}  small.safetensors\n"
     model, info = load_model(weights)
     whole, _ = load_model(run / "model.safetensors")
     assert torch.equal(model.conv1.weight, whole.conv1.weight.half().float())
     assert info.temperature == metrics["half_precision"]["temperature"] > 0
-    folder = script.RESULTS / "quick-seed42"
+    folder = script.RESULTS / "small-seed42"
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
     assert read(folder / "metrics.json") == json.loads(json.dumps(metrics))
     assert metrics["test"] == read(run / "metrics.json")["test"]
@@ -64,15 +64,15 @@ def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar
     scores = [100 * script.archive(run)["test"]["accuracy"] for run in runs]
     assert not list(script.WEIGHTS.iterdir())
     mean, deviation = sum(scores) / 2, abs(scores[0] - scores[1]) / 2**0.5
-    expected = f"quick, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
-    assert script.over_seeds("quick") == expected
+    expected = f"small, 1 epochs, seed 0, 1: {mean:.2f}% ± {deviation:.2f}%"
+    assert script.over_seeds("small") == expected
 
     # Another configuration is no other seed, and takes the name of what was there.
     others = [trained(tmp_path / f"{i}", cifar10, 0, learning_rate=f"0.0{i}") for i in (1, 2)]
     for run in (*others, others[-1]):  # the last one twice
         script.archive(run)
-    assert len(script.over_seeds("quick").splitlines()) == 3
-    names = ("quick-seed0-1-epochs", "quick-seed1", "quick-seed0-1-epochs-2", "quick-seed0")
+    assert len(script.over_seeds("small").splitlines()) == 3
+    names = ("small-seed0-1-epochs", "small-seed1", "small-seed0-1-epochs-2", "small-seed0")
     assert {folder.name for folder in script.RESULTS.iterdir()} == set(names)
     for run, name in zip((*runs, *others), names, strict=True):
         assert read(script.RESULTS / name / "config.json") == read(run / "config.json")

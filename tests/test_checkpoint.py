@@ -23,7 +23,7 @@ def state(epoch: int) -> dict:
 def run(tmp_path) -> RunDirectory:
     """A run directory with the checkpoints of epochs 1 and 2."""
     run = RunDirectory(tmp_path / "run")
-    run.write_json("config.json", {"recipe": "quick"})
+    run.write_json("config.json", {"recipe": "small"})
     run.save(state(1))
     run.save(state(2))
     return run

@@ -31,13 +31,13 @@ from notebooks.course.corruptions import generate_test_file
 from notebooks.course.reference import SHIFT
 from notebooks.course.stand_in import generate_stand_in
 
-SETTINGS = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
-TRAIN = f"train --recipe quick --run run --epochs 1 --train-size 120 {SETTINGS} --device cpu"
+SETTINGS = "--set blocks=1,1 --set channels=16,32 --set batch_size=32 --set precision=fp32"
+TRAIN = f"train --recipe small --run run --epochs 1 --train-size 120 {SETTINGS} --device cpu"
 WEIGHTS = "--weights tiny.safetensors --device cpu"
 SUBMIT = f"submit {WEIGHTS} --test test.pkl"
 # Far apart in every channel, so that exchanging or replacing them changes the answers.
 INFO = WeightsInfo(
-    recipe="quick",
+    recipe="small",
     mean=(0.55, 0.35, 0.45),
     std=(0.15, 0.3, 0.2),
     train_mean=(0.3, 0.7, 0.5),
@@ -117,7 +117,7 @@ def test_info_gives_the_reports_table_and_learning_rates(capsys):
         assert number in said
     rates = said.splitlines()[-1].partition(": ")[2].split(" ")
     assert len(rates) == 60 and rates[:2] == ["0", "0.01"]
-    assert run("info --recipe quick") == 0 and "rates of quick" in capsys.readouterr().out
+    assert run("info --recipe small") == 0 and "rates of small" in capsys.readouterr().out
 
 
 def test_a_finished_training_is_read_not_trained_again(place, capsys):
@@ -196,7 +196,7 @@ def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_
     model, info = load_model("run/model.safetensors")
     assert info.training_normalization == Normalization(CIFAR10_MEAN, (0.3, 0.3, 0.3))
     assert info.normalization == Normalization(CIFAR10_MEAN, CIFAR10_STD)
-    _, held_out = split(images[0], recipe("quick", train_size=120, validation_size=40))
+    _, held_out = split(images[0], recipe("small", train_size=120, validation_size=40))
     logits = predict(model, held_out.images, info.normalization)
     fitted = fit_temperature(logits, held_out.labels)
     assert info.temperature == pytest.approx(fitted, rel=0.02) and not 0.9 < fitted < 1.1
@@ -263,8 +263,8 @@ def test_outputs_that_are_not_finite_make_no_submission(place, capsys):
 
 
 WRONG = [
-    ("info --recipe nope", "recipe: expected one of report, best, quick; got 'nope'"),
-    ("train --recipe quick", "the following arguments are required: --run"),
+    ("info --recipe nope", "recipe: expected one of report, best, short, small; got 'nope'"),
+    ("train --recipe small", "the following arguments are required: --run"),
     (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "set: expected FIELD=VALUE, got 'epochs'"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),

@@ -88,7 +88,7 @@ def test_a_named_gpu_computes_and_becomes_the_current_one_or_is_an_error_in_one_
 def test_a_broken_gpu_ends_a_training_before_its_folder_is_made(results, tmp_path, capsys):
     results["cuda"] = P100
     run = tmp_path / "run"
-    assert main(["train", "--recipe", "quick", "--run", str(run), "--device", "cuda"]) == 2
+    assert main(["train", "--recipe", "small", "--run", str(run), "--device", "cuda"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: device: ") and NO_KERNEL in error and error.count("\n") == 1
     assert not run.exists()

@@ -41,7 +41,7 @@ def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monk
     monkeypatch.setenv("USERPROFILE", str(home))  # Windows
     words = {
         "CIFAR_WEIGHTS": "trained",
-        "CIFAR_PROFILE": "full",
+        "CIFAR_RECIPE": "small",
         "CIFAR_DEVICE": "cuda:1",
         "CIFAR10_MIRROR": "https://example.org/cifar",
     }
@@ -72,7 +72,7 @@ def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monk
         ("CIFAR_RUNS", 'my runs"', "a value without quotes"),
         ("CIFAR10_ROOT", "'my data'", "a value without quotes"),
         ("CIFAR10_MIRROR", '"http://user:secret@host/x"', "a value without quotes"),
-        ("CIFAR_PROFILE", "fast", "quick or full, got fast: unset it for quick"),
+        ("CIFAR_RECIPE", "fast", "auto or small or .* or best, got fast: unset it for auto"),
         ("CIFAR_WEIGHTS", "absent.safetensors", "a file that exists, or pretrained, or trained"),
         ("CIFAR_TEST_FILE", ".", "a file that exists, got .*: correct the path"),
         ("CIFAR_RUNS", "~nobody-has-this-name/x", "a path on this machine"),

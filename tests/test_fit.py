@@ -94,6 +94,32 @@ def test_a_run_writes_all_its_files(stand_in, tmp_path):
     assert float(rows[-1]["test_accuracy"]) == metrics["test"]["accuracy"]
 
 
+def test_each_epoch_is_evaluated_and_shown_at_the_size_that_it_trained_at(stand_in, tmp_path):
+    shown = []
+
+    def look(network: torch.nn.Module, rows: list[dict]) -> None:
+        logits = predict(network, stand_in[1].images, config.test_normalization)
+        shown.append((len(rows), accuracy(logits, stand_in[1].labels), type(network).__name__))
+
+    config = tiny(half_size_epochs=2)
+    fit(config, tmp_path, *stand_in, device="cpu", log=lambda _: None, after_epoch=look)
+    assert [count for count, _, _ in shown] == [1, 2, 3]
+    assert [name for _, _, name in shown] == ["Sequential", "Sequential", "ResNet"]
+    watched = [float(row["test_accuracy"]) for row in history(tmp_path)]
+    assert [share for _, share, _ in shown] == pytest.approx(watched)
+
+
+def test_looking_at_a_run_changes_none_of_its_bytes(stand_in, tmp_path):
+    def look(network: torch.nn.Module, rows: list[dict]) -> None:
+        predict(network, stand_in[1].images, tiny().test_normalization)
+
+    for name, after_epoch in {"looked at": look, "alone": None}.items():
+        config, path = tiny(half_size_epochs=2), tmp_path / name
+        fit(config, path, *stand_in, "cpu", log=lambda _: None, after_epoch=after_epoch)
+    left, right = (content(tmp_path / name) for name in ("looked at", "alone"))
+    assert all(left[name] == right[name] for name in REPRODUCIBLE)
+
+
 def test_the_last_weights_are_the_ones_evaluated_and_kept_with_rebased_statistics(stand_in, whole):
     saved, metrics = RunDirectory(whole).load(), RunDirectory(whole).read_json("metrics.json")
     model, info = load_model(whole / "model.safetensors")

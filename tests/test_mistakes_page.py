@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_lib.data import CAT, CLASSES, DOG, ImageSet, Normalization
+from cifar_lib.data import CAT, CLASSES, DOG, ImageSet
 from cifar_lib.evaluate import confusion_matrix
 from cifar_lib.explain import grad_cam
-from cifar_lib.model import ResNet
+from cifar_lib.model import ResNet, WeightsInfo, save_model
 from notebooks.course import mistakes
+from notebooks.course.answers import Network, StoredAnswers
 from notebooks.course.mistakes import NetworkAnswers, mistakes_page
 from notebooks.course.stand_in import generate_stand_in
 from scripts import build_pages
@@ -494,18 +495,38 @@ def test_where_pillow_writes_no_webp_the_pictures_are_jpeg(visit, sets, monkeypa
     assert listed(visit(source)) == ids(13, 23, 3)
 
 
-def test_heat_maps_are_grad_cams_in_the_networks_own_cells(sets):
+def test_what_a_network_answers_comes_with_heat_maps_and_with_what_is_stored(sets, tmp_path):
     torch.manual_seed(0)
     _, test = sets
-    model = ResNet((1, 1, 1), (16, 16, 16)).eval()
-    half = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    known = mistakes.with_heat(network("first", FIRST), test, model, half)
-    assert known.heat.shape == (5, 2, 8, 8)
-    first = known.mistakes[0]
-    for of_class, heat in zip((DOG, CAT), known.heat[0], strict=True):
-        whole = grad_cam(model, test.images[first : first + 1], torch.tensor([of_class]), half)[0]
+    half = (0.5, 0.5, 0.5)
+    info = WeightsInfo(recipe="report", epochs=1, data="stand-in data", mean=half, std=half)
+    save_model(tmp_path / "model.safetensors", ResNet((1, 1, 1), (16, 16, 16)), info)
+    net = Network(tmp_path / "model.safetensors", torch.device("cpu"), "fp32")
+    known = mistakes.answers_of(net, test, temperature=2.0)
+    assert known.name == "report" and known.mirrored is None and known.nearest is None
+    assert torch.equal(known.logits, net.predict(test.images))
+    guesses = known.logits.argmax(1)
+    assert torch.equal(known.mistakes, (guesses != test.labels).nonzero()[:, 0])
+
+    assert known.heat.shape == (len(known.mistakes), 2, 8, 8)
+    last = known.mistakes[-1]
+    for of_class, heat in zip((guesses[last], test.labels[last]), known.heat[-1], strict=True):
+        image = test.images[last : last + 1]
+        whole = grad_cam(net.model, image, of_class[None], info.normalization)[0]
         middles = whole.view(8, 4, 8, 4)[:, 1:3, :, 1:3].mean((1, 3))
-        assert torch.allclose(heat, middles, atol=1e-6)
+        assert torch.allclose(heat, middles, atol=1e-5)
+
+    # Once its answers are stored: of the mirror images, and the nearest training images.
+    stored = {
+        "mistakes": known.mistakes,
+        "nearest": torch.zeros(len(known.mistakes), 5, dtype=torch.int64),
+        "cosines": torch.ones(len(known.mistakes), 5),
+    }
+    net.stored = StoredAnswers({"logits": {}}, stored)
+    known = mistakes.answers_of(net, test, temperature=2.0)
+    assert known.nearest is stored["nearest"] and known.cosines is stored["cosines"]
+    mirrored = net.predict(test.images.flip(3))
+    assert torch.allclose(known.mirrored, mirrored, atol=1e-4)
 
 
 def test_a_stored_notebook_leaves_the_page_out(one, monkeypatch):

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from nbclient import NotebookClient
 
-from cifar_lib import evaluate
-from cifar_lib.data import CAT, CLASSES, DOG, REAL, STAND_IN, Normalization
+from cifar_lib.data import CAT, CLASSES, DOG, REAL, STAND_IN
 from cifar_lib.errors import InputError
-from cifar_lib.model import ResNet, WeightsInfo
+from cifar_lib.model import ResNet, WeightsInfo, save_model
 from cifar_lib.recipes import recipe
-from notebooks.course import plots
+from notebooks.course import live_run, plots
+from notebooks.course.answers import Network, StoredAnswers
 from notebooks.course.inspector import Inspector
 from notebooks.course.reference import LABEL_CHECKS, published_confusion, published_history
 from notebooks.course.session import Session, show_source
@@ -218,7 +218,8 @@ def test_the_kernel_is_this_environments_and_figures_come_out_even_under_agg(tmp
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from types import SimpleNamespace\nfrom pathlib import Path\n"
         "from notebooks.course import plots\nfrom notebooks.course.session import Session\n"
-        f"place = SimpleNamespace(profile='quick', folder=Path({str(tmp_path)!r}), note=None)\n"
+        f"place = SimpleNamespace(folder=Path({str(tmp_path)!r}), note=None)\n"
+        "place._picture = lambda *given: Session._picture(place, *given)\n"
         "figure = plots.curves({'a': ([0, 1], [0, 1])}, 'x', 'y', 'T')\n"
         "Session.show(place, figure, 'f', 'a line')\n"
         "print(sys.executable)"
@@ -247,7 +248,7 @@ def opened(monkeypatch, tmp_path) -> dict:
         asked.update(places)
         return generate_stand_in(1200, 1100)
 
-    for name in ("CIFAR10_ROOT", "CIFAR_PROFILE", "CIFAR_RUNS"):
+    for name in ("CIFAR10_ROOT", "CIFAR_RECIPE", "CIFAR_RUNS", "CIFAR_FIGURES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(f"{SESSION}.load_cifar10", load)
     monkeypatch.setattr(f"{SESSION}.generate_stand_in", lambda: generate_stand_in(1200, 1100))
@@ -255,11 +256,11 @@ def opened(monkeypatch, tmp_path) -> dict:
     return asked
 
 
-def test_without_data_quick_goes_on_and_says_so_on_everything(opened, capsys):
+def test_without_data_a_session_goes_on_and_says_so_on_everything(opened, capsys):
     opened["missing"] = True
     session = Session.open()
     assert "stand-in data" in capsys.readouterr().out and session.train.source == STAND_IN
-    marked = (session.note, str(session.folder), session.scored.source)
+    marked = (session.note, str(session.folder), session.test.source)
     assert all("stand-in" in mark for mark in marked)
     assert "stand-in data" in session.table(published_confusion(), "counts").to_html()
 
@@ -267,9 +268,10 @@ def test_without_data_quick_goes_on_and_says_so_on_everything(opened, capsys):
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [
-        ("CIFAR_PROFILE", "full", "no CIFAR-10 here"),  # full takes real data only
-        ("CIFAR10_ROOT", ".", "no CIFAR-10 here"),  # a place was named: quick too stops there
-        ("CIFAR_PROFILE", "fast", "quick or full"),
+        ("CIFAR_FIGURES", "drawn", "no CIFAR-10 here"),  # figures/ aren't drawn from stand-in data
+        ("CIFAR10_ROOT", ".", "no CIFAR-10 here"),  # a place was named
+        ("CIFAR_RECIPE", "fast", "auto or small or short"),
+        ("CIFAR_PROFILE", "full", "this variable is gone: unset it"),
         ("CIFAR_RUNS", "file/below", "^CIFAR_RUNS: expected a folder"),
         ("CIFAR_DEVICE", "abacus", "^CIFAR_DEVICE: "),
     ],
@@ -291,9 +293,10 @@ def test_runs_archive_and_figures_go_to_the_folder_that_is_named(opened, monkeyp
     assert drive in place.folder.parents and drive in place.run.parents
     line = plots.curves({"a": ([0, 1], [0, 1])}, "x", "y", "T")
     place.show(line, "f", "a line")
-    replace(place, profile="full").show(line, "g", "a line")
+    monkeypatch.setenv("CIFAR_FIGURES", str(tmp_path / "drawn"))
+    place.show(line, "g", "a line")
     assert (place.folder / "figures" / "f.png").is_file()
-    assert (drive / "figures" / "g.png").is_file()
+    assert (tmp_path / "drawn" / "g.png").is_file()
 
 
 def test_a_read_only_repository_needs_one_line_or_kaggles_folder(opened, monkeypatch, tmp_path):
@@ -355,40 +358,68 @@ def test_stored_numbers_are_the_reports_and_the_surveys():
     assert (checks.votes_label < 3).sum() == 54  # arXiv:2103.14749, Table 1
 
 
-@pytest.mark.parametrize("profile", ["quick", "full"])
-def test_only_the_full_profile_writes_figures(profile, monkeypatch, tmp_path):
+@pytest.fixture
+def tiny_session(monkeypatch, tmp_path, stand_in) -> Session:
+    """A session on a few images that call themselves real, which trains a tiny network."""
     monkeypatch.setattr(f"{SESSION}.ROOT", tmp_path)
-    monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
     train, test = (replace(images, source=REAL) for images in generate_stand_in(200, 100))
-    tiny = recipe("report", blocks="1,1", channels="16,32", epochs=1, precision="fp32")
-    session = Session(profile, train, test, test, replace(tiny, train_size=100))
-    metrics = session.fit()
-    session.show(plots.epoch_curves({"a": [0.1, 0.2]}, "accuracy", "T"), "curves", "a line")
-    table = session.comparison()
+    config = recipe("small", blocks="1,1", channels="16,32", epochs=3, train_size=100)
+    choice = live_run.Choice(config, seconds=1.0, why="to be quick")
+    monkeypatch.setattr(live_run, "choose", lambda *_: choice)
+    return Session(train, replace(test, ids=tuple(range(len(test)))))
+
+
+def test_a_session_trains_and_puts_its_run_beside_the_published_one(
+    tiny_session, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
+    metrics = tiny_session.fit()
+    tiny_session.show(plots.epoch_curves({"a": [0.1, 0.2]}, "accuracy", "T"), "curves", "a line")
+    table = tiny_session.comparison()
     ours, theirs = table["this run"], table["published"]
-    assert ours["test accuracy"] == f"{metrics['test']['accuracy']:.2%}" and ours["epochs"] == "1"
+    assert ours["test accuracy"] == f"{metrics['test']['accuracy']:.2%}" and ours["epochs"] == "3"
     assert theirs["test accuracy"] == "95.56%" and theirs["parameters"] == "4,916,284"
+    assert table["the package's weights"]["parameters"] == "4,916,284" != ours["parameters"]
     reasons = table["why they differ"]
-    assert "minutes" in reasons["epochs"] and "fewer" in reasons["its 95 % interval"]
-    assert reasons["parameters"] == reasons["test data"] == ""
-    assert session.specifications().loc["GPU", "published"] == "NVIDIA A100-SXM4-40GB"
-    model, info = session.trained_model()
-    assert info.seed == 42 and not model.training
+    assert "shorter" in reasons["epochs"] and "fewer" in reasons["training images"]
+    assert "smaller network" in reasons["parameters"] and reasons["test data"] == ""
+    assert tiny_session.specifications().loc["GPU", "published"] == "NVIDIA A100-SXM4-40GB"
+    network = tiny_session.network()
+    assert network.info.seed == 42 and not network.model.training and network.stored is None
     written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
-    outside_runs = {path.as_posix() for path in written if path.parts[0] != "runs"}
-    assert outside_runs == ({"figures/curves.png"} if profile == "full" else set())
+    assert {path.parts[:2] for path in written} == {("runs", "notebooks")}
 
 
-def test_any_test_image_can_be_inspected(stand_in):
+def test_a_run_is_drawn_as_it_grows_and_whole_when_it_is_finished(tiny_session):
+    drawn = []
+    tiny_session.fit(drawn.append)
+    assert len(drawn) == 3
+    history = pd.read_csv(tiny_session.run / "history.csv")
+    whole = tiny_session.watch(drawn.append).figure(history)  # by another session, say
+    texts = [[text.get_text() for text in ax.texts] for ax in whole.axes]
+    first_image = next(row for row in range(len(texts)) if texts[row + 1])
+    answers = [cell[0].split() for cell in texts[first_image + 1 : first_image + 4]]
+    assert len(answers) == 3 and all(name in CLASSES for name, _ in answers)
+    curve = whole.axes[0].lines[1]
+    assert list(curve.get_ydata()) == pytest.approx(list(history.test_accuracy))
+    # In half-size epochs the network is asked about images of half size, as it is evaluated then.
+    assert len(json.loads((tiny_session.run / "watched.json").read_text(encoding="utf-8"))) == 3
+
+
+@pytest.fixture
+def network(tmp_path) -> Network:
+    """A tiny random network, as a notebook looks at it."""
+    half, one = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    info = WeightsInfo(recipe="report", epochs=1, data=STAND_IN, mean=half, std=one)
+    save_model(tmp_path / "tiny.safetensors", ResNet((1, 1), (16, 32)).eval(), info)
+    return Network(tmp_path / "tiny.safetensors", torch.device("cpu"), "fp32")
+
+
+def test_any_test_image_can_be_inspected(stand_in, network):
     train, test = stand_in
-    config = recipe("report", blocks="1,1", channels="16,32")
-    session = Session("quick", train, test, test[:5], config)
-    model = ResNet(config.blocks, config.channels).eval()
-    half = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    inspector = Inspector(session, model, half, temperature=2.0, compared=20)
-    assert len(inspector.known) == 20
-    logits = evaluate.predict(model, test.images[9:10], half, session.precision)
-    shares, classes = (logits / 2).softmax(1)[0].topk(5)
+    logits = network.predict(test.images)
+    inspector = Inspector(Session(train, test), network, (logits / 2).softmax(1))
+    shares, classes = (logits[9] / 2).softmax(0).topk(5)
     figure = inspector.figure(9)
     bars = figure.axes[3]
     assert [text.get_text() for text in bars.texts] == [f"{share:.0%}" for share in shares]
@@ -401,16 +432,25 @@ def test_any_test_image_can_be_inspected(stand_in):
         inspector.figure(len(test))
 
 
+def test_neighbours_are_found_among_training_images_and_stored_ones_are_taken(stand_in, network):
+    train, test = stand_in
+    test = replace(test, images=torch.cat([train.images[7:8], test.images[1:]]))
+    inspector = Inspector(Session(train, test), network, torch.full((len(test), 10), 0.1))
+    positions, cosines, among = inspector.nearest(0)  # training image 7 itself
+    assert positions[0] == 7 and cosines[0] == pytest.approx(1) and among == len(train)
+    assert (cosines.diff() <= 0).all()
+    stored = {"mistakes": torch.tensor([0, 4]), "nearest": torch.arange(10).view(2, 5)}
+    network.stored = StoredAnswers({}, stored | {"cosines": torch.ones(2, 5)})
+    assert inspector.nearest(4)[0].tolist() == [5, 6, 7, 8, 9]
+    assert inspector.nearest(3)[0].tolist() != [5, 6, 7, 8, 9]
+
+
 @pytest.mark.parametrize("mistakes", [(1, 0), (0, 1), (0, 0)])
-def test_notebook_4_shows_one_mistake_of_a_kind_and_none(mistakes, stand_in, monkeypatch):
+def test_notebook_4_shows_one_mistake_of_a_kind_and_none(mistakes, stand_in, network, monkeypatch):
     """A NumPy array takes a tensor of one index for a number, and loses an axis."""
     train, test = stand_in
     test = replace(test, ids=tuple(range(len(test))))
-    config = recipe("report", blocks="1", channels="16")
-    session = Session("quick", train, test, test, config)
-    model = ResNet(config.blocks, config.channels).eval()
-    half, one = (0.5, 0.5, 0.5), (1.0, 1.0, 1.0)
-    info = WeightsInfo(recipe="report", epochs=1, data=STAND_IN, mean=half, std=one)
+    session = Session(train, test)
     # Sure and correct about every image but the first cats or dogs.
     answers = test.labels.clone()
     for true, guess, count in ((CAT, DOG, mistakes[0]), (DOG, CAT, mistakes[1])):
@@ -420,23 +460,24 @@ def test_notebook_4_shows_one_mistake_of_a_kind_and_none(mistakes, stand_in, mon
 
     shown = []
     monkeypatch.setattr(Session, "show", lambda self, figure, name, alt: shown.append(name))
-    monkeypatch.setattr(Session, "trained_model", lambda self: (model, info))
-    monkeypatch.setattr(evaluate, "predict", lambda *_: logits)
-    monkeypatch.setattr(Inspector, "features", lambda self, images: images[:, 0, 0].float())
+    monkeypatch.setattr(Session, "network", lambda self: network)
+    monkeypatch.setattr(Network, "predict", lambda *_: logits)
+    monkeypatch.setattr(Network, "compute", lambda self, images: logits[: len(images)])
     names = {"session": session}
     for cell in cells(NAMES[3], "code")[1:]:
         if cell.source.startswith("show("):
             continue  # of test images that this set doesn't have
         source = cell.source.replace("session = Session.open()", "")
-        source = source.replace("compared = 500", "compared = 20")
         exec(compile(source, "notebook 4", "exec"), names)
     assert names["mistaken"].shape == (sum(mistakes),)
     assert len(names["worst"]) == 1 + sum(mistakes)
     assert {"04_cats_and_dogs", "04_most_confident", "04_label_issues"} <= set(shown)
 
 
-def test_the_full_profile_on_a_gpu_shares_the_run_of_make_full(stand_in):
+def test_the_report_on_a_gpu_shares_the_run_of_make_full(stand_in, monkeypatch):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "--run runs/$$recipe-seed$$seed" in makefile
-    session = Session("full", *stand_in, stand_in[1], recipe("report"))
+    report = live_run.Choice(recipe("report"), seconds=300.0, why="what suits this device")
+    monkeypatch.setattr(live_run, "choose", lambda *_: report)
+    session = Session(*(replace(images, source=REAL) for images in stand_in))
     assert session.run == ROOT / "runs" / "report-seed42"

@@ -24,12 +24,17 @@ def test_best_is_the_recipe_of_the_published_weights():
     )
 
 
-def test_quick_is_best_made_short_without_cutout():
-    changes = {"recipe": "quick", "epochs": 4, "batch_size": 32, "learning_rate": 0.05}
-    changes |= {"warmup_epochs": 1, "label_smoothing": 0.05, "half_size_epochs": 3}
-    changes |= {"train_size": 1200, "validation_size": 200}
-    policy = asdict(recipe("best").policy) | {"cutout": 0}
-    assert asdict(recipe("quick")) == asdict(recipe("best")) | changes | {"policy": policy}
+def test_short_is_best_in_a_fifth_of_the_epochs():
+    changes = {"recipe": "short", "epochs": 12, "warmup_epochs": 2, "watch_test": True}
+    assert asdict(recipe("short")) == asdict(recipe("best")) | changes
+
+
+def test_small_is_short_with_a_smaller_network_that_only_mirrors_its_images():
+    changes = {"recipe": "small", "blocks": (1, 1, 1), "channels": (16, 32, 64), "epochs": 4}
+    changes |= {"learning_rate": 0.4, "warmup_epochs": 1, "label_smoothing": 0.05}
+    changes |= {"half_size_epochs": 2}
+    policy = asdict(recipe("best").policy) | {"crop_padding": 0, "cutout": 0}
+    assert asdict(recipe("small")) == asdict(recipe("short")) | changes | {"policy": policy}
 
 
 @pytest.mark.parametrize("run", ["report-seed42", "report-seed0", "best-seed42", "best-seed0"])

@@ -32,7 +32,7 @@ def test_report_is_the_published_run():
 def test_a_recipe_comes_back_from_what_a_run_directory_records(name):
     stored = json.loads(json.dumps(asdict(RECIPES[name])))
     assert recipe("report", **stored) == RECIPES[name] == recipe(name)
-    assert recipe(name).watch_test == (name == "report")
+    assert recipe(name).watch_test == (name != "best")
     if name != "report":  # training and predicting alike
         assert recipe(name).normalization == recipe(name).test_normalization
 
@@ -127,7 +127,9 @@ def test_the_ends_of_each_range_are_taken():
 
 
 def test_an_unknown_recipe_is_refused_naming_the_known_ones():
-    with pytest.raises(InputError, match="^recipe: expected .* report, best, quick; got 'fast'"):
+    with pytest.raises(
+        InputError, match="^recipe: expected .* report, best, short, small; got 'fast'"
+    ):
         recipe("fast")
 
 

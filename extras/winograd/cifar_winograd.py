@@ -28,7 +28,7 @@ torch.ops.load_library(_compiled.origin)
 
 class Winograd(TorchFunctionMode):
     """Within it, float32 convolutions that fit (3x3, stride 1, padding 1, image sides multiples of
-    4, at least 16 channels) run this way.
+    4, at least 64 channels on both sides) run this way.
 
     The results differ from PyTorch's by rounding, about 1e-5 of the largest.
     """
@@ -51,7 +51,7 @@ def _fits(
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
-        and weight.shape[1] >= 16  # the three colours are too few for matrix products
+        and min(weight.shape[:2]) >= 64  # with fewer channels it is the slower way
         and weight.shape[2:] == (3, 3)
         and not (x.shape[2] % 4 or x.shape[3] % 4)
         and (bias, stride, padding, dilation, groups) == (None, (1, 1), (1, 1), (1, 1), 1)

@@ -14,6 +14,11 @@ from cifar_lib.evaluate import wilson_interval
 from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
 
 
+def per_thousand(matrix: np.ndarray) -> np.ndarray:
+    """Return a confusion matrix with each row as whole images of 1,000 of its class."""
+    return (1000 * matrix / matrix.sum(1, keepdims=True)).round().astype(int)
+
+
 @in_style
 def confusion(
     matrices: Mapping[str, np.ndarray], title: str, unit: str, signed: bool = False

@@ -1,52 +1,61 @@
 """One test image under the magnifying glass."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cifar_lib import evaluate, explain
-from cifar_lib.data import CLASSES, Normalization, stratified_split
+from cifar_lib import explain
+from cifar_lib.data import CLASSES, stratified_split
 from cifar_lib.errors import InputError
-from cifar_lib.model import ResNet
+from notebooks.course.answers import Network
 from notebooks.course.session import Session
 from notebooks.course.sheets import inspection
+
+SAMPLE = 2000  # training images
 
 
 class Inspector:
     """One test image at a time: what the network answers, where it looks, what it resembles.
 
-    `temperature` divides the logits before they become probabilities. Neighbours are looked for
-    among `compared` training images, as many of each class, whose features are computed once.
+    probabilities: of all test images, float32 (N, 10).
+
+    The nearest training images of the package's weights' mistakes are stored
+    (notebooks/course/answers.py). Those of other images are looked for among SAMPLE training
+    images, whose features are computed when the first such image comes.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        model: ResNet,
-        normalization: Normalization,
-        temperature: float,
-        compared: int,
-    ):
-        self.test, self.model, self.temperature = session.test, model, temperature
-        self.normalization, self.precision = normalization, session.precision
-        _, part = stratified_split(session.train.labels, compared, seed=0)
-        self.known = session.train[part]
-        self.known_features = self.features(self.known.images)
+    def __init__(self, session: Session, network: Network, probabilities: Tensor):
+        self.train, self.test, self.network = session.train, session.test, network
+        self.probabilities = probabilities
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return what the last layer sees of each image: float32 (N, channels)."""
-        return evaluate.features(self.model, images, self.normalization, self.precision)
+    @functools.cached_property
+    def sample(self) -> Tensor:
+        """The positions of the training images to look through, as many of each class: int64."""
+        if len(self.train) <= SAMPLE:
+            return torch.arange(len(self.train))
+        return stratified_split(self.train.labels, SAMPLE, seed=0)[1]
 
-    def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the five nearest training images of each image: cosines and positions in `known`.
+    @functools.cached_property
+    def sample_features(self) -> Tensor:
+        """Their features, each of length 1: float32 (sample, channels)."""
+        return F.normalize(self.network.features(self.train.images[self.sample]), dim=1)
 
-        uint8 (N, 3, 32, 32) -> float32 (N, 5) and int64 (N, 5), the nearest first.
+    def nearest(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Return the five nearest training images of test image `index`.
+
+        The nearest comes first: positions in the training set, int64 (5,); cosines, float32 (5,);
+        and among how many training images these were found.
         """
-        ours = F.normalize(self.features(images), dim=1)  # (N, channels)
-        known = F.normalize(self.known_features, dim=1)  # (compared, channels)
-        nearest = (ours @ known.T).topk(5, dim=1)
-        return nearest.values, nearest.indices
+        stored = self.network.stored and self.network.stored.neighbours(index)
+        if stored:
+            return *stored, len(self.train)
+        image = self.test.images[index : index + 1]
+        ours = F.normalize(self.network.features(image), dim=1)  # (1, channels)
+        nearest = (ours @ self.sample_features.T)[0].topk(5)
+        return self.sample[nearest.indices], nearest.values, len(self.sample)
 
     def figure(self, index: int) -> Figure:
         """Draw test image `index`, what the network makes of it, and its nearest training images.
@@ -63,19 +72,19 @@ class Inspector:
         image, label = self.test.images[index : index + 1], int(self.test.labels[index])
 
         # What the network answers.
-        logits = evaluate.predict(self.model, image, self.normalization, self.precision)
-        probabilities, classes = (logits / self.temperature).softmax(1)[0].sort(descending=True)
+        probabilities, classes = self.probabilities[index].sort(descending=True)
         answer, runner_up = classes[:2].tolist()
 
         # Where it looks for that answer, and for the other class.
         asked = [answer, runner_up if answer == label else label]
         twice = image.repeat(2, 1, 1, 1)  # (2, 3, 32, 32)
-        heat = explain.grad_cam(self.model, twice, torch.tensor(asked), self.normalization)
+        normalization = self.network.info.normalization
+        heat = explain.grad_cam(self.network.model, twice, torch.tensor(asked), normalization)
 
         # What the image resembles.
-        cosines, positions = self.nearest(image)
-        near = self.known[positions[0]]
-        neighbours = zip(near.labels.tolist(), cosines[0].tolist(), strict=True)
+        positions, cosines, among = self.nearest(index)
+        near = self.train[positions]
+        neighbours = zip(near.labels.tolist(), cosines.tolist(), strict=True)
 
         first_five = zip(classes[:5].tolist(), probabilities[:5].tolist(), strict=True)
         return inspection(
@@ -83,6 +92,7 @@ class Inspector:
             probabilities={CLASSES[c]: probability for c, probability in first_five},
             maps={f"speaks for {CLASSES[asked[i]]}": heat[i].numpy() for i in (0, 1)},
             neighbours=near.images.permute(0, 2, 3, 1).numpy(),  # (5, 32, 32, 3)
-            captions=[f"{CLASSES[c]}, {cosine:.2f}" for c, cosine in neighbours],
+            captions=[f"{CLASSES[c]}, {cosine:.3f}" for c, cosine in neighbours],
+            among=among,
             title=f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
         )

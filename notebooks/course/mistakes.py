@@ -22,10 +22,10 @@ from matplotlib.colors import to_hex
 from PIL import Image, features
 from torch import Tensor
 
-from cifar_lib.data import CLASSES, ImageSet, Normalization
+from cifar_lib.data import CLASSES, ImageSet
 from cifar_lib.evaluate import accuracy, confusion_matrix
 from cifar_lib.explain import grad_cam
-from cifar_lib.model import ResNet
+from notebooks.course.answers import Network
 
 NEAR_TIE = 0.3  # a right answer that leads by less than this is on the page too
 SHARES_IN_ONE = 100_000  # probabilities are stored as whole numbers of this
@@ -65,21 +65,49 @@ class NetworkAnswers:
         return (self.logits / self.temperature).softmax(1)
 
 
-def with_heat(
-    answers: NetworkAnswers, test: ImageSet, model: ResNet, normalization: Normalization
+def answers_of(
+    network: Network, test: ImageSet, temperature: float, name: str | None = None
 ) -> NetworkAnswers:
-    """Return the answers together with the heat maps of their mistakes."""
-    guesses = answers.logits.argmax(1)
+    """Return what a network answers on test images, and heat maps of its mistakes.
+
+    The mirror images and the nearest training images are known where they are stored
+    (notebooks/course/answers.py). The heat maps are computed: 500 mistakes take two processor cores
+    about half a minute. The network's `name` is its recipe's, unless another one is given.
+    """
+    logits = network.predict(test.images)
+    guesses = logits.argmax(1)
+    mistakes = (guesses != test.labels).nonzero()[:, 0]
+    answers = NetworkAnswers(
+        name=name or network.info.recipe,
+        logits=logits,
+        temperature=temperature,
+        mistakes=mistakes,
+        heat=_heat(network, test.images[mistakes], guesses[mistakes], test.labels[mistakes]),
+    )
+    stored = network.stored
+    if stored is None or not torch.equal(stored.tensors["mistakes"], mistakes):
+        return answers
+    return replace(
+        answers,
+        mirrored=2 * network.predict(test.images, tta="flip") - logits,  # that is the mean of both
+        nearest=stored.tensors["nearest"],
+        cosines=stored.tensors["cosines"],
+    )
+
+
+def _heat(network: Network, images: Tensor, guesses: Tensor, labels: Tensor) -> Tensor:
+    """Return Grad-CAM for the answers and for the labels: float32 (m, 2, 8, 8), in [0, 1]."""
+    normalization = network.info.normalization
     pieces = [torch.zeros(0, 2, 8, 8)]
-    for piece in answers.mistakes.split(50):  # Grad-CAM keeps what all layers compute
-        twice = test.images[piece].repeat(2, 1, 1, 1)  # (2 * piece, 3, 32, 32)
-        classes = torch.cat([guesses[piece], test.labels[piece]])  # (2 * piece,)
-        heat = grad_cam(model, twice, classes, normalization)  # (2 * piece, 32, 32)
+    for piece in torch.arange(len(images)).split(50):  # Grad-CAM keeps what all layers compute
+        twice = images[piece].repeat(2, 1, 1, 1)  # (2 * piece, 3, 32, 32)
+        classes = torch.cat([guesses[piece], labels[piece]])  # (2 * piece,)
+        heat = grad_cam(network.model, twice, classes, normalization)  # (2 * piece, 32, 32)
 
         # The network has 8x8 cells, which Grad-CAM enlarges. Take the middles of the cells.
         cells = F.interpolate(heat[:, None], size=(8, 8), mode="bilinear")  # (2 * piece, 1, 8, 8)
         pieces.append(cells.view(2, -1, 8, 8).transpose(0, 1))  # (piece, 2, 8, 8)
-    return replace(answers, heat=torch.cat(pieces))
+    return torch.cat(pieces)
 
 
 def mistakes_page(

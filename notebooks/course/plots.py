@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cifar_lib.data import CLASSES
-from notebooks.course.style import BLUE, LIGHT_BLUE, RED, in_style, new_figure
+from cifar_lib.data import CLASSES, ImageSet
+from notebooks.course.style import BLUE, LIGHT_BLUE, RED, in_style, new_figure, show_image
 
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
 CHANNEL_MARKERS = {"red": "o", "green": "s", "blue": "D"}
@@ -164,6 +165,57 @@ def epoch_curves(
         ax.indicate_inset_zoom(inset, edgecolor="black")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     return figure
+
+
+@in_style
+def live_run(history: pd.DataFrame, epochs: int, images: ImageSet, answers: np.ndarray) -> Figure:
+    """Draw a training as far as it has come: its accuracy, and its answers to a few images.
+
+    history: one row per epoch that is done. epochs: how many there will be.
+    images: n labelled images. answers: their probabilities, float (epochs done, n, 10).
+    """
+    figure = Figure(figsize=(10.5, 0.5 * len(images) + 0.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.35))
+    _draw_progress(left.subplots(), history, epochs)
+
+    # A table: a row per image, with its picture, and a column for each of at most five epochs.
+    shown = np.unique(np.linspace(0, epochs - 1, min(epochs, 5)).round().astype(int))
+    right.suptitle("its answers to test images (bold: correct)", size=11)
+    axes = right.subplots(len(images), 1 + len(shown), width_ratios=(0.55, *[1] * len(shown)))
+    pictures = images.images.permute(0, 2, 3, 1).cpu().numpy()  # (n, 32, 32, 3)
+    for i, row in enumerate(axes):
+        show_image(row[0], pictures[i])
+        label = int(images.labels[i])
+        row[0].set_ylabel(CLASSES[label], rotation=0, ha="right", va="center", fontsize=9)
+        for ax, epoch in zip(row[1:], shown, strict=True):
+            _draw_answer(ax, answers[epoch, i] if epoch < len(answers) else None, label)
+    for ax, epoch in zip(axes[0, 1:], shown, strict=True):
+        ax.set_title(f"epoch {epoch + 1}", size=9, loc="center", pad=3)
+    return figure
+
+
+def _draw_progress(ax: Axes, history: pd.DataFrame, epochs: int) -> None:
+    """Draw the accuracy by epoch, on axes that already have room for all epochs."""
+    names = {"train_accuracy": "training images", "test_accuracy": "test images"}
+    for (column, name), look in zip(names.items(), ("o-", "s--"), strict=True):
+        ax.plot(history.epoch + 1, history[column], look, label=name, markersize=4)
+    ax.set(xlim=(0.5, epochs + 0.5), ylim=(0, 1), xlabel="epoch", title="accuracy after each epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.axhline(0.1, color=RED, linestyle=":", label="guessing")
+    ax.legend(loc="lower right")
+
+
+def _draw_answer(ax: Axes, probabilities: np.ndarray | None, label: int) -> None:
+    """Write an answer with its probability into a cell of the table; None leaves it empty."""
+    ax.set_axis_off()
+    if probabilities is None:
+        return
+    answer = int(probabilities.argmax())
+    is_correct = answer == label
+    text = f"{CLASSES[answer]}\n{probabilities[answer]:.0%}"
+    look = {"weight": "bold", "color": BLUE} if is_correct else {"color": RED}
+    ax.text(0.5, 0.5, text, ha="center", va="center", size=9, linespacing=1.1, **look)
 
 
 @in_style

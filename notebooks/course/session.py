@@ -1,4 +1,4 @@
-"""What the five notebooks share: a profile, its data, its run, and how its results are shown."""
+"""What the notebooks share: the data, a run, the network they look at, how results are shown."""
 
 import functools
 import hashlib
@@ -7,6 +7,7 @@ import inspect
 import json
 import tempfile
 import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,14 +28,16 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from cifar_lib import environment
-from cifar_lib.data import FOLDER, STAND_IN, ImageSet, load_cifar10, stratified_split
+from cifar_lib.data import FOLDER, STAND_IN, ImageSet, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
-from cifar_lib.hardware import choose_device, choose_precision, memory_format, prepare
+from cifar_lib.hardware import choose_device, choose_precision, prepare
 from cifar_lib.kaggle import read_test_file
-from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
+from cifar_lib.model import PRETRAINED, ResNet
 from cifar_lib.recipes import TrainConfig, recipe
+from notebooks.course import live_run
+from notebooks.course.answers import Network
 from notebooks.course.corruptions import generate_test_file
 from notebooks.course.reference import (
     PUBLISHED_SYSTEM,
@@ -47,8 +50,8 @@ from notebooks.course.style import for_notebook, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 KAGGLE_OUTPUT = Path("/kaggle/working")  # where results go on Kaggle
-GIVE_UP_AFTER = 180.0  # seconds a quick run waits for a download
-QUICK_TEST_IMAGES = 1000
+GIVE_UP_AFTER = 180.0  # seconds to wait for a download
+STAND_IN_TRAINING = 10_000  # so many stand-in images are trained on
 SYSTEM = {  # each key of environment.json that the table has, and its name there
     "cpu": "CPU",
     "cpu_cores": "CPU cores",
@@ -64,47 +67,34 @@ SYSTEM = {  # each key of environment.json that the table has, and its name ther
 
 @dataclass(frozen=True)
 class Session:
-    """One notebook's profile and data.
+    """What one notebook works with: the data, the device, the network that it looks at, its files.
 
-    `quick` trains a little, evaluates a stratified part of the test set, writes under runs/, and
-    goes on with generated stand-in data where there is no CIFAR-10.
-    `full` takes real data only, evaluates all test images, and writes figures/. On a GPU it trains
-    the report's recipe, in the run directory of `make full`; without one it trains as `quick` does.
+    On stand-in data, which is generated where there is no CIFAR-10, everything is smaller, and
+    every figure and table says so.
     """
 
-    profile: str
     train: ImageSet
-    test: ImageSet
-    scored: ImageSet  # the part of `test` that this profile evaluates; its ids count in `test`
-    config: TrainConfig
+    test: ImageSet  # all test images; its ids are their numbers
 
     @classmethod
     def open(cls) -> "Session":
-        """Return the session of the profile in `CIFAR_PROFILE`: quick, the default, or full.
+        """Return a session on CIFAR-10, or on stand-in data where it can't be had.
 
-        Raises InputError if a variable is wrong, results can't be written, or data is missing.
+        Raises InputError if a variable is wrong, if results can't be written, or if a place that a
+        variable names holds no CIFAR-10. Figures for `CIFAR_FIGURES` take CIFAR-10, too.
         """
-        profile = _variable("CIFAR_PROFILE") or "quick"
-        prepare(_device(), "auto")
+        named = _variable("CIFAR10_ROOT") or _variable("CIFAR_FIGURES")
         places = {"home": _data_folder(), "archives": _results_folder()}
-
-        if profile == "full":
-            train, test = load_cifar10(**places)
-            test = replace(test, ids=tuple(range(len(test))))
-            name = "quick" if _device().type == "cpu" else "report"
-            return cls(profile, train, test, test, recipe(name))
-
+        prepare(_device(), "auto")
         try:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
-            if _variable("CIFAR10_ROOT"):
-                raise  # a place was named: going on without it would hide the mistake
+            if named:
+                raise  # going on without it would hide the mistake
             print(error)
             print("Going on with generated stand-in data; every figure and table says so.")
             train, test = generate_stand_in()
-        test = replace(test, ids=tuple(range(len(test))))
-        _, part = stratified_split(test.labels, QUICK_TEST_IMAGES, seed=0)
-        return cls(profile, train, test, test[part], recipe("quick"))
+        return cls(train, replace(test, ids=tuple(range(len(test)))))
 
     @property
     def stand_in(self) -> bool:
@@ -118,48 +108,11 @@ class Session:
 
     @property
     def folder(self) -> Path:
-        """Where this session writes everything but the figures of the full profile.
+        """Where this session writes: notebooks or stand-in, under runs/ or where `CIFAR_RUNS` says.
 
-        It is <profile> or <profile>-stand-in, under runs/ or in the folder that `CIFAR_RUNS` names.
+        Figures go to the folder that `CIFAR_FIGURES` names, if it is set.
         """
-        name = f"{self.profile}-stand-in" if self.stand_in else self.profile
-        return runs_folder() / name
-
-    @property
-    def run(self) -> Path:
-        """The run directory of this session's configuration, and of no other configuration."""
-        if self.profile == "full" and self.config == recipe("report"):
-            return runs_folder() / "report-seed42"
-        settings = json.dumps(asdict(self.config), sort_keys=True)
-        digest = hashlib.sha256(settings.encode()).hexdigest()
-        return self.folder / f"{self.config.recipe}-seed{self.config.seed}-{digest[:8]}"
-
-    def fit(self) -> dict:
-        """Train this session's configuration and return its metrics.
-
-        A run that was interrupted goes on, and of a finished one the metrics are read.
-        """
-        return fit(self.config, self.run, self.train, self.scored, device=str(self.device))
-
-    def trained_model(self) -> tuple[ResNet, WeightsInfo]:
-        """Return the network that is looked at, on this session's device, and what is known of it.
-
-        `CIFAR_WEIGHTS` names its file, or `pretrained`: the package's weights, trained on CIFAR-10;
-        or `trained`: this session's own run, trained now if it isn't yet. The default is
-        `pretrained`, and on stand-in data `trained`.
-
-        Raises InputError if the file isn't weights of this package.
-        """
-        default = "trained" if self.stand_in else PRETRAINED
-        weights = _variable("CIFAR_WEIGHTS") or default
-        if weights == "trained":
-            if not (self.run / "metrics.json").exists():
-                print("No trained network yet: training one as in notebook 3.")
-            self.fit()
-            weights = self.run / "model.safetensors"
-        model, info = load_model(weights)
-        device = self.device
-        return model.to(device, memory_format=memory_format(device)), info
+        return runs_folder() / ("stand-in" if self.stand_in else "notebooks")
 
     @property
     def device(self) -> torch.device:
@@ -171,6 +124,83 @@ class Session:
         """The precision that suits the device."""
         return choose_precision("auto", self.device)
 
+    # What notebook 3 trains.
+
+    @functools.cached_property
+    def choice(self) -> live_run.Choice:
+        """What is trained here: the recipe of `CIFAR_RECIPE`, else what suits this machine.
+
+        The stand-in data's classes are learnt from fewer images: there it is `small` on some.
+        """
+        asked = _variable("CIFAR_RECIPE") or live_run.AUTO
+        if not self.stand_in:
+            return live_run.choose(self.device, self.train, asked, self._is_begun)
+        name = "small" if asked == live_run.AUTO else asked
+        config = recipe(name, train_size=min(STAND_IN_TRAINING, len(self.train)))
+        seconds = live_run.estimate_seconds(config, self.device, self.train)
+        return live_run.Choice(config, seconds, "enough for stand-in data")
+
+    @property
+    def config(self) -> TrainConfig:
+        """The configuration of what is trained."""
+        return self.choice.config
+
+    @property
+    def run(self) -> Path:
+        """The run directory of what is trained."""
+        return self._run_of(self.config)
+
+    def _run_of(self, config: TrainConfig) -> Path:
+        """Return the run directory of a configuration, and of no other configuration."""
+        if config == recipe("report") and not self.stand_in:
+            return runs_folder() / "report-seed42"  # where `make full` trains it
+        settings = json.dumps(asdict(config), sort_keys=True)
+        digest = hashlib.sha256(settings.encode()).hexdigest()
+        return self.folder / f"{config.recipe}-seed{config.seed}-{digest[:8]}"
+
+    def _is_begun(self, config: TrainConfig) -> bool:
+        return (self._run_of(config) / "config.json").exists()
+
+    def fit(self, show: Callable[[Figure], None] | None = None) -> dict:
+        """Train what `choice` says, and return its metrics.
+
+        A run that was interrupted goes on, and of a finished one the metrics are read. `show` is
+        called after each epoch with a figure of the run up to now.
+        """
+        after_epoch = self.watch(show) if show else None
+        device = str(self.device)
+        return fit(
+            self.config, self.run, self.train, self.test, device=device, after_epoch=after_epoch
+        )
+
+    def watch(self, show: Callable[[Figure], None]) -> live_run.Watch:
+        """Return what watches this session's run, by its answers to the first eight test images."""
+        how = {
+            "normalization": self.config.test_normalization,
+            "precision": choose_precision(self.config.precision, self.device),
+        }
+        return live_run.Watch(self.run, self.config.epochs, self.test[:8], show, **how)
+
+    # What notebooks 4 and 5 look at.
+
+    def network(self) -> Network:
+        """Return the network that is looked at, on this session's device.
+
+        `CIFAR_WEIGHTS` names its file, or `pretrained`: the package's weights, trained on CIFAR-10;
+        or `trained`: this session's own run, trained now if it isn't yet. The default is
+        `pretrained`, and on stand-in data `trained`.
+
+        Raises InputError if the file isn't weights of this package.
+        """
+        default = "trained" if self.stand_in else PRETRAINED
+        weights = _variable("CIFAR_WEIGHTS") or default
+        if weights == "trained":
+            weights = self.run / "model.safetensors"
+            if not (self.run / "metrics.json").exists():
+                print("No trained network yet: training one as in notebook 3.")
+                self.fit()
+        return Network(weights, self.device, self.precision)
+
     @property
     def test_file(self) -> Path:
         """The competition's file: what `CIFAR_TEST_FILE` names, else what `custom_test` makes."""
@@ -180,13 +210,13 @@ class Session:
     def custom_test(self) -> ImageSet:
         """Return the images of `test_file`, read as what it is: a stranger's pickle.
 
-        Where none is named, it is generated from the scored test images; only then it has labels.
+        Where none is named, it is generated from the test images; only then it has labels.
 
         Raises InputError if the file isn't the competition's.
         """
         if _variable("CIFAR_TEST_FILE"):
             return read_test_file(self.test_file)
-        known = generate_test_file(self.test_file, self.scored)
+        known = generate_test_file(self.test_file, self.test)
         return replace(read_test_file(self.test_file), labels=known.labels)
 
     def comparison(self) -> pd.DataFrame:
@@ -194,12 +224,12 @@ class Session:
 
         The last column says why they differ. The table is also written, as comparison.csv.
         """
-        network = _complexity(ResNet(self.config.blocks, self.config.channels))
         published = published_table_2()
+        ours = _complexity(ResNet(self.config.blocks, self.config.channels))
         columns = {
             "published": published,
-            "the package's weights": {**network, **_outcome(SHIPPED_RUN)},
-            "this run": {**network, **_outcome(self.run)},
+            "the package's weights": {**_complexity(ResNet()), **_outcome(SHIPPED_RUN)},
+            "this run": {**ours, **_outcome(self.run)},
             "why they differ": self._why_they_differ(),
         }
         table = pd.DataFrame(columns, index=pd.Index(published, name="quantity")).fillna("")
@@ -210,11 +240,13 @@ class Session:
         """Return the reasons by the quantities of Table 2 that may differ."""
         chance = "the weights: other random numbers, another GPU"
         reasons = {"last train accuracy": chance, "test accuracy": chance}
+        if (self.config.blocks, self.config.channels) != ((3, 4, 3), (66, 132, 264)):
+            smaller = "this run: a smaller network, for this machine"
+            reasons |= dict.fromkeys(_complexity(ResNet()), smaller)
         if self.config != recipe("report") or self.stand_in:
-            shorter = "this run: what two processor cores train in minutes"
-            reasons["epochs"] = reasons["training images"] = shorter
-        if len(self.scored) < 10_000:
-            reasons["its 95 % interval"] = "this run: fewer test images, a wider interval"
+            reasons["epochs"] = "this run: a shorter training, for this machine"
+        if self.config.train_size:
+            reasons["training images"] = "this run: fewer training images"
         if self.note:
             reasons["test data"] = self.note
         return reasons
@@ -234,18 +266,29 @@ class Session:
         return pd.DataFrame(cells, index=list(SYSTEM.values()))
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
-        """Save the figure as `name`.png and show it; `alt` says what it shows.
+        """Save the figure as `name`.png and show it; `alt` says what it shows."""
+        display(self._picture(figure, name, alt))
 
-        In the full profile it goes to figures/, of the repository or of the folder that
-        `CIFAR_RUNS` names; else it goes beside the other files of this session.
-        """
-        folder = self.folder / "figures"
-        if self.profile == "full":
-            folder = (_results_folder() or ROOT) / "figures"
+    def show_in_place(self, name: str, alt: str) -> Callable[[Figure], None]:
+        """Return a function like `show` that shows each figure in place of the one before it."""
+        handle = None
+
+        def show(figure: Figure) -> None:
+            nonlocal handle
+            picture = self._picture(figure, name, alt)
+            if handle is None:
+                handle = display(picture, display_id=True)
+            else:
+                handle.update(picture)
+
+        return show
+
+    def _picture(self, figure: Figure, name: str, alt: str) -> Image:
+        folder = Path(_variable("CIFAR_FIGURES") or self.folder / "figures")
         png = save_figure(figure, folder / f"{name}.png", self.note)
         kind, content = for_notebook(figure, png)
         # Not `alt=`, which Colab's IPython 7 lacks.
-        display(Image(content, format=kind, metadata={"alt": alt}))
+        return Image(content, format=kind, metadata={"alt": alt})
 
     def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
         """Return the frame with its caption, which says so if the data isn't CIFAR-10."""

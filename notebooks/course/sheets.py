@@ -152,13 +152,14 @@ def inspection(
     maps: Mapping[str, np.ndarray],
     neighbours: np.ndarray,
     captions: Sequence[str],
+    among: int,
     title: str,
 ) -> Figure:
     """Draw one image in detail: heat maps over it, probabilities, and its neighbours below.
 
     picture: uint8 (32, 32, 3). probabilities: {class: probability}, drawn as bars.
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
-    neighbours: uint8 (5, 32, 32, 3), with five captions.
+    neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
     """
     figure = Figure(figsize=(8, 4.3), layout="constrained")
     figure.suptitle(title)
@@ -178,7 +179,7 @@ def inspection(
     bars.grid(False)
 
     # Below: the neighbours.
-    lower.suptitle("nearest training images, and their cosine", size=10)
+    lower.suptitle(f"nearest of {among:,} training images, and their cosine", size=10)
     places = lower.subplots(1, 5)
     for ax, neighbour, caption in zip(places, neighbours, captions, strict=True):
         show_image(ax, neighbour, caption, size=9, smooth=True)

@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = ROOT / "runs" / "html"
 COMMAND = str(HERE / "command.py")
-TINY = "--set blocks=1,1 --set channels=16,32 --set validation_size=0 --set precision=fp32"
-TRAIN = f"train --recipe quick --epochs 3 --train-size 120 {TINY} --device cpu --run"
+TINY = "--set blocks=1,1 --set channels=16,32 --set batch_size=32 --set precision=fp32"
+TRAIN = f"train --recipe small --epochs 3 --train-size 120 {TINY} --device cpu --run"
 MAKE_INPUTS = """
 import sys
 from PIL import Image

@@ -1,0 +1,155 @@
+"""A network's answers to whole sets of images: stored under results/, else computed here.
+
+Ten thousand images take a GPU a second and a CPU minutes. So `python -m scripts.store_answers` has
+computed them once for the package's weights, and `Network` takes what is stored. A stored answer is
+used only for the very same question: a file of weights, images, normalization, adaptation and
+test-time views, all of which are compared. Everything else is computed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cifar_lib import evaluate, shift
+from cifar_lib.data import Normalization
+from cifar_lib.hardware import memory_format
+from cifar_lib.model import PRETRAINED, SHIPPED, load_model
+from cifar_lib.shift import Adapted
+from notebooks.course.reference import RESULTS
+
+RECORD, TENSORS = "answers.json", "answers.safetensors"  # in the folder of the weights' run
+AUTO = "auto"  # the adaptation that `shift.predict_adapted` decides on
+AT_A_TIME = 1000  # images between two moves of the progress bar
+
+
+class Network:
+    """The network that a notebook looks at: its weights, and its answers.
+
+    model: on the device, in evaluation mode.
+    info: what the file says about the weights.
+    stored: their stored answers, or None.
+    """
+
+    def __init__(self, weights: str | Path, device: torch.device, precision: str):
+        """Load a file of weights, or the package's own for `pretrained`.
+
+        Raises InputError if the file isn't weights of this package.
+        """
+        model, self.info = load_model(weights)
+        self.model = model.to(device, memory_format=memory_format(device))
+        self.precision = precision
+        file = SHIPPED if str(weights) == PRETRAINED else Path(weights)
+        self.stored = stored_answers(digest(file.read_bytes()))
+
+    def predict(
+        self, images: Tensor, normalization: Normalization | None = None, tta: str = "none"
+    ) -> Tensor:
+        """Return the logits of images, uint8 (N, 3, 32, 32): float32 (N, 10), on the CPU.
+
+        normalization: the weights' own for testing, unless another one is given.
+        tta: the test-time views, as `evaluate.predict` has them.
+        """
+        normalization = normalization or self.info.normalization
+        if self.stored is not None:
+            found = self.stored.find(question(images, normalization, "none", tta))
+            if found is not None:
+                return found.logits
+        return self.compute(images, normalization, tta)
+
+    def compute(
+        self, images: Tensor, normalization: Normalization | None = None, tta: str = "none"
+    ) -> Tensor:
+        """Return the same as `predict`, computed now in any case."""
+        normalization = normalization or self.info.normalization
+        parts = images.split(AT_A_TIME)
+        bar = tqdm(parts, desc="images", unit_scale=AT_A_TIME, disable=len(parts) == 1, leave=False)
+        logits = [
+            evaluate.predict(self.model, part, normalization, self.precision, tta) for part in bar
+        ]
+        return torch.cat(logits)
+
+    def predict_adapted(self, images: Tensor, tta: str = "none") -> Adapted:
+        """Return what `shift.predict_adapted` gives for images, uint8 (N, 3, 32, 32)."""
+        if self.stored is not None:
+            found = self.stored.find(question(images, self.info.normalization, AUTO, tta))
+            if found is not None:
+                return found
+        return shift.predict_adapted(
+            self.model, images, self.info.normalization, self.precision, tta
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what the last layer sees of each image: float32 (N, channels), on the CPU."""
+        return evaluate.features(self.model, images, self.info.normalization, self.precision)
+
+
+@dataclass(frozen=True)
+class StoredAnswers:
+    """What is stored for one file of weights, in the folder of its run under results/.
+
+    record: answers.json. It says which question each tensor of logits answers, how many of the
+    plain training images are classified correctly, and on which machine this was computed.
+
+    tensors: answers.safetensors.
+    - Logits, float16 (N, 10), by the names that are in the record.
+    - `mistakes`, int64 (m,): the test images that are classified wrongly, in rising order.
+    - `nearest`, int64 (m, 5): for each mistake the five training images, of all 50,000, with the
+      most similar features, the most similar first.
+    - `cosines`, float32 (m, 5): the cosines between their features and the mistake's.
+    """
+
+    record: dict
+    tensors: dict[str, Tensor]
+
+    def find(self, asked: dict) -> Adapted | None:
+        """Return the logits, float32 (N, 10), that answer this question, or None."""
+        for name, answered in self.record["logits"].items():
+            if answered["question"] == asked:
+                logits = self.tensors[name].float()
+                return Adapted(logits, answered["method"], answered["why"])
+        return None
+
+    def neighbours(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Return the positions and cosines, (5,) each, of a mistake's nearest training images.
+
+        Returns None if test image `index` isn't a mistake.
+        """
+        at = (self.tensors["mistakes"] == index).nonzero()  # (0, 1) or (1, 1)
+        if len(at) == 0:
+            return None
+        return self.tensors["nearest"][at[0, 0]], self.tensors["cosines"][at[0, 0]]
+
+
+def stored_answers(weights_digest: str) -> StoredAnswers | None:
+    """Return what is stored for the file of weights with this digest, or None."""
+    for path in sorted(RESULTS.glob(f"*/{RECORD}")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["weights"]["sha256"] == weights_digest:
+            return StoredAnswers(record, safetensors.torch.load_file(path.with_name(TENSORS)))
+    return None
+
+
+def question(images: Tensor, normalization: Normalization, adapt: str, tta: str) -> dict:
+    """Return what logits depend on besides the weights, as JSON has it.
+
+    images: uint8 (N, 3, 32, 32).
+    adapt: `none`, or AUTO.
+    """
+    return {
+        "images": digest(images.cpu().contiguous().numpy().tobytes()),
+        "mean": [round(float(value), 6) for value in normalization.mean],
+        "std": [round(float(value), 6) for value in normalization.std],
+        "adapt": adapt,
+        "tta": tta,
+    }
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of the content, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,183 @@
+"""The training that notebook 3 shows: which recipe suits this machine, and how it is watched."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from cifar_lib import evaluate
+from cifar_lib.data import ImageSet
+from cifar_lib.files import write_atomically
+from cifar_lib.fit import resolve
+from cifar_lib.model import count_parameters
+from cifar_lib.recipes import TrainConfig, recipe
+from cifar_lib.train import State, Step, has_half_size, train_one_epoch
+from notebooks.course import plots
+
+RECIPES = ("report", "short", "small")  # from the longest training to the shortest
+AUTO = "auto"  # the machine decides
+LONGEST = 12 * 60  # seconds that a training may take which nobody asked for
+STEPS = 16  # so many are timed, after as many that warm up
+SPEND = 3  # a training step takes about as long as predicting three times as many images
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is trained on this machine, and about how long that takes."""
+
+    config: TrainConfig
+    seconds: float
+    why: str  # in a few words
+
+    def line(self, device: torch.device, images: int) -> str:
+        """Say in one line what is going to happen, and how to ask for something else."""
+        config = self.config
+        size = f"{count_parameters(config.blocks, config.channels):,} parameters"
+        work = f"{config.epochs} epochs of {config.train_size or images:,} images"
+        others = ", ".join(name for name in RECIPES if name != config.recipe)
+        return (
+            f"{device_name(device)}: recipe {config.recipe} ({self.why}), {size}, {work}, "
+            f"about {duration(self.seconds)}. CIFAR_RECIPE asks for another: {others}."
+        )
+
+
+def choose(
+    device: torch.device,
+    train: ImageSet,
+    asked: str = AUTO,
+    is_begun: Callable[[TrainConfig], bool] = lambda config: False,
+    seconds_needed: Callable[[TrainConfig, torch.device, ImageSet], float] | None = None,
+) -> Choice:
+    """Choose the recipe that notebook 3 trains on this device.
+
+    asked: a recipe's name, or AUTO. Then it is the longest recipe that suits the kind of device and
+    that takes at most LONGEST seconds, by a rate measured here.
+    is_begun: whether this configuration has a run directory. Such a run goes on, however long it
+    takes, so that a second call doesn't choose another one.
+    seconds_needed: how the time is estimated; `estimate_seconds`, unless a test knows better.
+    """
+    seconds_needed = seconds_needed or estimate_seconds
+    if asked != AUTO:
+        config = recipe(asked)
+        return Choice(config, seconds_needed(config, device, train), "asked for")
+
+    names = RECIPES[RECIPES.index(longest_for(device)) :]
+    for name in names:
+        if is_begun(recipe(name)):
+            config = recipe(name)
+            return Choice(config, seconds_needed(config, device, train), "begun before")
+
+    # Take the first one that is short enough; the last one in any case.
+    why = "what suits this device"
+    for name in names:
+        config = recipe(name)
+        seconds = seconds_needed(config, device, train)
+        if seconds <= LONGEST:
+            break
+        if name != names[-1]:
+            why = f"{name} would take about {duration(seconds)}"
+    return Choice(config, seconds, why)
+
+
+def longest_for(device: torch.device) -> str:
+    """Return the longest recipe that is worth a try on this kind of device.
+
+    Sixty epochs are for the data centre's GPUs from the A100 (compute capability 8.0) on.
+    """
+    if device.type == "cpu":
+        return "small"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "report"
+    return "short"
+
+
+def estimate_seconds(config: TrainConfig, device: torch.device, train: ImageSet) -> float:
+    """Return about how long a run takes, from the rates of a few steps on this machine."""
+    n = min(config.train_size or len(train), len(train))
+    sizes = [has_half_size(config, epoch) for epoch in range(config.epochs)]
+    rates = {size: images_per_second(config, device, train, size) for size in set(sizes)}
+    seconds = sum(n / rates[size] for size in sizes)
+    watched = 10_000 * config.epochs if config.watch_test else 10_000
+    return seconds + watched / (SPEND * rates[False])
+
+
+def images_per_second(
+    config: TrainConfig, device: torch.device, train: ImageSet, half_size: bool
+) -> float:
+    """Measure training with augmentation, on a network of its own and without compiling it."""
+    config = resolve(replace(config, compile=False), device, len(train))
+    half_size_epochs = 1 if half_size else 0  # of the first of several epochs
+    config = replace(config, epochs=max(config.epochs, 2), half_size_epochs=half_size_epochs)
+    step = Step(State(config, device), config)
+    some = train[: STEPS * config.batch_size].to(device)
+    train_one_epoch(step, some, epoch=0)  # the first steps are slow: memory, kernels, caches
+
+    # An epoch ends by reading its loss, so a GPU has done its work by then.
+    begin = time.perf_counter()
+    train_one_epoch(step, some, epoch=0)
+    return len(some) / (time.perf_counter() - begin)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what people call the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return {"cpu": "CPU", "mps": "Apple GPU"}.get(device.type, device.type)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as text with a sensible unit."""
+    if seconds < 90:
+        return f"{max(round(seconds / 5) * 5, 5)} seconds"
+    if seconds < 90 * 60:
+        return f"{math.ceil(seconds / 60)} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+class Watch:
+    """Watches a run: after each epoch it asks for a few images, and draws what is known by then.
+
+    The answers are kept in `watched.json` of the run's directory, so that a run which goes on, or
+    is finished, is drawn whole.
+    """
+
+    def __init__(
+        self, run: Path, epochs: int, images: ImageSet, show: Callable[[Figure], None], **how
+    ):
+        """Watch the run in this directory, of `epochs` epochs.
+
+        images: a few labelled test images.
+        show: called with a figure after each epoch.
+        how: what `evaluate.predict` is called with, besides the network and the images.
+        """
+        self.path, self.epochs, self.images = run / "watched.json", epochs, images
+        self.show, self.how = show, how
+
+    def __call__(self, model: nn.Module, history: list[dict]) -> None:
+        """Take the answers after the epoch that `history` ends with."""
+        logits = evaluate.predict(model, self.images.images, **self.how)
+        answers = self._answers()[: len(history) - 1] + [logits.softmax(1).tolist()]
+        write_atomically(self.path, json.dumps(answers).encode())
+        self.show(self.figure(pd.DataFrame(history)))
+
+    def figure(self, history: pd.DataFrame) -> Figure:
+        """Draw the accuracy by epoch, and below it the few images with the answers to them.
+
+        history: the rows of history.csv up to now.
+        """
+        answers = np.array(self._answers())  # (epochs up to now, n, 10)
+        return plots.live_run(history, self.epochs, self.images, answers)
+
+    def _answers(self) -> list:
+        """Return the probabilities after each epoch up to now: lists (epochs, n, 10)."""
+        if not self.path.exists():
+            return []
+        return json.loads(self.path.read_text(encoding="utf-8"))
