@@ -9,7 +9,6 @@ again.
 
 import argparse
 import sys
-from pathlib import Path
 
 import pandas as pd
 import torch

@@ -6,8 +6,10 @@ never complain in the browser's console, and never ask another computer for anyt
 
 import base64
 import io
+import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +28,10 @@ from cifar_lib.model import ResNet, WeightsInfo, save_model
 from notebooks.course import mistakes
 from notebooks.course.answers import Network, StoredAnswers
 from notebooks.course.mistakes import NetworkAnswers, mistakes_page
+from notebooks.course.reference import RESULTS
 from notebooks.course.stand_in import generate_stand_in
 from scripts import build_pages
+from scripts import mistakes_page as write_page
 
 pytestmark = pytest.mark.xdist_group("browser")  # one browser for all of them
 
@@ -527,6 +531,44 @@ def test_what_a_network_answers_comes_with_heat_maps_and_with_what_is_stored(set
     assert known.nearest is stored["nearest"] and known.cosines is stored["cosines"]
     mirrored = net.predict(test.images.flip(3))
     assert torch.allclose(known.mirrored, mirrored, atol=1e-4)
+
+
+# The page of the package's weights.
+
+
+def test_the_packages_page_has_the_readmes_counts(visit):
+    """Of the records, too; where this fails after a change: python -m scripts.mistakes_page."""
+    page = visit(REAL_PAGE)
+    assert len(listed(page)) == 44
+    cell(page, "dog", "cat").click()
+    assert len(listed(page)) == 63
+    for k, run in enumerate(("report-seed42", "best-seed42")):
+        page = visit(REAL_PAGE, f"#all&network={k}")
+        rows = [row.split("\t")[1:] for row in page.locator("#matrix tbody tr").all_inner_texts()]
+        counts = [[int(text.replace("·", "0")) for text in row] for row in rows]
+        metrics = json.loads((RESULTS / run / "metrics.json").read_text(encoding="utf-8"))
+        right = sum(counts[c][c] for c in range(10))
+        assert right == round(10_000 * metrics["half_precision"]["accuracy"])
+        assert len(listed(page)) == 10_000 - right
+    page = visit(REAL_PAGE, "#1227")
+    assert "1227: labelled cat, taken for dog" in page.locator("#closer-title").inner_text()
+    assert page.locator("#nearest figure").count() == 5 and page.locator("#heat-of").is_visible()
+
+
+def test_the_packages_page_is_small_and_of_the_sources_that_are_here():
+    assert REAL_PAGE.stat().st_size <= 3e6
+    page = REAL_PAGE.read_text(encoding="utf-8")
+    for name in ("mistakes.css", "mistakes.js"):
+        source = Path(mistakes.__file__).with_name(name).read_text(encoding="utf-8")
+        assert source.strip() in page, f"{name} is newer: python -m scripts.mistakes_page"
+
+
+@pytest.mark.parametrize("name", ["no/such/", "."])
+def test_a_wrong_place_for_the_page_is_one_line(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mistakes_page", "--out", name])
+    assert write_page.main() == 2
+    assert re.fullmatch(r"error: can't write .*: it is a folder: .*\n", capsys.readouterr().err)
 
 
 def test_a_stored_notebook_leaves_the_page_out(one, monkeypatch):

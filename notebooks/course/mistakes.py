@@ -31,7 +31,7 @@ NEAR_TIE = 0.3  # a right answer that leads by less than this is on the page too
 SHARES_IN_ONE = 100_000  # probabilities are stored as whole numbers of this
 HEAT_LEVELS = 16  # a cell of a heat map is stored as one hexadecimal digit
 SPRITE_COLUMNS = 64
-SPRITE_QUALITY = 75
+SPRITE_QUALITY = 80
 
 
 @dataclass(frozen=True)
@@ -288,11 +288,11 @@ def _heat_colours() -> list[str]:
 def _look_alikes(shown: Tensor, album: _Album) -> list[tuple[int, float]]:
     """Return each shown image's most alike other image: its number, and how alike it is.
 
-    It is looked for among the test and training images. How alike two images are is the correlation
-    of their thumbnails, at most 1. No network takes part.
+    It is looked for among the test and training images, by their details, without any network. How
+    alike two images are is the cosine between their details, at most 1.
     """
     test, train = album.sets.values()
-    known = torch.cat([_thumbnails(test.images), _thumbnails(train.images)])  # (N + M, 192)
+    known = torch.cat([_details(test.images), _details(train.images)])  # (N + M, 768)
     found = []
     for piece in shown.split(100):
         likeness = known[piece] @ known.T  # (piece, N + M)
@@ -306,11 +306,18 @@ def _look_alikes(shown: Tensor, album: _Album) -> list[tuple[int, float]]:
     return found
 
 
-def _thumbnails(images: Tensor) -> Tensor:
-    """Shrink images to 8x8 pixels with mean 0 and length 1: uint8 (n, 3, 32, 32) -> (n, 192)."""
-    small = [F.avg_pool2d(piece.float(), 4).flatten(1) for piece in images.split(1000)]
-    small = torch.cat(small)  # (n, 192)
-    return F.normalize(small - small.mean(1, keepdim=True))
+def _details(images: Tensor) -> Tensor:
+    """Return images of 16x16 pixels without their coarse colours, of length 1.
+
+    uint8 (n, 3, 32, 32) -> float32 (n, 768). The coarse colours, those of four quarters, are left
+    out because by them all ships at sea are alike.
+    """
+    pieces = [torch.zeros(0, 768)]
+    for piece in images.split(1000):
+        small = F.avg_pool2d(piece.float(), 2)  # (1000, 3, 16, 16)
+        coarse = F.interpolate(F.avg_pool2d(small, 8), size=(16, 16), mode="bilinear")
+        pieces.append(F.normalize((small - coarse).flatten(1)))
+    return torch.cat(pieces)
 
 
 def _votes_on(index: int | str, votes: pd.DataFrame | None) -> dict | None:
