@@ -8,6 +8,7 @@ docs/setup.md lists the environment variables that say what they train and look 
 import argparse
 import html
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ NOTEBOOKS = ROOT / "notebooks"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NO_ALT = "No description has been provided for this image"  # in a page of nbconvert's
 PAGES = ROOT / "runs" / "html"
+MISTAKES = ROOT / "docs" / "mistakes.html"  # by scripts/mistakes_page.py, of the package's weights
 
 
 def main() -> int:
@@ -60,6 +62,7 @@ def main() -> int:
             print(f"error: {path.name} stopped: {error.ename}: {error.evalue}", file=sys.stderr)
             return 1
         if options.in_place:
+            _leave_out_large(notebook)
             nbformat.write(notebook, path)
         else:
             _write_page(path.stem, notebook)
@@ -99,6 +102,15 @@ def _tidy(notebook: nbformat.NotebookNode) -> None:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
+def _leave_out_large(notebook: nbformat.NotebookNode) -> None:
+    """Remove HTML that is marked as too large to be stored (course/mistakes.py); words stay."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            mark = output.get("metadata", {}).get("text/html", {})
+            if mark.get("stored") is False:
+                del output.data["text/html"]
+
+
 def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     """Write a notebook with its outputs as <name>.html."""
     page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": name}})
@@ -106,9 +118,10 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     # nbconvert leaves a notebook's alternative texts out, and puts this in their place.
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
-            if alt:
-                page = page.replace(NO_ALT, html.escape(alt), 1)
+            for kind in ("image/png", "image/jpeg"):
+                alt = output.get("metadata", {}).get(kind, {}).get("alt")
+                if alt:
+                    page = page.replace(NO_ALT, html.escape(alt), 1)
 
     # The pages link to each other as the notebooks do, but lie one folder deeper.
     for linked in NOTEBOOKS.glob("*.ipynb"):
@@ -125,6 +138,8 @@ def _write_index() -> None:
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if (PAGES / f"{path.stem}.html").exists():
             items.append(f'<li><a href="{path.stem}.html">{html.escape(_title(path))}</a></li>')
+    shutil.copy(MISTAKES, PAGES)
+    items.append(f'<li><a href="{MISTAKES.name}">Every mistake at a click</a></li>')
     links = "\n".join(items)
     head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>CIFAR-10 notebooks</title>'
     style = "<style>body{font:18px/1.6 sans-serif;max-width:40em;margin:3em auto}</style>"

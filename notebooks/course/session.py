@@ -46,7 +46,7 @@ from notebooks.course.reference import (
     published_table_2,
 )
 from notebooks.course.stand_in import generate_stand_in
-from notebooks.course.style import save_figure
+from notebooks.course.style import for_notebook, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 KAGGLE_OUTPUT = Path("/kaggle/working")  # where results go on Kaggle
@@ -286,7 +286,9 @@ class Session:
     def _picture(self, figure: Figure, name: str, alt: str) -> Image:
         folder = Path(_variable("CIFAR_FIGURES") or self.folder / "figures")
         png = save_figure(figure, folder / f"{name}.png", self.note)
-        return Image(png, metadata={"alt": alt})  # as `alt=`, which Colab's IPython 7 lacks
+        kind, content = for_notebook(figure, png)
+        # Not `alt=`, which Colab's IPython 7 lacks.
+        return Image(content, format=kind, metadata={"alt": alt})
 
     def table(self, frame: pd.DataFrame, caption: str, formats: str | dict | None = None) -> Styler:
         """Return the frame with its caption, which says so if the data isn't CIFAR-10."""

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from notebooks.course.style import RED, in_style, new_figure, show_heat, show_image
+from notebooks.course.style import RED, SMOOTH, in_style, new_figure, show_heat, show_image
 
 
 @in_style
@@ -19,10 +19,12 @@ def image_grid(
     row_labels: Sequence[str] = (),
     title: str = "",
     scale: float = 0.85,
+    smooth: bool = False,
 ) -> Figure:
     """Draw pictures, uint8 (n, H, W, 3), row by row, `scale` inches each.
 
     titles: one per picture, or none. row_labels: one per row, or none.
+    smooth: whether pictures are enlarged smoothly. If not, their pixels can be seen.
     """
     rows = _rows_of(len(images), columns)
     titles = list(titles) or [""] * len(images)
@@ -37,7 +39,7 @@ def image_grid(
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
         if i < len(images):
-            show_image(ax, images[i], titles[i], size=9)
+            show_image(ax, images[i], titles[i], size=9, smooth=smooth)
         else:
             ax.set_axis_off()
     for ax, label in zip(axes[:, 0], row_labels, strict=False):
@@ -67,7 +69,7 @@ def gallery(
         if i >= len(images):
             ax.set_axis_off()
             continue
-        show_image(ax, images[i], captions[i], size=9)
+        show_image(ax, images[i], captions[i], size=9, smooth=True)
         if overlays is not None:
             show_heat(ax, overlays[i])
     if len(images) == 0:
@@ -84,35 +86,42 @@ def _line_count(text: str) -> int:
     return text.count("\n") + 1 if text else 0
 
 
-# A cell of a contact sheet, in inches, and the side of its picture: two pixels of the PNG for each
-# of CIFAR-10's.
-CELL_WIDTH, CELL_HEIGHT, SIDE = 0.7, 1.0, 64 / 110
-
-
 @in_style
 def contact_sheet(
     groups: Mapping[str, tuple[np.ndarray, Sequence[str], np.ndarray]],
     title: str,
-    columns: int = 12,
+    columns: int = 16,
+    side: float = 64 / 110,
+    frame_means: str = "",
 ) -> Figure:
-    """Draw many small pictures, group below group.
+    """Draw many pictures, group below group.
 
     groups: {heading: (pictures uint8 (n, 32, 32, 3), n captions, framed bool (n,))}; those that are
     `framed` get a frame. A group without pictures says so.
+    side: of a picture, in inches. The default is two pixels of the PNG for each of CIFAR-10's.
+    frame_means: what a frame says about a picture. It stands at the top, beside a frame.
     """
-    rows = [max(_rows_of(len(captions), columns), 1) for _, captions, _ in groups.values()]
-    height = sum(rows) * CELL_HEIGHT + 0.35 * len(rows) + 0.3
-    figure = Figure(figsize=(columns * CELL_WIDTH, height), layout="constrained")
+    captions = [caption for _, of_group, _ in groups.values() for caption in of_group]
+    cell_width = side + 0.12
+    cell_height = side + 0.1 + 0.15 * max(map(_line_count, captions), default=1)
+    rows = [max(_rows_of(len(of_group), columns), 1) for _, of_group, _ in groups.values()]
+    height = sum(rows) * cell_height + 0.35 * len(rows) + 0.3
+    figure = Figure(figsize=(columns * cell_width, height), layout="constrained")
     figure.suptitle(title)
+    if frame_means and any(framed.any() for _, _, framed in groups.values()):
+        figure.legend([_frame((0, 0), side)], [frame_means], loc="upper right", borderaxespad=0)
+
     axes = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
     for ax, row_count, heading in zip(axes, rows, groups, strict=True):
         pictures, captions, framed = groups[heading]
         ax.set_title(heading)
         ax.set_axis_off()
         for i, caption in enumerate(captions):
-            column, row = i % columns, i // columns
-            _place_picture(ax, column, row, pictures[i], caption, framed[i])
-        width, height = columns * CELL_WIDTH, row_count * CELL_HEIGHT
+            corner = (i % columns * cell_width + 0.06, i // columns * cell_height + 0.03)
+            _place_picture(ax, corner, side, pictures[i], caption)
+            if framed[i]:
+                ax.add_patch(_frame(corner, side))
+        width, height = columns * cell_width, row_count * cell_height
         ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
         if not captions:
             ax.text(0.04, 0.4, "no such image")
@@ -120,18 +129,20 @@ def contact_sheet(
 
 
 def _place_picture(
-    ax: Axes, column: int, row: int, picture: np.ndarray, caption: str, framed: bool
+    ax: Axes, corner: tuple[float, float], side: float, picture: np.ndarray, caption: str
 ) -> None:
-    """Draw one picture of a contact sheet, its caption below it."""
-    left, top = column * CELL_WIDTH + 0.06, row * CELL_HEIGHT + 0.03
-    right, bottom = left + SIDE, top + SIDE  # y grows downwards
+    """Draw one picture of a contact sheet by its upper left corner, and its caption below it."""
+    left, top = corner
+    right, bottom = left + side, top + side  # y grows downwards
     place = (left, right, bottom, top)
-    ax.imshow(picture, extent=place, interpolation="nearest", vmin=0, vmax=255)
-    look = {"size": 9, "ha": "center", "va": "top", "linespacing": 1.05}
-    ax.text(left + SIDE / 2, bottom + 0.04, caption, **look)
-    if framed:
-        frame = Rectangle((left, top), SIDE, SIDE, fill=False, edgecolor=RED, linewidth=2.5)
-        ax.add_patch(frame)
+    ax.imshow(picture, extent=place, interpolation=SMOOTH, vmin=0, vmax=255)
+    look = {"size": 8, "ha": "center", "va": "top", "linespacing": 1.05}
+    ax.text(left + side / 2, bottom + 0.04, caption, **look)
+
+
+def _frame(corner: tuple[float, float], side: float) -> Rectangle:
+    """Return a frame for the picture of a contact sheet that has this upper left corner."""
+    return Rectangle(corner, side, side, fill=False, edgecolor=RED, linewidth=2.5)
 
 
 @in_style
@@ -156,9 +167,9 @@ def inspection(
 
     # Above: the picture, the heat maps, the probabilities.
     *shown, bars = upper.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
-    show_image(shown[0], picture, "test image", size=9)
+    show_image(shown[0], picture, "test image", size=9, smooth=True)
     for ax, (name, heat) in zip(shown[1:], maps.items(), strict=True):
-        show_image(ax, picture, name, size=9)
+        show_image(ax, picture, name, size=9, smooth=True)
         show_heat(ax, heat)
     shares = list(probabilities.values())
     drawn = bars.barh(list(probabilities), shares)
@@ -171,7 +182,7 @@ def inspection(
     lower.suptitle(f"nearest of {among:,} training images, and their cosine", size=10)
     places = lower.subplots(1, 5)
     for ax, neighbour, caption in zip(places, neighbours, captions, strict=True):
-        show_image(ax, neighbour, caption, size=9)
+        show_image(ax, neighbour, caption, size=9, smooth=True)
     return figure
 
 
@@ -188,6 +199,6 @@ def shift_pictures(pictures: np.ndarray, accuracy: pd.DataFrame, title: str) -> 
     for i, (family, shares) in enumerate(accuracy.iterrows()):
         titles = ["unshifted"] + [f"{severity}: {share:.1%}" for severity, share in shares.items()]
         for ax, picture, text in zip(axes[i], pictures[i], titles, strict=True):
-            show_image(ax, picture, text, size=9)
+            show_image(ax, picture, text, size=9, smooth=True)
         axes[i, 0].set_ylabel(family, rotation=0, ha="right", va="center")
     return figure

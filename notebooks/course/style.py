@@ -19,6 +19,7 @@ from cifar_lib.files import write_atomically
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 BLUE, LIGHT_BLUE, RED, BLACK = COLOURS[0], COLOURS[4], COLOURS[5], COLOURS[7]
+SMOOTH = "lanczos"  # how images of 32x32 pixels are enlarged where one must see what they show
 STYLE = {
     "axes.grid": True,
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
@@ -50,11 +51,14 @@ def new_figure(
 
 
 def show_image(
-    axes: Axes, image: np.ndarray, title: str = "", size: float = 8, colour: str = "black"
+    axes: Axes, image: np.ndarray, title: str = "", size: float = 8, smooth: bool = False
 ) -> None:
-    """Fill the axes with an image, uint8 (H, W, 3), without ticks, grid or frame."""
-    axes.imshow(image, interpolation="nearest", vmin=0, vmax=255)
-    axes.set_title(title, fontsize=size, loc="center", pad=3, color=colour)
+    """Fill the axes with an image, uint8 (H, W, 3), without ticks, grid or frame.
+
+    If `smooth`, it is enlarged smoothly, so that one sees what it shows; else to square pixels.
+    """
+    axes.imshow(image, interpolation=SMOOTH if smooth else "nearest", vmin=0, vmax=255)
+    axes.set_title(title, fontsize=size, loc="center", pad=3)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(False)
@@ -64,7 +68,7 @@ def show_image(
 
 def show_heat(axes: Axes, heat: np.ndarray) -> None:
     """Lay a heat map, float (H, W) in [0, 1], over the image that the axes show."""
-    axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(heat, cmap="inferno", alpha=0.55, vmin=0, vmax=1, interpolation="bilinear")
 
 
 @in_style
@@ -79,17 +83,27 @@ def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
     figure.savefig(drawn, format="png", dpi=dpi)
     picture = Image.open(drawn).convert("RGB")
 
-    # A palette halves the bytes of a chart, and takes two thirds of those of a large sheet. Few
-    # photographs keep all their colours.
-    photographs = sum(len(axes.images) for axes in figure.axes)
-    if photographs == 0 or photographs > 100:
+    # A palette halves the bytes of a chart. Photographs keep all their colours.
+    if not any(axes.images for axes in figure.axes):
         picture = picture.quantize(
-            method=Image.Quantize.MAXCOVERAGE,
-            kmeans=2 if photographs else 0,
-            dither=Image.Dither.NONE,
+            method=Image.Quantize.MAXCOVERAGE, kmeans=0, dither=Image.Dither.NONE
         )
     picture.save(packed, format="png", optimize=True)
     return packed.getvalue()
+
+
+def for_notebook(figure: Figure, png: bytes) -> tuple[str, bytes]:
+    """Return the format and the content in which a notebook stores a figure that is this PNG.
+
+    Photographs that are enlarged smoothly take a third of the bytes as JPEG, and a notebook has to
+    stay small. All else stays a PNG, whose pixels are exact.
+    """
+    photographs = [image for axes in figure.axes for image in axes.images]
+    if not any(image.get_interpolation() == SMOOTH for image in photographs):
+        return "png", png
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(png)).save(packed, format="jpeg", quality=85, optimize=True)
+    return "jpeg", packed.getvalue()
 
 
 def save_figure(figure: Figure, path: Path, note: str | None = None) -> bytes:
