@@ -45,8 +45,12 @@ def _check_pictures(notebook: NotebookNode, name: str) -> None:
     """A notebook can be green and show nothing: each call of session.show must give a picture."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     asked = sum(cell.source.count("session.show(") for cell in code)
-    shown = sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    shown = sum(_is_picture(output) for cell in code for output in cell.outputs)
     assert shown >= asked > 0, f"{name} calls session.show {asked} times, {shown} pictures came out"
+
+
+def _is_picture(output: NotebookNode) -> bool:
+    return any(kind.startswith("image/") for kind in output.get("data", {}))
 
 
 def _check_numbers(executed: NotebookNode, path: Path) -> None:

@@ -84,7 +84,8 @@ def run(path: Path) -> str | None:
     except CellExecutionError as error:
         return str(error)[-1500:]
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    kinds = [kind for output in outputs for kind in output.get("data", {})]
+    pictures = sum(kind.startswith("image/") for kind in kinds)
     asked = sum(cell.source.count("session.show(") for cell in notebook.cells)
     lines = "".join(output.get("text", "") for output in outputs).splitlines()
     print(
