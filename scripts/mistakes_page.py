@@ -53,7 +53,8 @@ def package_page() -> str:
     for weights in WEIGHTS:
         network = Network(weights, cpu, "fp32")
         print(f"heat maps of {network.info.recipe}", flush=True)
-        answers.append(answers_of(network, test, network.info.temperature))
+        logits = network.predict(test.images)
+        answers.append(answers_of(network, test, logits, network.info.temperature))
     votes = pd.read_csv(LABEL_CHECKS, index_col="index")
     return mistakes_page(train, test, answers, votes)
 

@@ -60,13 +60,62 @@ def test_sheets_show_every_picture_with_its_words():
 def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
     captions = [f"{i}\n99%" for i in range(7)]
     groups = {"a": (PICTURES, captions, np.arange(7) > 4), "b": (PICTURES[:0], [], np.zeros(0))}
-    full, empty = sheets.contact_sheet(groups, "T", columns=3).axes
+    figure = sheets.contact_sheet(groups, "T", columns=3, frame_means="marked")
+    full, empty = figure.axes
+    assert texts(figure.legends[0].texts) == ["marked"]
     assert texts(full.texts) == captions and texts(empty.texts) == ["no such image"]
     low, high = sorted(full.get_ylim())
     edges = [image.get_extent() for image in full.images]  # left, right, bottom, top
     assert all(low <= edge <= high for extent in edges for edge in extent[2:])
     framed = [patch.get_xy() for patch in full.patches]
     assert framed == [(extent[0], extent[3]) for extent in edges[5:]]
+    unmarked = {"a": (PICTURES, captions, np.zeros(7, dtype=bool))}
+    assert not sheets.contact_sheet(unmarked, "T", frame_means="marked").legends
+
+
+def test_a_row_of_a_contact_sheet_is_as_high_as_its_pictures_and_captions():
+    def height(caption: str, **options) -> float:
+        groups = {"a": (PICTURES, [caption] * 7, np.zeros(7, dtype=bool))}
+        return sheets.contact_sheet(groups, "T", columns=7, **options).get_figheight()
+
+    assert height("a\nb") - height("a") == pytest.approx(0.15)
+    assert height("a", side=1.4) - height("a", side=0.4) == pytest.approx(1)
+
+
+def colours_of(figure: Figure) -> int:
+    """How many colours the figure's PNG has."""
+    picture = Image.open(io.BytesIO(style.to_png(figure))).convert("RGB")
+    return len(picture.getcolors(maxcolors=1 << 24))
+
+
+def test_pictures_that_must_be_recognised_are_smooth_and_others_show_their_pixels():
+    nothing = np.zeros(7, dtype=bool)
+    flat = np.zeros((32, 32, 3), dtype=np.uint8)
+    flat[:, 16:] = 255  # two colours; between them smooth enlarging makes others
+    two = np.stack([flat] * 7)
+    smooth = [
+        sheets.gallery(two, [""] * 7, ""),
+        sheets.contact_sheet({"": (two, [""] * 7, nothing)}, ""),
+        sheets.image_grid(two, 7, smooth=True),
+        sheets.shift_pictures(two[None, :2], pd.DataFrame([[0.5]], ["noise"], [1]), ""),
+    ]
+    for figure in smooth:
+        assert {image.get_interpolation() for ax in figure.axes for image in ax.images} == {
+            style.SMOOTH
+        }
+    assert colours_of(smooth[2]) > colours_of(sheets.image_grid(two, 7))
+
+
+def test_a_notebook_stores_smooth_photographs_as_jpeg_and_all_else_exactly():
+    for figure, kind in (
+        (sheets.gallery(PICTURES, ["a"] * 7, "T"), "jpeg"),
+        (sheets.image_grid(PICTURES, 7), "png"),
+        (plots.intervals({"a": (0.5, 0.4, 0.7)}, "T", "accuracy"), "png"),
+    ):
+        png = style.to_png(figure)
+        stored, content = style.for_notebook(figure, png)
+        assert stored == kind and Image.open(io.BytesIO(content)).format.lower() == kind
+        assert (content == png) == (kind == "png")
 
 
 def test_bars_are_as_long_as_the_counts():

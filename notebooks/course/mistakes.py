@@ -66,19 +66,21 @@ class NetworkAnswers:
 
 
 def answers_of(
-    network: Network, test: ImageSet, temperature: float, name: str | None = None
+    network: Network, test: ImageSet, logits: Tensor, temperature: float
 ) -> NetworkAnswers:
     """Return what a network answers on test images, and heat maps of its mistakes.
 
+    logits: what `network.predict` gives for these images, float32 (N, 10).
+    temperature: what these are divided by before they become probabilities.
+
     The mirror images and the nearest training images are known where they are stored
-    (notebooks/course/answers.py). The heat maps are computed: 500 mistakes take two processor cores
-    about half a minute. The network's `name` is its recipe's, unless another one is given.
+    (notebooks/course/answers.py). The heat maps are computed: those of 500 mistakes take two
+    processor cores about twenty seconds. The network is called by its recipe's name.
     """
-    logits = network.predict(test.images)
     guesses = logits.argmax(1)
     mistakes = (guesses != test.labels).nonzero()[:, 0]
     answers = NetworkAnswers(
-        name=name or network.info.recipe,
+        name=network.info.recipe,
         logits=logits,
         temperature=temperature,
         mistakes=mistakes,

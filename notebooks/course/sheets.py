@@ -107,7 +107,7 @@ def contact_sheet(
     rows = [max(_rows_of(len(of_group), columns), 1) for _, of_group, _ in groups.values()]
     height = sum(rows) * cell_height + 0.35 * len(rows) + 0.3
     figure = Figure(figsize=(columns * cell_width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, x=0.005, ha="left")  # what a frame means stands to the right
     if frame_means and any(framed.any() for _, _, framed in groups.values()):
         figure.legend([_frame((0, 0), side)], [frame_means], loc="upper right", borderaxespad=0)
 
