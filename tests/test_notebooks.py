@@ -24,6 +24,7 @@ from cifar_lib.data import CAT, CLASSES, DOG, REAL, STAND_IN
 from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet, WeightsInfo, save_model
 from cifar_lib.recipes import recipe
+from notebooks import conftest
 from notebooks.course import live_run, plots
 from notebooks.course.answers import Network, StoredAnswers
 from notebooks.course.inspector import Inspector
@@ -196,6 +197,34 @@ def test_committed_outputs_are_clean(name):
     if outputs:
         assert counts == list(range(1, len(counts) + 1)), "not one run from top to bottom"
         assert any(kind.startswith("image/") for o in outputs for kind in o.get("data", {}))
+
+
+def notebook_that_prints(text: str, tags: tuple[str, ...] = ()) -> nbformat.NotebookNode:
+    """A notebook of one cell, as it is after the cell has printed `text` and shown a table."""
+    page = f"<table><td class='x'>{text}</td></table>"
+    outputs = [
+        nbformat.v4.new_output("stream", text=text),
+        nbformat.v4.new_output("display_data", data={"text/html": page}),
+    ]
+    cell = nbformat.v4.new_code_cell(id="one", outputs=outputs, metadata={"tags": [*tags]})
+    return nbformat.v4.new_notebook(cells=[cell])
+
+
+def test_a_notebook_that_prints_other_numbers_than_it_stores_fails(monkeypatch, tmp_path):
+    for name in conftest.OTHER_OUTPUTS:
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "stored.ipynb"
+    nbformat.write(notebook_that_prints("accuracy 95.35%, n = 10,000"), path)
+    conftest._check_numbers(notebook_that_prints("accuracy: 95.35% of 10,000"), path)
+    with pytest.raises(AssertionError, match="cell one: it prints .*94.30%.*, stored is .*95.35%"):
+        conftest._check_numbers(notebook_that_prints("accuracy 94.30%, n = 10,000"), path)
+
+    # Not where they may differ: in a cell that says so, on stand-in data, with other weights.
+    conftest._check_numbers(notebook_that_prints("94.30%", tags=("varies",)), path)
+    elsewhere = notebook_that_prints("Going on with generated stand-in data; 12.00%")
+    conftest._check_numbers(elsewhere, path)
+    monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
+    conftest._check_numbers(notebook_that_prints("94.30%"), path)
 
 
 @pytest.mark.parametrize("name", NAMES)
