@@ -13,6 +13,7 @@ from cifar_lib.errors import InputError
 # What kind of value each variable has.
 VARIABLES = {
     "CIFAR_RECIPE": "word",
+    "CIFAR_EPOCHS": "count",
     "CIFAR_DEVICE": "device",
     "CIFAR10_ROOT": "folder",
     "CIFAR10_MIRROR": "address",
@@ -77,6 +78,11 @@ def read(name: str, base: Path | None = None) -> str | None:
         return value
     if kind == "word":
         raise _wrong(name, value, " or ".join(words), f"unset it for {words[0]}")
+
+    if kind == "count":
+        if not (value.isascii() and value.isdigit() and 1 <= len(value) <= 4 and int(value) > 0):
+            raise _wrong(name, value, "a whole number from 1 to 9999", "correct it, or unset it")
+        return value
 
     # What is left is the path of a file or a folder. Only a file must exist already.
     path = _absolute(name, value, base or Path.cwd())

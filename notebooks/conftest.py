@@ -18,7 +18,7 @@ from cifar_lib.errors import InputError
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Variables that make notebooks print other numbers than those that are stored.
-OTHER_OUTPUTS = ("CIFAR_RECIPE", "CIFAR_WEIGHTS", "CIFAR_TEST_FILE")
+OTHER_OUTPUTS = ("CIFAR_RECIPE", "CIFAR_EPOCHS", "CIFAR_WEIGHTS", "CIFAR_TEST_FILE")
 
 
 def pytest_configure(config: pytest.Config) -> None:

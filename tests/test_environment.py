@@ -42,6 +42,7 @@ def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monk
     words = {
         "CIFAR_WEIGHTS": "trained",
         "CIFAR_RECIPE": "small",
+        "CIFAR_EPOCHS": "2",
         "CIFAR_DEVICE": "cuda:1",
         "CIFAR10_MIRROR": "https://example.org/cifar",
     }
@@ -73,6 +74,9 @@ def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monk
         ("CIFAR10_ROOT", "'my data'", "a value without quotes"),
         ("CIFAR10_MIRROR", '"http://user:secret@host/x"', "a value without quotes"),
         ("CIFAR_RECIPE", "fast", "auto or small or .* or best, got fast: unset it for auto"),
+        ("CIFAR_EPOCHS", "0", "a whole number from 1 to 9999, got 0: correct it"),
+        ("CIFAR_EPOCHS", "1.5", "a whole number"),
+        ("CIFAR_EPOCHS", "²", "a whole number"),
         ("CIFAR_WEIGHTS", "absent.safetensors", "a file that exists, or pretrained, or trained"),
         ("CIFAR_TEST_FILE", ".", "a file that exists, got .*: correct the path"),
         ("CIFAR_RUNS", "~nobody-has-this-name/x", "a path on this machine"),

@@ -131,7 +131,18 @@ class Session:
         """What is trained here: the recipe of `CIFAR_RECIPE`, else what suits this machine.
 
         The stand-in data's classes are learnt from fewer images: there it is `small` on some.
+        `CIFAR_EPOCHS` sets the number of epochs.
         """
+        choice = self._choose()
+        epochs = _variable("CIFAR_EPOCHS")
+        if epochs is None:
+            return choice
+        config = replace(choice.config, epochs=int(epochs))
+        seconds = live_run.estimate_seconds(config, self.device, self.train)
+        return live_run.Choice(config, seconds, choice.why)
+
+    def _choose(self) -> live_run.Choice:
+        """Choose what is trained, with the recipe's own number of epochs."""
         asked = _variable("CIFAR_RECIPE") or live_run.AUTO
         if not self.stand_in:
             return live_run.choose(self.device, self.train, asked, self._is_begun)

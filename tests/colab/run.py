@@ -102,6 +102,7 @@ def main() -> int:
     parser.add_argument("notebooks", nargs="*", help="how their names begin; default: all")
     options = parser.parse_args()
     make_environment()
+    os.environ.setdefault("CIFAR_EPOCHS", "1")  # pytest --nbmake trains all of them
     failed = 0
     with tempfile.TemporaryDirectory(prefix="colab ") as folder:
         origin, content = Path(folder) / "origin", Path(folder) / "content"
