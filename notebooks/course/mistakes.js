@@ -255,11 +255,12 @@ function tile(image) {
   );
   if (choices.elements.order.value === "look-alike") {
     const [number] = image.lookAlike;
-    const like = `like ${nameOfPicture(number)}: ${classes[pictures[number][2]]}`;
+    const like = `like ${nameOfPicture(number)}, labelled ${classes[pictures[number][2]]}`;
     button.append(picture(number, 128, ""), make("span", {}, like));
   }
   if (isDoubted(image)) {
-    const doubt = `label? ${image.votes.counts[0]} of 5 agree`;
+    const { counts, label, guess } = image.votes;
+    const doubt = `label? ${counts[0]} of 5 say ${label}, ${counts[1]} ${guess}`;
     button.append(make("span", { className: "doubted" }, doubt));
   }
   button.image = image;
@@ -361,11 +362,14 @@ function mirrored(k) {
 }
 
 function wordsOfVotes(votes) {
-  if (votes === null) return "";
+  if (votes === null) {
+    return images.some((image) => image.votes) ? "People weren't asked about this image." : "";
+  }
   const [label, guess, both, neither] = votes.counts;
   return (
-    `Of five people who were asked, ${label} said ${votes.label} (the label), ` +
-    `${guess} ${votes.guess}, ${both} both, ${neither} neither.`
+    `Five people were asked whether it is what the label says, or what some other network had ` +
+    `answered: ${label} said ${votes.label} (the label), ${guess} ${votes.guess}, ${both} both, ` +
+    `${neither} neither.`
   );
 }
 
