@@ -97,7 +97,7 @@ def _check_pages() -> None:
     for notebook in sorted((ROOT / "notebooks").glob("0*.ipynb")):
         page = PAGES / f"{notebook.stem}.html"
         text = page.read_text(encoding="utf-8")
-        pictures = text.count("data:image/")
+        pictures = text.count("data:image/png;base64,") + text.count("data:image/jpeg;base64,")
         if pictures == 0:
             raise SystemExit(f"windows: FAILED: {page.name} has no pictures")
         print(f"windows: {page.name}: {len(text):,} characters, {pictures} pictures", flush=True)
