@@ -5,6 +5,7 @@ that computes these numbers from the records. A changed record or a changed text
 line. A line break in a document counts as a space.
 """
 
+import html
 import json
 import re
 import sqlite3
@@ -188,6 +189,23 @@ def mistakes(run: str) -> int:
     return int(counts.sum() - counts.trace())
 
 
+def stored_table(notebook: str, caption: str) -> dict[str, list[str]]:
+    """The cells of a table that a notebook stores, by the names of its rows; without percent signs.
+
+    Of the captions of its tables, one begins with `caption`.
+    """
+    path = ROOT / "notebooks" / f"{notebook}.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pages = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
+    (page,) = [page for page in pages if f"<caption>{caption}" in page]
+    rows = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", page, re.S):
+        name, *values = (html.unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t", row))
+        rows[name] = [value.removesuffix("%") for value in values]
+    return rows
+
+
 def trials() -> list:
     """How many trials of the stored search ended, the first one's accuracy, the best one's, and how
     many times smaller the best one's learning rate was."""
@@ -314,6 +332,8 @@ README, CARD, LOG = "README.md", "cifar_lib/weights/README.md", "results/LOG.md"
 PERFORMANCE, SHIFT = "docs/performance.md", "docs/shift.md"
 SMALL = [f"small-seed{seed}" for seed in (42, 0, 1)]
 SETUP = "docs/setup.md"
+DATA_BOOK = "notebooks/01_data_statistics.ipynb"
+AUGMENTATION_BOOK = "notebooks/02_augmentation_preview.ipynb"
 TRAINING_BOOK = "notebooks/03_training.ipynb"
 MISTAKES_BOOK = "notebooks/04_error_analysis.ipynb"
 SUBMISSION_BOOK = "notebooks/05_kaggle_submission.ipynb"
@@ -806,6 +826,23 @@ CLAIMS = [
         ],
     ),
     # The notebooks
+    Claim(
+        DATA_BOOK,
+        "trained a custom ResNet of {} parameters on CIFAR-10 and report an accuracy of {} %",
+        lambda: [
+            f"{count_parameters((3, 4, 3), (66, 132, 264)):,}",
+            published("test_accuracy", -1),
+        ],
+    ),
+    Claim(
+        AUGMENTATION_BOOK,
+        "classifies {} % of the 10,000 test images correctly with the report's augmentation, "
+        "against {} % with the flip alone",
+        lambda: [
+            stored_table("solutions", "Four epochs of 10,000 images, by augmentation")[row][1]
+            for row in ("the report's", "small's")
+        ],
+    ),
     Claim(
         TRAINING_BOOK,
         "they end at {} (ours) and {} %",

@@ -141,9 +141,10 @@ def test_lines_and_dots_go_through_the_numbers():
 
     sets = {"a": ((0.1, 0.2, 0.3), (1, 2, 3)), "b": ((0.4, 0.5, 0.6), (4, 5, 6))}
     figure = plots.channel_dots(sets, "T")
-    for panel in (0, 1):
-        dots = zip(COLOURS, sets["a"][panel], sets["b"][panel], strict=True)
-        assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
+    for panel in (0, 1):  # a row's dots have three heights, so that none hides another
+        heights = [[row + step for row in (0, 1)] for step in (-0.2, 0, 0.2)]
+        dots = zip(COLOURS, sets["a"][panel], sets["b"][panel], heights, strict=True)
+        assert lines(figure, panel) == {name: ([a, b], ys) for name, a, b, ys in dots}
 
     figure = plots.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
     assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])

@@ -14,6 +14,7 @@ from notebooks.course.style import BLUE, LIGHT_BLUE, RED, in_style, new_figure, 
 
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
 CHANNEL_MARKERS = {"red": "o", "green": "s", "blue": "D"}
+CHANNEL_STEP = 0.2  # between the heights of two channels' dots, as a share of a row
 
 
 @in_style
@@ -65,20 +66,22 @@ def channel_dots(
 ) -> Figure:
     """Draw the channels' means and standard deviations, one row per set, one dot per channel.
 
-    statistics: {set: (means (3,), standard deviations (3,))}.
+    statistics: {set: (means (3,), standard deviations (3,))}. In each row red is drawn a little
+    above green, and blue a little below, so that no dot hides another.
     """
-    figure, axes = new_figure(1, 2, (8, 1.2 + 0.38 * len(statistics)))
-    rows = range(len(statistics))
+    figure, axes = new_figure(1, 2, (8, 1.4 + 0.42 * len(statistics)))
+    figure.suptitle(title)
+    rows = np.arange(len(statistics))
     for i, xlabel in enumerate(("mean", "standard deviation")):
         ax = axes[0, i]
         for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
             dots = [pair[i][channel] for pair in statistics.values()]
-            ax.plot(dots, rows, CHANNEL_MARKERS[colour], color=hexadecimal, label=colour)
+            heights = rows + (channel - 1) * CHANNEL_STEP
+            ax.plot(dots, heights, CHANNEL_MARKERS[colour], color=hexadecimal, label=colour)
         ax.set_yticks(rows, statistics.keys() if i == 0 else [])
         ax.invert_yaxis()
         ax.margins(x=0.08, y=0.12)
         ax.set_xlabel(xlabel)
-    axes[0, 0].set_title(title)
     axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return figure
 
@@ -95,15 +98,24 @@ def frequencies(
     figure, axes = new_figure(size=(8, 3.6))
     ax, values = axes[0, 0], list(measured.values())
     low, high = expected - 2 * deviation, expected + 2 * deviation
-    ax.axhspan(low, high, color=LIGHT_BLUE, alpha=0.25, label="± 2 standard deviations")
-    ax.axhline(expected, color=RED, linestyle="--", label=f"expected {expected:.2%}")
+    ax.axhspan(low, high, color=LIGHT_BLUE, alpha=0.25)
+    ax.axhline(expected, color=RED, linestyle="--")
     ax.plot(range(len(measured)), values, "o", label="measured")
     ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
-    ax.set_ylim(min(low - 2 * deviation, *values), max(high + 4 * deviation, *values))
+    ax.set_ylim(min(low - deviation, *values), max(high + deviation, *values))
     ax.locator_params(axis="y", nbins=8, steps=[1, 2, 5, 10])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
-    ax.legend(loc="upper center", ncols=3)
+
+    # What the line and the edges of the band are, to the right of them.
+    names = {
+        high: ("+2 standard\ndeviations", BLUE),
+        expected: (f"expected\n{expected:.2%}", RED),
+        low: ("−2 standard\ndeviations", BLUE),
+    }
+    beside = {"xycoords": ax.get_yaxis_transform(), "xytext": (6, 0), "va": "center"}
+    for height, (name, colour) in names.items():
+        ax.annotate(name, (1, height), textcoords="offset points", color=colour, **beside)
     return figure
 
 
