@@ -256,6 +256,11 @@ def shares(mix: str, n: int, share: float, name: str, *columns: str) -> list[str
     return [percent(row[column] / n, 1) for column in columns]
 
 
+def points_forgone(row: pd.Series) -> str:
+    """Points of accuracy that always adapting would add to the default on a file."""
+    return f"{100 * (row[BOTH] - row.default) / row.n:.1f}"
+
+
 # The tables.
 
 SHIFT_ROWS = {"unshifted": "clean", "synthetic copy of the custom set, n = 10,000": "custom"} | {
@@ -667,7 +672,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "at five times the custom set's distance it wins {} points",
+        "at five times the custom set's distance it gains {} points",
         lambda: [
             f"{100 * (normalized.accuracy - plain.accuracy):.1f}"
             for normalized in [shifted("statistics", "normalize", severity=5)]
@@ -689,17 +694,20 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "On {} of the {} measured files of 300 the new default is right at least as often",
+        "On {} of the {} measured files of 300 `auto` classifies at least as many images correctly",
         never_worse,
     ),
     Claim(
         SHIFT,
-        "that adapting wins ({} instead of {} %; `none`: {} %",
-        lambda: shares("cat", 300, 0.5, "pixelate 3", "default", BOTH, "none"),
+        "doesn't adapt and forgoes {} points ({} instead of {} %; `none`: {} %)",
+        lambda: [
+            points_forgone(one_file("cat", 300, 0.5, "pixelate 3")),
+            *shares("cat", 300, 0.5, "pixelate 3", "default", BOTH, "none"),
+        ],
     ),
     Claim(
         SHIFT,
-        "the adapted predictions are taken, {} right instead of {}",
+        "predict different classes: {} images are correct instead of {}",
         lambda: [
             one_file("cat", 50, 1.0, "pixelate 3")["default"],
             one_file("cat", 50, 1.0, "pixelate 3")["none"],
@@ -707,7 +715,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "A file of 50 cats gets {} % instead of {} %",
+        "A file of 50 unshifted cats gets {} % instead of {} %",
         lambda: shares("cat", 50, 1.0, "none 0", "default", BOTH),
     ),
     Claim(
