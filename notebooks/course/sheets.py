@@ -235,14 +235,14 @@ def own_pictures(
     for row, (name, picture), small, hot, shares in zip(
         grid, pictures.items(), seen, heat, probabilities, strict=True
     ):
-        show_image(row[0], picture, name, size=9)
+        show_image(row[0], picture, name, size=9, smooth=len(picture) > 32)
         show_image(row[1], small, "as 32×32 pixels", size=9)
         show_image(row[2], small, f"evidence for {next(iter(shares))}", size=9)
         show_heat(row[2], hot)
         drawn = row[3].barh(list(shares), list(shares.values()))
         row[3].bar_label(drawn, [f"{share:.1%}" for share in shares.values()], padding=2)
         row[3].set(xlim=(0, 1.3), xticks=[])
-        row[3].set_title("calibrated probability", fontsize=9, loc="center")
+        row[3].set_title("probability", fontsize=9, loc="center")
         row[3].invert_yaxis()
         row[3].grid(False)
     return figure
