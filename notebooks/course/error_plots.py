@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter
 
 from cifar_lib.data import CLASSES
@@ -212,7 +212,7 @@ def accuracy_by_distance(
     """
     figure, axes = new_figure(size=(8, 4.6))
     ax, markers = axes[0, 0], itertools.cycle("osD^vPX*")
-    outline = [withStroke(linewidth=3, foreground="white")]
+    outline = [patheffects.withStroke(linewidth=3, foreground="white")]
     ends = {name: (np.log10(x[-1]), y[-1]) for name, (x, y) in series.items()}
     for name, (x, y) in series.items():
         (line,) = ax.plot(x, y, next(markers) + "-", label=name, markersize=4, linewidth=1.6)
