@@ -52,9 +52,18 @@ def test_sheets_show_every_picture_with_its_words():
 
     accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"], columns=[1, 2])
     rows = np.stack([PICTURES[:3], PICTURES[3:6]])
-    figure = sheets.shift_pictures(rows, accuracy, "T")
-    assert np.array_equal(shown(figure), PICTURES[:6])
-    assert [ax.get_title() for ax in figure.axes[3:]] == ["unshifted", "1: 30.0%", "2: 40.0%"]
+    figure = sheets.shift_pictures(PICTURES[6], rows[:, :2], 0.5, accuracy, "T")
+    assert np.array_equal(shown(figure), PICTURES[[6, 0, 1, 3, 4]])
+    headings = ["unshifted\n50.0%", "severity 1\n10.0%", "severity 2\n20.0%", "30.0%", "40.0%"]
+    assert [ax.get_title() for ax in figure.axes] == headings
+
+    named = {"a": np.zeros((40, 30, 3), np.uint8), "b": PICTURES[1]}
+    answers = [{"cat": 0.9, "dog": 0.1}, {"frog": 0.7, "ship": 0.2}]
+    figure = sheets.own_pictures(named, PICTURES[:2], heat[:2], answers, "T")
+    assert np.array_equal(shown(figure)[0], named["a"])
+    assert np.array_equal(shown(figure)[1], PICTURES[0])
+    assert figure.axes[6].get_title() == "evidence for frog"
+    assert texts(figure.axes[7].texts) == ["70.0%", "20.0%"]
 
 
 def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
@@ -97,7 +106,7 @@ def test_pictures_that_must_be_recognised_are_smooth_and_others_show_their_pixel
         sheets.gallery(two, [""] * 7, ""),
         sheets.contact_sheet({"": (two, [""] * 7, nothing)}, ""),
         sheets.image_grid(two, 7, smooth=True),
-        sheets.shift_pictures(two[None, :2], pd.DataFrame([[0.5]], ["noise"], [1]), ""),
+        sheets.shift_pictures(flat, two[None, :1], 0.5, pd.DataFrame([[0.5]], ["noise"], [1]), ""),
     ]
     for figure in smooth:
         assert {image.get_interpolation() for ax in figure.axes for image in ax.images} == {
@@ -229,18 +238,27 @@ def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
     ]
 
 
-def test_severity_maps_print_percent_signed_and_bold_where_sure():
+def test_severity_maps_print_points_signed_and_bold_where_sure():
     rows = [("noise", 1, 0.1), ("noise", 2, 0.2), ("blur", 1, 0.3), ("blur", 2, -0.4)]
     frame = pd.DataFrame(rows, columns=["family", "severity", "gain"])
     table = error_plots.by_severity(frame, "gain")
-    plain = error_plots.severity_maps({"a": table}, "T").axes[0]
-    assert texts(plain.texts) == ["10.0", "20.0", "30.0", "-40.0"]
-    signed = error_plots.severity_maps({"a": -table}, "T", {"a": table > 0}).axes[0]
+    signed = error_plots.severity_maps({"a": -table}, {"a": table > 0}, "T").axes[0]
     assert texts(signed.texts) == ["-10.0", "-20.0", "-30.0", "+40.0"]
     assert [text.get_weight() for text in signed.texts] == 3 * ["bold"] + ["normal"]
     assert signed.collections[0].get_array().ravel().tolist() == [-0.1, -0.2, -0.3, 0.4]
     assert texts(signed.get_yticklabels()) == ["noise", "blur"]
     assert signed.collections[0].get_clim() == (-0.4, 0.4)
+    assert [error_plots.points(gain) for gain in (-0.04, 0.04, -0.06)] == ["0.0", "0.0", "-0.1"]
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_not_on_each_other():
+    series = {"a": ([0.01, 1], [0.9, 0.5]), "b": ([0.01, 2], [0.9, 0.5]), "c": ([0.1, 2], [1, 0])}
+    ax = error_plots.accuracy_by_distance(series, "T", "distance").axes[0]
+    assert ax.get_xscale() == "log"
+    drawn = {line.get_label(): line.get_xydata().T.tolist() for line in ax.lines}
+    assert drawn == {name: [x, y] for name, (x, y) in series.items()}
+    sides = {text.get_text(): (text.xy, text.get_ha()) for text in ax.texts}
+    assert sides == {"a": ((1, 0.5), "right"), "b": ((2, 0.5), "left"), "c": ((2, 0), "left")}
 
 
 def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_path):
