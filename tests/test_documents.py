@@ -1,8 +1,8 @@
-"""The numbers in the texts are those of the records.
+"""What the texts say is what the records say: numbers, counts, and whatever is "only" so many.
 
-Each row of `CLAIMS` has a document, a sentence of it with {} where numbers stand, and a function
-that computes these numbers from the records. A changed record or a changed text fails with one
-line. A line break in a document counts as a space.
+Each row of `CLAIMS` has a document, a sentence of it with {} where numbers are, in digits or as
+words up to twelve, and a function that computes these numbers from the records. A changed record or
+a changed text fails with one line. A line break in a document counts as a space.
 """
 
 import json
@@ -32,8 +32,11 @@ CAT, DOG = CLASSES.index("cat"), CLASSES.index("dog")
 BOTH = shift.BALANCED  # normalize+batchnorm
 
 
-# A whole number: neither its beginning nor its end is cut off.
-NUMBER = r"(?<![\d.,])(-?\d(?:[\d.,]*\d)?(?:e[+-]?\d+)?)(?![\d.,]*\d)"
+# A number of which neither the beginning nor the end is cut off, or the word for one up to twelve.
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+WORDS += ["eleven", "twelve"]
+DIGITS = r"(?<![\d.,])-?\d(?:[\d.,]*\d)?(?:e[+-]?\d+)?(?![\d.,]*\d)"
+NUMBER = rf"({DIGITS}|\b(?i:{'|'.join(WORDS)})\b)"
 
 
 class Claim(NamedTuple):
@@ -215,6 +218,25 @@ def mistakes(run: str) -> int:
     return int(counts.sum() - counts.trace())
 
 
+def crossings(run: str) -> int:
+    """Mistakes between animals and vehicles."""
+    is_vehicle = np.array([name in ("airplane", "automobile", "ship", "truck") for name in CLASSES])
+    return int(matrix(run)[is_vehicle[:, None] != is_vehicle].sum())
+
+
+def votes() -> pd.DataFrame:
+    return pd.read_csv(RESULTS / "label-errors" / "cifar10.csv")
+
+
+def label_counts() -> list:
+    """Labels that no majority chose alone, and what majorities saw instead."""
+    doubted = votes()[votes().votes_label < 3]
+    is_other = doubted.votes_guess >= 3
+    is_label = doubted.votes_label + doubted.votes_both >= 3
+    counts = [is_other.sum(), is_label.sum(), (~is_other & ~is_label).sum()]
+    return [len(doubted), percent(len(doubted) / 10_000), *counts]
+
+
 def trials() -> list:
     """How many trials of the stored search ended, the first one's accuracy, the best one's, and how
     many times smaller the best one's learning rate was."""
@@ -339,6 +361,7 @@ BALANCE_TABLE = [
 
 README, CARD, LOG = "README.md", "cifar_lib/weights/README.md", "results/LOG.md"
 PERFORMANCE, SHIFT = "docs/performance.md", "docs/shift.md"
+LABELS = "results/label-errors/README.md"
 SETUP, TRAINING = "docs/setup.md", "docs/training.md"
 SHIPPED_RUNS = ("report-seed42", "best-seed42")
 BEST, SMALL = RECIPES["best"], RECIPES["small"]
@@ -346,6 +369,8 @@ TRAINING_BOOK = "notebooks/03_training.ipynb"
 MISTAKES_BOOK = "notebooks/04_error_analysis.ipynb"
 SUBMISSION_BOOK = "notebooks/05_kaggle_submission.ipynb"
 H200 = "train_step-nvidia-h200"
+# Sentences whose "only" is followed by a number that isn't in the records.
+COUNTED_BY_HAND = ("most confident mistakes only two are cats",)
 AUGMENT_AVX512 = "augment-amd-epyc-2-cores-avx512"
 AVX2, AVX512 = "train_step-amd-epyc-2-cores-avx2", "train_step-amd-epyc-2-cores-avx512"
 
@@ -798,6 +823,19 @@ CLAIMS = [
         lambda: trials()[3:5],
     ),
     Claim(LOG, "28 trials ({} finished, {} pruned)", lambda: trials()[1:3]),
+    # results/label-errors/README.md
+    Claim(
+        LABELS,
+        "the {} test images whose labels an algorithm suspected, each shown to five people",
+        lambda: [len(votes())],
+    ),
+    Claim(
+        LABELS,
+        "{} labels got fewer than three of the five votes ({} % of the test set). For {} of these, "
+        "three or more people chose the other class alone; for {}, three or more chose the label, "
+        "alone or together with the other class; for {}, neither is the case.",
+        label_counts,
+    ),
     # results/LOG.md
     Claim(
         LOG,
@@ -838,13 +876,14 @@ CLAIMS = [
     ),
     Claim(
         LOG,
-        "**test {} and {} %**, training accuracy {} and {} %; over the three seeds {} ± {} % | "
+        "**test {} and {} %**, training accuracy {} and {} %; over the {} seeds {} ± {} % | "
         "another NVIDIA H200, both at once: {} minutes, {} images/s each",
         lambda: [
             *spread("report", [0, 1])[2:],
             percent(history("report-seed0").train_accuracy.iloc[-1]),
             percent(history("report-seed1").train_accuracy.iloc[-1]),
-            *spread("report", [42, 0, 1])[:2],
+            len(seeds("report")),
+            *spread("report", seeds("report"))[:2],
             minutes("report-seed0"),
             rate("report-seed0"),
         ],
@@ -908,8 +947,15 @@ CLAIMS = [
     ),
     Claim(
         MISTAKES_BOOK,
-        "Of this network's {} mistakes only 57 cross over, of the published run's {} only",
-        lambda: [mistakes("report-seed42"), mistakes("reference")],
+        "Of this network's {} mistakes only {} cross over, of the published run's {} only {}, most",
+        lambda: [
+            count(run) for run in ("report-seed42", "reference") for count in (mistakes, crossings)
+        ],
+    ),
+    Claim(
+        MISTAKES_BOOK,
+        "though that happens to only {} trucks of a thousand",
+        lambda: [matrix("report-seed42")[CLASSES.index("truck"), CLASSES.index("ship")]],
     ),
     Claim(
         MISTAKES_BOOK,
@@ -928,6 +974,7 @@ CLAIMS = [
 ]
 
 
+@cache
 def text_of(document: str) -> str:
     """The document, with one space for all white space. Of a notebook, its markdown."""
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -937,11 +984,19 @@ def text_of(document: str) -> str:
     return " ".join(text.replace("\n> ", "\n").split())
 
 
+def matches(claim: Claim) -> list[re.Match]:
+    """Where the document has the claim's sentence, whatever its numbers are."""
+    literal = (re.escape(part) for part in claim.sentence.split("{}"))
+    return list(re.finditer(NUMBER.join(literal), text_of(claim.document)))
+
+
+def in_digits(number: str) -> str:
+    return str(WORDS.index(number.lower())) if number.lower() in WORDS else number
+
+
 def difference(claim: Claim) -> str:
     """One line that says how the document differs from the records, or nothing."""
-    literal = (re.escape(part) for part in claim.sentence.split("{}"))
-    found = re.findall(NUMBER.join(literal), text_of(claim.document))
-    found = [list(row) if isinstance(row, tuple) else [row] for row in found]
+    found = [list(map(in_digits, match.groups())) for match in matches(claim)]
     expected = [str(value) for value in claim.expected()]
     if len(found) == 1 and found[0] == expected:
         return ""
@@ -952,6 +1007,47 @@ def difference(claim: Claim) -> str:
 def test_a_text_says_what_the_records_say(claim):
     wrong = difference(claim)
     assert not wrong, wrong
+
+
+# Every text is searched for counts and for "only", whether or not a row is about them.
+
+BOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+TEXTS = [
+    *(README, CARD, LOG, LABELS, "Makefile"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(f"notebooks/{name}" for name in BOOKS),
+]
+COURSE = [name for name in BOOKS if name[0].isdigit()]
+# How many of these there are. Of seeds, each recipe has its own number.
+COUNTS = {
+    "notebooks": {len(COURSE)},
+    "seeds": {len(seeds(recipe)) for recipe in ("report", "best", "small")},
+}
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_as_many_notebooks_and_seeds_are_counted_as_there_are(document):
+    text = text_of(document)
+    for match in re.finditer(rf"{NUMBER} ({'|'.join(COUNTS)})\b", text):
+        number, things = in_digits(match[1]), match[2]
+        there_are = " or ".join(map(str, sorted(COUNTS[things])))
+        message = f"{document}: {match[0]!r}: there are {there_are} {things}"
+        assert int(number.replace(",", "")) in COUNTS[things], message
+
+
+@pytest.mark.parametrize("document", TEXTS)
+def test_whatever_is_only_so_many_is_computed_from_the_records(document):
+    text, computed = text_of(document), set()
+    for claim in CLAIMS:
+        if claim.document == document:
+            computed |= {
+                match.span(i + 1) for match in matches(claim) for i in range(match.re.groups)
+            }
+    for match in re.finditer(rf"\bonly {NUMBER}", text, re.I):
+        told = text[max(match.start() - 40, 0) : match.end() + 40]
+        is_known = match.span(1) in computed or any(known in told for known in COUNTED_BY_HAND)
+        if in_digits(match[1]) != "1":  # "only one of them" says which, not how many
+            assert is_known, f"{document}: ...{told}...: give CLAIMS a row that computes the number"
 
 
 def headings(text: str) -> set[str]:
