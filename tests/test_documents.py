@@ -10,6 +10,7 @@ import re
 import sqlite3
 import statistics
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from cifar_lib import shift
 from cifar_lib.data import CLASSES
 from cifar_lib.evaluate import wilson_interval
 from cifar_lib.model import count_parameters
-from cifar_lib.recipes import RECIPES
+from cifar_lib.recipes import RECIPES, TrainConfig
 from scripts import archive_run, class_balance
 from scripts.weights_card import seeds_of
 
@@ -1048,6 +1049,15 @@ def test_whatever_is_only_so_many_is_computed_from_the_records(document):
         is_known = match.span(1) in computed or any(known in told for known in COUNTED_BY_HAND)
         if in_digits(match[1]) != "1":  # "only one of them" says which, not how many
             assert is_known, f"{document}: ...{told}...: give CLAIMS a row that computes the number"
+
+
+def test_the_log_names_the_settings_of_the_records_that_the_code_no_longer_has():
+    paths = list(RESULTS.glob("*/config.json"))
+    assert paths
+    stored = {name for path in paths for name in json.loads(path.read_text(encoding="utf-8"))}
+    gone = stored - {field.name for field in fields(TrainConfig)} - {"data", "images"}
+    (named,) = re.findall(r"and today's code doesn't: (.*?)\.", text_of(LOG))
+    assert set(re.findall(r"`(\w+)`", named)) == gone
 
 
 def headings(text: str) -> set[str]:
