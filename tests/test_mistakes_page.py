@@ -188,6 +188,13 @@ def address(page) -> str:
     return page.evaluate("location.hash")
 
 
+def close(page) -> None:
+    """Close the enlarged image, and wait until the page has noticed."""
+    shown = address(page)
+    page.keyboard.press("Escape")
+    page.wait_for_function("shown => location.hash !== shown", arg=shown)
+
+
 # What is counted and listed.
 
 
@@ -259,7 +266,7 @@ def test_images_that_look_alike_can_be_sorted_to_the_front(visit, sets):
     )
 
     # The look-alike was a horse to the network, the image itself a dog.
-    page.keyboard.press("Escape")
+    close(page)
     page.get_by_label("Only if the look-alike").check()
     assert FIRST_ID + 23 in listed(page)
     assert "differs=on" in address(page)
@@ -302,10 +309,7 @@ def test_an_image_opens_with_its_probabilities_its_mirror_image_and_its_neighbou
         ["cat (label)", "30.0 %"],
         ["dog", "60.0 % ◀ prediction"],
     ]
-    assert (
-        page.locator("#mirrored").inner_text()
-        == "The network classifies the mirror image as frog, 60 %."
-    )
+    assert page.locator("#mirrored").inner_text() == "Mirror image: frog, 60 %."
     captions = page.locator("#nearest figcaption").all_inner_texts()
     assert [caption.split(", ")[1] for caption in captions] == [
         f"cosine {cosine:.2f}" for cosine in (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -384,7 +388,7 @@ def test_an_address_leads_to_a_cell_an_image_and_the_choices(visit, two):
     assert listed(page) == ids(13, 53) and page.get_by_label("second", exact=True).is_checked()
     page = visit(two, f"#{FIRST_ID + 5}")
     assert f"image {FIRST_ID + 5}" in page.locator("#closer-title").inner_text()
-    page.keyboard.press("Escape")
+    close(page)
     assert listed(page) == ids(5) and address(page) == "#dog-cat"
 
 
@@ -403,7 +407,7 @@ def test_what_is_looked_at_can_be_linked_to_and_gone_back_from(visit, two):
     page.locator("#mistakes button").first.click()
     linked = address(page)
     page = visit(two, linked)
-    page.keyboard.press("Escape")
+    close(page)
     assert listed(page) == ids(13, 23, 3) and address(page) == "#cat-any&margin=10"
 
 

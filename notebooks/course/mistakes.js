@@ -300,7 +300,8 @@ function drawCloser() {
   const k = [network(), ...everyNetwork].find((k) => isWrong(image, k)) ?? network();
   drawLarge(k);
   drawShares();
-  byId("mirrored").replaceChildren(...everyNetwork.map(mirrored));
+  const mirrored = everyNetwork.map(wordsOfMirrored).filter((words) => words);
+  byId("mirrored").textContent = mirrored.length ? `Mirror image: ${mirrored.join("; ")}.` : "";
   byId("votes").textContent = wordsOfVotes(image.votes);
   byId("nearest").replaceChildren(...nearest(k));
   byId("look-alike").replaceChildren(...lookAlike());
@@ -365,14 +366,12 @@ function drawShares() {
   byId("shares").replaceChildren(head, ...rows);
 }
 
-function mirrored(k) {
+function wordsOfMirrored(k) {
   const shares = answerTo(opened, k).mirroredShares;
   if (shares === undefined) return "";
   const guess = shares.indexOf(Math.max(...shares));
-  const network = networks.length > 1 ? networks[k].name : "The network";
-  const also = guess === answerTo(opened, k).guess ? "also " : "";
-  const answer = `${classes[guess]}, ${percent(shares[guess])}`;
-  return `${network} ${also}classifies the mirror image as ${answer}. `;
+  const network = networks.length > 1 ? ` (${networks[k].name})` : "";
+  return `${classes[guess]}, ${percent(shares[guess])}${network}`;
 }
 
 function wordsOfVotes(votes) {
