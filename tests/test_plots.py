@@ -162,11 +162,39 @@ def test_lines_and_dots_go_through_the_numbers():
     assert (band.y0, band.y1) == pytest.approx((0.48, 0.52))
 
     series = {"a": [0.1, 0.5, 0.91], "b": [0.2, 0.3, 0.95]}
-    (ax,) = plots.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
-    (inset,) = ax.child_axes
-    assert inset.get_ylim() == (0.9, 0.96)
-    for panel in (ax, inset):
-        assert [line.get_ydata().tolist() for line in panel.lines] == list(series.values())
+    figure = plots.epoch_curves(series, "y", "T")
+    assert lines(figure) == {name: ([1, 2, 3], values) for name, values in series.items()}
+
+
+def test_a_published_curve_is_drawn_through_the_band_of_the_runs_and_named_at_its_end():
+    frame = pd.DataFrame(
+        {"published": [0.1, 0.5, 0.9], "lowest": [0.1, 0.4, 0.8], "highest": [0.2, 0.6, 0.95]},
+        index=pd.RangeIndex(1, 4),
+    )
+    frames = {"training images": frame + 0.01, "test images": frame}
+    figure = plots.reproduction(frames, "accuracy", "T", last=2)
+    for ax, first in zip(figure.axes, (0, 1), strict=True):
+        for line, band, drawn in zip(ax.lines, ax.collections, frames.values(), strict=True):
+            rows = drawn.iloc[first:]
+            assert [tuple(point) for point in line.get_xydata()] == [*rows.published.items()]
+            corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+            assert corners == {*rows.lowest.items(), *rows.highest.items()}
+
+    first, second = figure.axes[1].texts
+    assert first.get_text() == "training images:\npublished 91.00%\nours 81.00% to 96.00%"
+    assert first.get_position()[1] - second.get_position()[1] == pytest.approx(0.2)
+
+
+def test_smoothed_losses_are_marked_where_they_are_lowest():
+    p = np.array([0.5, 0.7, 0.9])
+    losses = {"none": np.array([3.0, 2, 1]), "some": np.array([3.0, 2, 2.5])}
+    losses["more"] = losses["some"] + 1
+    figure = plots.smoothing_losses(p, losses, "T")
+    assert texts(figure.axes[0].texts) == ["none", "some", "2.000 at 70%", "more", "3.000 at 70%"]
+    marks = [
+        line.get_xydata().tolist() for line in figure.axes[0].lines if len(line.get_xdata()) == 1
+    ]
+    assert marks == [[[0.7, 2]], [[0.7, 3]]]
 
 
 def test_diagrams_name_parts_and_shapes_and_project_only_what_changes_its_shape():
