@@ -1,4 +1,4 @@
-"""Simple versions of the steps of cifar_lib/augment.py and of some of its operations.
+"""Simple versions of the steps of cifar_lib/augment.py, of some operations, and of normalisation.
 
 They compute what the docstrings of the package's versions say. A test checks that both give the
 same pixels, and benchmarks/augment.py measures how many times as fast the package's versions are.
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
 
 from cifar_lib import operations
+from cifar_lib.hardware import memory_format
 from cifar_lib.operations import SIZE, Op, apply_op
 
 
@@ -75,3 +76,9 @@ def equalize(images: Tensor, _: float) -> Tensor:
 def to_uint8(levels: Tensor) -> Tensor:
     """Convert levels from 0 to 255, of float dtype, in one call."""
     return levels.to(torch.uint8)
+
+
+def rescale(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Change the memory format first, then compute x * scale - offset."""
+    floats = images.float().contiguous(memory_format=memory_format(images.device))
+    return floats * scale - offset

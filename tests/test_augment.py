@@ -17,7 +17,7 @@ from benchmarks import plain
 from cifar_lib import augment as ours
 from cifar_lib import operations
 from cifar_lib.augment import Policy, augment_epoch, draw, op_table
-from cifar_lib.data import CIFAR10_MEAN
+from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization, rescale
 from cifar_lib.operations import apply_op
 
 N = 60_000
@@ -156,7 +156,7 @@ def test_each_step_is_the_plain_one_of_its_docstring(ops, pictures):
         assert torch.equal(getattr(ours, step)(images, *arguments), expected), step
 
 
-def test_an_operation_made_faster_is_the_plain_one_of_its_docstring(pictures):
+def test_what_is_made_faster_is_the_plain_version_of_its_docstring(pictures):
     every_value = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
     # Channels with as few steps as possible: constant, two values, and nearly constant ones.
     uneven = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
@@ -174,6 +174,8 @@ def test_an_operation_made_faster_is_the_plain_one_of_its_docstring(pictures):
     levels = torch.arange(0, 255.5, 1 / 64)
     assert torch.equal(operations.to_uint8(levels), plain.to_uint8(levels))
     assert torch.equal(operations.to_uint8(levels.double()), plain.to_uint8(levels.double()))
+    numbers = Normalization(CIFAR10_MEAN, PUBLISHED_STD).scale_and_offset(images.device)
+    assert torch.equal(rescale(images, *numbers), plain.rescale(images, *numbers))
 
 
 def statistics(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
