@@ -1,9 +1,8 @@
 """The operations of RandAugment, AutoAugment and TrivialAugment, on batches of uint8 images.
 
 Each operation is one function of the images, uint8 (n, 3, 32, 32), and a magnitude; OPERATIONS
-lists them all. They give exactly the pixels that Pillow 10 to 13 gives when it takes the nearest
-pixel and fills with black: tests/test_augment.py compares every operation at every magnitude and
-sign.
+lists them all. They give exactly the pixels that Pillow gives when it takes the nearest pixel and
+fills with black. tests/test_augment.py compares every operation at every magnitude and sign.
 """
 
 import math
@@ -24,7 +23,7 @@ NEAREST = reference.InterpolationMode.NEAREST
 
 # Operations that move pixels.
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
-# Operations whose magnitude may be negated: they go either way.
+# Operations whose magnitude gets a random sign, because they go either way.
 SIGNED = (*GEOMETRIC, "Brightness", "Color", "Contrast", "Sharpness")
 # Random numbers choose operations by their position here, so another order would change training.
 OPS = ("Identity", *SIGNED, "Posterize", "Solarize", "AutoContrast", "Equalize")
@@ -49,8 +48,8 @@ def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
     Solarize: the threshold.
     All others: 0, which they ignore.
 
-    With `wide` the ranges are those of TrivialAugmentWide, else those of RandAugment, which
-    AutoAugment has too.
+    With `wide` the ranges are those of TrivialAugmentWide, else those that RandAugment and
+    AutoAugment have.
     """
     # torchvision's table: {name: (its magnitudes, whether their sign is drawn)}.
     if wide:
@@ -83,7 +82,7 @@ def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[T
     The first tensor, int64 (1024,), is the source pixel's position in the flattened image. The
     second, uint8 (1024,), is 1 where that lies inside the image, and 0 where the result is black.
     """
-    # Let Pillow tell: it moves a picture whose pixels are numbered from 1, and fills with 0.
+    # Let Pillow move a picture whose pixels are numbered from 1, and fill it with 0.
     numbers = np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE)
     picture = Image.fromarray(numbers)
     moved = np.array(reference._apply_op(picture, name, magnitude, NEAREST, fill=None))
@@ -91,8 +90,8 @@ def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[T
     return (source - 1).clamp_(min=0), (source > 0).to(torch.uint8)
 
 
-# Operations that blend each image with a plainer one, the base:
-# base + (1 + change) * (image - base). A positive change moves the image away from the base, a
+# Operations that blend each image with a plainer one, the base. They return
+# base + (1 + change) * (image - base): a positive change moves the image away from the base, a
 # negative one towards it.
 
 
@@ -122,7 +121,7 @@ def sharpness(images: Tensor, change: float) -> Tensor:
 
 def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
     """Blend as Pillow does. The base consists of whole levels, in float32."""
-    # lerp and addcmul won't do: they round once, Pillow rounds twice.
+    # Pillow rounds the product and the sum. lerp and addcmul would round only once.
     blended = images.float().sub_(base).mul_(1 + change).add_(base)
     return to_uint8(blended.clamp_(0, 255))
 
@@ -204,15 +203,14 @@ def autocontrast(images: Tensor, _: float) -> Tensor:
     if images.device.type == hardware.APPLE_GPU:
         return autocontrast(images.cpu(), 0.0).to(images.device)
 
-    # The limits of each channel. Those of a constant one become 0 and 255, which leaves it as it
-    # is.
+    # The limits of each channel. With limits of 0 and 255, a constant channel stays as it is.
     darkest = images.amin((2, 3), keepdim=True)  # (n, 3, 1, 1)
     brightest = images.amax((2, 3), keepdim=True)  # (n, 3, 1, 1)
     is_constant = darkest == brightest  # (n, 3, 1, 1)
     darkest = darkest.masked_fill(is_constant, 0).double()
     brightest = brightest.masked_fill(is_constant, 255).double()
 
-    # PyTorch computes 255 / x as 255 * (1 / x), which rounds differently: so 255 is a tensor.
+    # PyTorch computes 255 / x as 255 * (1 / x), which rounds differently, unless 255 is a tensor.
     scale = torch.tensor(255.0) / (brightest - darkest)  # (n, 3, 1, 1)
     return to_uint8(images.double().mul_(scale).sub_(darkest * scale))
 
