@@ -128,7 +128,7 @@ def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
 
 def to_uint8(levels: Tensor) -> Tensor:
     """Convert levels from 0 to 255, float32 or float64, to uint8: fractions are dropped."""
-    # On a CPU, PyTorch converts floats to uint8 one by one. Through int16 it is three times as fast.
+    # On a CPU PyTorch converts floats to uint8 one by one. Through int16 it is three times as fast.
     return levels.to(torch.int16).to(torch.uint8)
 
 
@@ -189,8 +189,8 @@ def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert the values that are at the threshold or above it."""
     # Values are whole numbers, so they reach the threshold where they reach the next whole one.
     is_inverted = (images >= math.ceil(threshold)).view(torch.uint8)  # 1 or 0
-    # 255 - x is x with all its bits flipped, that is x ^ 255, and x ^ 0 is x. This is three times as
-    # fast on a CPU as torch.where.
+    # 255 - x is x with all its bits flipped, that is x ^ 255, and x ^ 0 is x. This is three times
+    # as fast on a CPU as torch.where.
     return images ^ is_inverted.mul_(255)
 
 
