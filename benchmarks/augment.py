@@ -3,8 +3,8 @@
     python -m benchmarks.augment [--device cuda] [--json]
 
 Both crop, flip, apply RandAugment(2, 9), erase and normalise, with random numbers of its own for
-each image. On a CPU both have one thread. There each of our steps is also timed against a simple
-version of it (benchmarks/plain.py).
+each image. On a CPU both have one thread. Whatever needs more than its plain definition to be fast
+there is also timed against a simple version (benchmarks/plain.py).
 """
 
 import statistics
@@ -25,9 +25,10 @@ from benchmarks.bench import (
     synchronize,
     training_images,
 )
-from cifar_lib import augment as ours_by_step
+from cifar_lib import augment as steps
+from cifar_lib import operations
 from cifar_lib.augment import Policy, augment, draw, op_table
-from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization
+from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization, rescale
 from cifar_lib.train import BATCHES_TOGETHER
 
 BATCH = 128
@@ -45,23 +46,33 @@ def ours(images: torch.Tensor, epoch: int) -> None:
 
 
 def gains(images: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Return how many times as fast as its simple version each step is, the median over rounds."""
+    """Return how many times as fast as its simple version each function is, the median over rounds.
+
+    images: uint8 (n, 3, 32, 32), on the CPU.
+    """
     policy = Policy()
     draws, table = draw(len(images), policy, seed=42, epoch=0), op_table(policy)
+    # An operation is called with the images that have drawn it, so about one in 14.
+    group = images[: len(images) // 14]
+    scale_and_offset = Normalization(CIFAR10_MEAN, PUBLISHED_STD).scale_and_offset(images.device)
 
-    # What both versions of each step are called with.
-    arguments = {
-        "crop": (images, draws.offsets, policy.crop_padding),
-        "flip": (images, draws.mirrored),
-        "apply_ops": (images, table, draws.ops),
-        "erase": (images, draws.boxes),
+    # Our version, the simple one, and what both are called with.
+    pairs = {
+        "crop": (steps.crop, plain.crop, (images, draws.offsets, policy.crop_padding)),
+        "flip": (steps.flip, plain.flip, (images, draws.mirrored)),
+        "apply_ops": (steps.apply_ops, plain.apply_ops, (images, table, draws.ops)),
+        "erase": (steps.erase, plain.erase, (images, draws.boxes)),
+        "move": (operations.move, plain.move, ("Rotate", group, 9.0)),
+        "solarize": (operations.solarize, plain.solarize, (group, 178.5)),
+        "equalize": (operations.equalize, plain.equalize, (group, 0.0)),
+        "to_uint8": (operations.to_uint8, plain.to_uint8, (group.float(),)),
+        "rescale": (rescale, plain.rescale, (images[:BATCH], *scale_and_offset)),
     }
     found = {}
-    for name, given in arguments.items():
-        versions = [getattr(module, name) for module in (plain, ours_by_step)]
+    for name, (own, simple, given) in pairs.items():
         # The first round warms up.
-        times = [[seconds(step, given) for step in versions] for _ in range(rounds + 1)][1:]
-        found[name] = statistics.median(simple / own for simple, own in times)
+        times = [(seconds(own, given), seconds(simple, given)) for _ in range(rounds + 1)][1:]
+        found[name] = statistics.median(longer / shorter for shorter, longer in times)
     return found
 
 

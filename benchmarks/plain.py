@@ -1,13 +1,16 @@
-"""Simple versions of the steps of cifar_lib/augment.py, which compute what its docstrings say.
+"""Simple versions of the steps of cifar_lib/augment.py, of some operations, and of normalisation.
 
-A test checks that the package's steps give the same pixels. benchmarks/augment.py measures how many
-times as fast they are.
+They compute what the docstrings of the package's versions say. A test checks that both give the
+same pixels, and benchmarks/augment.py measures how many times as fast the package's versions are.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as kernels
 
+from cifar_lib import operations
+from cifar_lib.hardware import memory_format
 from cifar_lib.operations import SIZE, Op, apply_op
 
 
@@ -52,3 +55,30 @@ def apply_ops(images: Tensor, table: tuple[Op, ...], ops: Tensor) -> Tensor:
             changed[chosen] = apply_op(images[chosen], *op)
         images = changed
     return images
+
+
+def move(name: str, images: Tensor, magnitude: float) -> Tensor:
+    """Take each pixel from its source pixel by indexing."""
+    source, is_inside = operations._source_pixels(name, magnitude, images.device)  # (1024,) each
+    return (images.flatten(2)[:, :, source] * is_inside).view_as(images)
+
+
+def solarize(images: Tensor, threshold: float) -> Tensor:
+    """Choose each value from the inverted image, where it is at the threshold or above it."""
+    return torch.where(images >= threshold, 255 - images, images)
+
+
+def equalize(images: Tensor, _: float) -> Tensor:
+    """Let torchvision do it."""
+    return kernels.equalize(images)
+
+
+def to_uint8(levels: Tensor) -> Tensor:
+    """Convert levels from 0 to 255, of float dtype, in one call."""
+    return levels.to(torch.uint8)
+
+
+def rescale(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Change the memory format first, then compute x * scale - offset."""
+    floats = images.float().contiguous(memory_format=memory_format(images.device))
+    return floats * scale - offset

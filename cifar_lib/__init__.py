@@ -4,5 +4,6 @@ from cifar_lib import environment
 
 __version__ = "0.1.0"
 
-# What PyTorch reads when it is imported, or at the first tensor: before any module here imports it.
+# Set the variables that PyTorch reads when it is imported or makes its first tensor. This must
+# happen before any module here imports PyTorch.
 environment.prepare_for_torch()

@@ -1,7 +1,8 @@
 """Starts the command line as a process: `python -m cifar_lib`.
 
-The command line itself is in cli.py. Here are the two ends of the process: an interrupt before
-`main` can handle one, and output that can't be written any more at exit.
+The command line itself is in cli.py. This module handles the beginning and the end of the process:
+an interrupt that comes before `main` can handle it, and output that can't be written any more at
+exit.
 """
 
 import os
@@ -10,7 +11,7 @@ import sys
 
 
 def _stop(*_: object) -> None:
-    """End the process at once, as the handler of Ctrl-C while the modules are imported."""
+    """Handle Ctrl-C while the modules are imported, by ending the process at once."""
     os.write(2, b"\ninterrupted: the same command starts again\n")
     os._exit(130)  # an exception could be turned into another one by the module being imported
 
@@ -20,7 +21,7 @@ if sys.stdout is not None:
     sys.stdout.reconfigure(errors="backslashreplace")
 
 # Importing torch takes seconds. Until that is done, Ctrl-C ends the process with one line. A job
-# that a shell runs in the background ignores Ctrl-C, and so has another handler, which stays.
+# that a shell runs in the background ignores Ctrl-C. It has another handler, which we keep.
 handler = signal.getsignal(signal.SIGINT)
 if handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)

@@ -1,8 +1,8 @@
 """One epoch of augmentation as a pure function of (images, policy, seed, epoch).
 
-All random numbers are drawn first, on the CPU (`draw`); then the pixels change (`augment`). So what
-an image becomes doesn't depend on workers, restarts or the device, and images that get the same
-operation are changed in one call.
+All random numbers are drawn first, on the CPU (`draw`); then the pixels change (`augment`).
+Therefore the result doesn't depend on workers, restarts or the device, and all images that get the
+same operation can be changed in one call.
 """
 
 import math
@@ -23,18 +23,17 @@ from cifar_lib.operations import AUTO_OPS, OPS, SIGNED, SIZE, Op, apply_op, magn
 # How the operations are chosen: RandAugment (arXiv:1909.13719), AutoAugment (arXiv:1805.09501, its
 # policies for CIFAR-10) and TrivialAugment (arXiv:2103.10158, its wide ranges).
 RULES = ("none", "randaugment", "autoaugment", "trivialaugment")
-IDENTITY = (
-    0  # the position of the operation that changes nothing: every rule's table begins with it
-)
+# The position of the operation that changes nothing. Every rule's table begins with it.
+IDENTITY = 0
 # Cutout sets normalised pixels to 0, which is the mean colour: round(255 * CIFAR10_MEAN).
 CUTOUT_FILL = (125, 123, 114)
-# What the random numbers of an epoch are for: each purpose has a stream of its own.
+# What an epoch's random numbers are for. Each purpose has a stream of its own.
 AUGMENTING, SHUFFLING = 0, 1
 
 Pixels = Annotated[int, Field(ge=0, le=SIZE)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-# A dataclass that checks its values: text is read ("4" is 4), and what doesn't fit its field's type
-# or range raises pydantic's ValidationError.
+# `checked` makes a dataclass that checks its values. It parses text ("4" becomes 4), and raises
+# pydantic's ValidationError if a value doesn't fit its field's type or range.
 STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
 checked = checked_dataclass(frozen=True, config=STRICT)
 
@@ -54,9 +53,9 @@ class Policy:
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for n images, all on the CPU. Indexing selects images.
+    """The random numbers of n images, all on the CPU. Indexing selects images.
 
-    An image goes through one operation per slot, in turn.
+    Each image goes through one operation per slot, one after the other.
     """
 
     offsets: Tensor  # int64 (n, 2): top and left of the crop in the padded image
@@ -74,8 +73,8 @@ def augment_epoch(
 ) -> Tensor:
     """Augment all images for one epoch: uint8 (N, 3, 32, 32) -> the same, in the same order.
 
-    Training does the same batch by batch. This is for looking at the result; `chunk` images are
-    changed at a time, which says how much memory it takes, and nothing else.
+    Training does the same batch by batch; this function is for looking at the result. It changes
+    `chunk` images at a time, which affects only how much memory it takes.
     """
     draws = draw(len(images), policy, seed, epoch)
     parts = [slice(start, start + chunk) for start in range(0, len(images), chunk)]
@@ -83,7 +82,7 @@ def augment_epoch(
 
 
 def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
-    """Change images as their draws say, on their device: uint8 (n, 3, 32, 32) -> the same."""
+    """Augment images by their draws, on the images' device: uint8 (n, 3, 32, 32) -> the same."""
     images = crop(images, draws.offsets, policy.crop_padding)
     images = flip(images, draws.mirrored)
     images = apply_ops(images, op_table(policy), draws.ops)
@@ -99,8 +98,8 @@ def augment(images: Tensor, policy: Policy, draws: Draws) -> Tensor:
 def random_stream(seed: int, epoch: int, purpose: int = AUGMENTING) -> torch.Generator:
     """Return a CPU generator of its own for each (seed, epoch, purpose).
 
-    NumPy's SeedSequence mixes the three, so that neighbouring seeds and epochs have nothing in
-    common, as they would with a sum of the three.
+    NumPy's SeedSequence mixes the three numbers. If they were added up, seed 1 in epoch 2 would get
+    the random numbers of seed 2 in epoch 1.
     """
     state = np.random.SeedSequence((seed, epoch, purpose)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -109,7 +108,7 @@ def random_stream(seed: int, epoch: int, purpose: int = AUGMENTING) -> torch.Gen
 def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     """Draw the random numbers of n images for one epoch.
 
-    They have the probabilities of torchvision's transforms, not the same values.
+    They are distributed as in torchvision's transforms, but don't have the same values.
     """
     generator = random_stream(seed, epoch)
 
@@ -123,7 +122,8 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     else:
         ops = _draw_uniform(n, policy, generator)
 
-    # Which box is erased, and the square of Cutout around a random centre: it may begin outside.
+    # Which box is erased, and Cutout's square around a random centre, which may begin outside the
+    # image.
     boxes = _draw_boxes(n, policy.erasing, generator)
     centres = torch.randint(SIZE, (n, 2), generator=generator)
     sides = torch.full((n, 2), policy.cutout)
@@ -132,7 +132,7 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
 
 
 def _draw_uniform(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
-    """RandAugment and TrivialAugment: each slot's operation, magnitude bin and sign are uniform.
+    """Draw for RandAugment or TrivialAugment: operation, bin and sign of each slot are uniform.
 
     Returns int64 (n, slots), positions in `op_table(policy)`.
     """
@@ -146,7 +146,7 @@ def _draw_uniform(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
 
 
 def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
-    """AutoAugment: one of 25 sub-policies for each image: two (operation, probability, bin) each.
+    """Draw for AutoAugment: each image gets one of 25 pairs of (operation, probability, bin).
 
     Returns int64 (n, 2), positions in the rule's table.
     """
@@ -165,9 +165,10 @@ def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
 
 
 def _draw_boxes(n: int, probability: float, generator: torch.Generator) -> Tensor:
-    """RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)): int64 (n, 4), all 0 for no box.
+    """Draw for RandomErasing(scale=(0.02, 0.33), ratio=(0.3, 3.3)).
 
-    As in torchvision, of ten sizes the first that is smaller than the image is taken.
+    Returns int64 (n, 4), all 0 for no box. As in torchvision, ten sizes are drawn for each box, and
+    the first one that is smaller than the image is used.
     """
     happens = torch.rand(n, generator=generator) < probability
     area = SIZE * SIZE * torch.empty(n, 10).uniform_(0.02, 0.33, generator=generator)
@@ -195,10 +196,10 @@ def op_table(policy: Policy) -> tuple[Op, ...]:
 
 @lru_cache
 def _operation_table(rule: str, magnitude: int) -> tuple[tuple[Op, ...], Tensor]:
-    """A rule's distinct operations, and where in them each choice of name, bin and sign is.
+    """Return a rule's distinct operations, and the position of each choice of name, bin and sign.
 
     The positions are int64 (names, bins, 2). RandAugment has one bin, the one of its magnitude. An
-    operation without a sign has the same position for both.
+    operation without a sign has the same position for both signs.
     """
     names, bins = (AUTO_OPS, 10) if rule == "autoaugment" else (OPS, 31)
     positions: list[int] = []
@@ -210,13 +211,13 @@ def _operation_table(rule: str, magnitude: int) -> tuple[tuple[Op, ...], Tensor]
         for value in values:
             opposite = -value if name in SIGNED else value
             for op in (Op(name, value), Op(name, opposite)):
-                # An operation that isn't in the table yet comes behind the others.
+                # An operation that isn't in the table yet is added at the end.
                 positions.append(table.setdefault(op, len(table)))
     return tuple(table), torch.tensor(positions).view(len(names), -1, 2)  # in the loops' order
 
 
-# The pixels. How many times as fast something is, as comments say below, was measured by
-# benchmarks/augment.py against a simple version in benchmarks/plain.py. A test checks that both
+# The pixels. Where a comment says how many times as fast something is, benchmarks/augment.py has
+# measured it against the simple version in benchmarks/plain.py. A test checks that both versions
 # give the same pixels.
 
 
@@ -229,9 +230,9 @@ def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     side = SIZE + 2 * padding
     padded = torch.nn.functional.pad(images, (padding,) * 4)  # (n, 3, side, side)
 
-    # All pixels behind one another: runs[k] are the 32 from pixel k on. Of each channel a window is
-    # 32 such runs, each beginning `side` pixels after the one before. Copying runs instead of
-    # pixels makes this three times as fast on a CPU.
+    # View all pixels as one row, in which runs[k] are the 32 pixels from pixel k on. A window has
+    # 32 such runs in each channel, each of which begins `side` pixels after the one before. Copying
+    # runs is four times as fast on a CPU as cutting the windows out one by one.
     runs = padded.flatten().unfold(0, SIZE, 1)  # (n * 3 * side * side - 31, 32), a view
 
     # Where each run begins: its row, counted through all channels of all images, and its column.
@@ -246,27 +247,31 @@ def crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
     """Exchange left and right where `mirrored`, bool (n,), says so."""
-    # The n images, and behind them their n mirror images: take i, or n + i. Copying whole images is
-    # three times as fast on a CPU as torch.where on their pixels.
+    # Put the n mirror images behind the n images, and take image i or n + i. Copying whole images
+    # is three times as fast on a CPU as torch.where on their pixels.
     both = torch.cat([images, images.flip(3)])  # (2n, 3, 32, 32)
     position = torch.arange(len(images)) + torch.where(mirrored, len(images), 0)  # (n,)
     return both.index_select(0, _on_device_of(images, position))
 
 
 def apply_ops(images: Tensor, table: tuple[Op, ...], ops: Tensor) -> Tensor:
-    """Apply to each image i the operation table[ops[i, 0]], then table[ops[i, 1]], and so on.
+    """Apply the operation table[ops[i, 0]] to each image i, then table[ops[i, 1]], and so on.
 
     images uint8 (n, 3, 32, 32) -> the same; ops int64 (n, slots), on the CPU.
     """
     for slot in ops.unbind(1):  # (n,)
-        # Sort the images by their operation, so that each group is one slice.
+        # Sort the images' positions by their operation, and divide them into one group for each.
         order = slot.argsort(stable=True)
         counts = torch.bincount(slot, minlength=len(table)).tolist()
-        groups = images.index_select(0, _on_device_of(images, order)).split(counts)
+        groups = _on_device_of(images, order).split(counts)
 
         # Apply each operation to its group, and put the images back in their places: the argsort of
         # an order is the way back.
-        done = [apply_op(group, *op) for group, op in zip(groups, table, strict=True) if len(group)]
+        done = [
+            apply_op(images.index_select(0, group), *op)
+            for group, op in zip(groups, table, strict=True)
+            if len(group)
+        ]
         images = torch.cat(done).index_select(0, _on_device_of(images, order.argsort()))
     return images
 
@@ -275,22 +280,23 @@ def erase(images: Tensor, boxes: Tensor, fill: tuple[int, int, int] = (0, 0, 0))
     """Put the colour `fill` into each image's box.
 
     images uint8 (n, 3, 32, 32) -> the same. `boxes`, int64 (n, 4), are top, left, height and width:
-    images[i, :, top : top + height, left : left + width] = fill. What of a box lies outside the
-    image, above or left of it too, is cut off.
+    images[i, :, top : top + height, left : left + width] = fill. Parts of a box that lie outside
+    the image are cut off, also above it and to its left.
     """
     corner, side = _on_device_of(images, boxes)[:, :, None].split(2, dim=1)  # (n, 2, 1) each
     pixel = torch.arange(SIZE, device=images.device)
-    rows, columns = ((pixel >= corner) & (pixel < corner + side)).unbind(1)  # (n, 32) each
-    hole = rows[:, None, :, None] & columns[:, None, None, :]  # (n, 1, 32, 32)
-    # Multiplying by 0 in the hole and by 1 around it is twice as fast on a CPU as torch.where.
-    hole = hole.to(torch.uint8)
-    erased = images * (1 - hole)
+    # An image's pixel is kept if its row or its column lies outside the box.
+    rows, columns = ((pixel < corner) | (pixel >= corner + side)).unbind(1)  # bool (n, 32) each
+    is_kept = rows[:, None, :, None] | columns[:, None, None, :]  # (n, 1, 32, 32)
+    # Multiplying by 0 in the box and by 1 around it is three times as fast on a CPU as torch.where.
+    is_kept = is_kept.view(torch.uint8)
+    erased = images * is_kept
     if any(fill):
         colour = torch.tensor(fill, dtype=torch.uint8).view(3, 1, 1)
-        erased += hole * _on_device_of(images, colour)
+        erased += (1 - is_kept) * _on_device_of(images, colour)
     return erased
 
 
 def _on_device_of(images: Tensor, values: Tensor) -> Tensor:
-    """`values` where the images are."""
+    """Return `values`, a tensor on the CPU, on the images' device."""
     return hardware.send(values, images.device)

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         remedy = "use --device cpu, or train with a smaller --set batch_size"
         return _mistake(f"{str(error).split('. ')[0]}: {remedy}")
     except (KeyboardInterrupt, SystemError) as error:
-        # An interrupt inside C code can arrive as a SystemError, as its cause or its context.
+        # An interrupt inside C code can arrive as the cause or the context of a SystemError.
         if KeyboardInterrupt not in map(type, (error, error.__cause__, error.__context__)):
             raise
         print(f"\ninterrupted: the same command {options.go_on}", file=sys.stderr)
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line: one command after the other."""
+    """Return the parser of the whole command line, with all its commands."""
     parser = _Parser("python -m cifar_lib", description="Train a small ResNet on CIFAR-10, use it.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -216,7 +216,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    """Return the recipe with the changes of --set, and then those of OWN_OPTIONS, made to it."""
+    """Return the recipe, changed first by --set and then by the options of OWN_OPTIONS."""
     changes: dict[str, str] = {}
     for text in options.set:
         field, equals, value = text.partition("=")
@@ -251,7 +251,7 @@ def _predict(options: argparse.Namespace) -> None:
         what = "predict: --grad-cam names its pictures after yours, and two have one name"
         raise InputError(f"{what}: rename one, or give them one by one")
 
-    # Guess the class of each picture.
+    # Print the likeliest classes of each picture.
     model, info, precision = _load(options)
     logits = evaluate.predict(model, images, info.normalization, precision, options.tta)
     note = " (uncalibrated)" if info.temperature is None else ""
@@ -273,7 +273,7 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _submit(options: argparse.Namespace) -> None:
     """Label the images of a competition's test file, and write the submission."""
-    # Predict: by default, the predictions themselves decide whether to adapt to the file.
+    # Predict. By default, the predictions themselves decide whether to adapt to the file.
     test = kaggle.read_test_file(options.test)
     model, info, precision = _load(options)
     method, why = options.adapt, None
@@ -294,7 +294,7 @@ def _submit(options: argparse.Namespace) -> None:
     inputs = (options.test, options.weights)
     kaggle.write_submission(options.out, test.ids, labels.tolist(), options.label_column, inputs)
 
-    # Say what was done; on standard error if the submission itself is on standard output.
+    # Say what was done, on standard error if the submission itself is on standard output.
     stream = sys.stderr if options.out == "-" else sys.stdout
     print(f"images of {test.source}", file=stream)
     if why is not None:
@@ -304,7 +304,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
-    """Return the weights on the chosen device, the information stored with them, the precision."""
+    """Return the network on the chosen device, its weights' stored information, the precision."""
     device = hardware.choose_device(options.device)
     precision = hardware.choose_precision(options.precision, device)
     hardware.prepare(device, precision)

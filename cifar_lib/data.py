@@ -27,11 +27,11 @@ Channels = tuple[float, ...]  # three numbers: one each for red, green and blue
 # Over all pixels of the 50,000 training images, as `channel_statistics` computes them.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
-# A wrong one that is widespread, and that the published run used: each image's own standard
-# deviation, averaged over the images (notebook 1).
+# A widespread wrong value, which the published run used. It is each image's own standard deviation,
+# averaged over the images (notebook 1).
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
-# The published run normalised CIFAR-10's test images by these. We don't know where they come from:
-# they aren't any statistics of CIFAR-10 that we know of.
+# The published run normalised CIFAR-10's test images by these. Their origin is unknown. They match
+# no statistics of CIFAR-10 that we know of.
 PUBLISHED_TEST_MEAN = (0.5303, 0.4737, 0.4658)
 PUBLISHED_TEST_STD = (0.2822, 0.2553, 0.2613)
 # It normalised the competition's images by these, which are those images' own statistics.
@@ -101,12 +101,12 @@ def load_cifar10(
 def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
     """Return the folder that holds CIFAR-10's files, or None.
 
-    It is looked for in `root`. If no `root` is given, it is looked for in the folder that the
-    variable `CIFAR10_ROOT` names; if that isn't set, in `home` and in Kaggle's input folder. A
-    folder that lacks one of the files is passed over. But if it was named and there is no better
-    one, it is returned, so that reading it says which file is missing.
+    The search looks into `root`, or into the folder that the variable `CIFAR10_ROOT` names. If
+    neither is given, it looks into `home` and Kaggle's input folder. A folder that lacks one of the
+    files is skipped. But if the user named it and there is no complete one, it is returned, and
+    reading it says which file is missing.
 
-    Raises InputError if `root` or `CIFAR10_ROOT` is given and holds no such folder.
+    Raises InputError if `root` or `CIFAR10_ROOT` is given, but doesn't contain such a folder.
     """
     named = root or environment.read("CIFAR10_ROOT")
     if not named:
@@ -114,12 +114,12 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
         found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
         return next(filter(_has_all_batches, found), None)
 
-    # The path may name the folder itself or the one that it lies in.
+    # The path may name the folder itself, or the folder that contains it.
     places = [Path(named, FOLDER), Path(named)]
     for folder in filter(_has_all_batches, places):
         return folder
 
-    # Files may be missing from a folder that has the right name: reading it will say which one.
+    # A folder with the right name may lack a file. Reading it will say which one.
     for folder in places:
         if folder.name == FOLDER and os.path.isdir(folder):
             return folder
@@ -137,8 +137,8 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     """Return the images and labels of `files`, which lists each file's name and md5.
 
     torchvision.datasets.CIFAR10 could read them too. But if a file is damaged, its message doesn't
-    say which one, and it unpickles whatever a file holds; `pickles.read` allows only arrays and the
-    like.
+    say which one, and it unpickles whatever a file contains. `pickles.read` accepts only arrays and
+    plain data.
 
     Raises InputError if a file is missing or differs; the message names the file.
     """
@@ -159,7 +159,7 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
 
 
 def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Choose `n_validation` images for validation, in which each class has the share it has in all.
+    """Split images into training and validation images; classes have the same shares in both.
 
     labels: int64 (N,). Returns the positions of the training images, int64 (N - n_validation,),
     and of the validation images, int64 (n_validation,), each in ascending order.
@@ -197,7 +197,7 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     uint8 (N, 3, H, W) -> float64 (3,) each, in [0, 1].
 
     With S1 the sum of x and S2 the sum of x^2 over n pixels, the mean is S1 / n, and the standard
-    deviation is sqrt(S2 / n - (S1 / n)^2). Both sums are whole numbers, and so they are exact.
+    deviation is sqrt(S2 / n - (S1 / n)^2). Both sums are exact, because they are whole numbers.
     """
     counts = channel_histogram(images).numpy()  # (3, 256)
     values = np.arange(256)
@@ -212,10 +212,10 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Normalization:
-    """What images are normalised by: the mean and standard deviation of each channel, in [0, 1].
+    """The mean and standard deviation of each channel, in [0, 1], by which images are normalised.
 
-    A network predicts well only if images are normalised as its weights expect. That takes both, so
-    they are passed around together.
+    A network predicts well only if images are normalised as its weights expect. The weights expect
+    both numbers, so the two are passed around together.
     """
 
     mean: Channels
@@ -225,8 +225,8 @@ class Normalization:
     def of(cls, images: Tensor) -> "Normalization":
         """Return the normalization by the statistics of `images`, uint8 (N, 3, H, W).
 
-        Raises InputError if a channel is constant: its standard deviation is 0, by which nothing
-        can be divided.
+        Raises InputError if a channel is constant, because nothing can be divided by its standard
+        deviation, 0.
         """
         mean, std = channel_statistics(images)
         if min(std) == 0:
@@ -255,5 +255,5 @@ class Normalization:
 def rescale(images: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """Return x * scale - offset: uint8 (N, 3, H, W) -> float32, in the device's memory format."""
     scaled = images.float().mul_(scale).sub_(offset)
-    # The memory format is changed last: on a CPU this is four times as fast as changing it first.
+    # The memory format is changed last. On a CPU this is three times as fast as changing it first.
     return scaled.contiguous(memory_format=memory_format(images.device))

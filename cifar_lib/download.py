@@ -42,7 +42,7 @@ def download_cifar10(
     """Put CIFAR-10's files into `root`, all of them or none, and return the folder they are in.
 
     The archive comes from `mirror`, the address of a folder that holds it, or otherwise from one of
-    SOURCES. If only a part of it arrives, the next call goes on from there. Once it is unpacked it
+    SOURCES. If only a part of it arrives, the next call resumes from there. Once it is unpacked it
     is deleted, unless `archives` names a folder to keep it in.
 
     Raises InputError if no source sends it within `give_up_after` seconds, or if `root` can't be
@@ -58,8 +58,8 @@ def download_cifar10(
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
 
-        # One process at a time does this. Others wait for the lock, and then find the work done, so
-        # the lock's file can be removed after the lock is released.
+        # One process at a time does this. Others wait for the lock, and then find the work done.
+        # Therefore the lock's file can be removed after the lock is released.
         lock = open_lock(archive.with_name(f".{archive.name}.lock"))
         stack.callback(_remove_if_done, Path(lock.lock_file), folder)
         with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
@@ -73,7 +73,7 @@ def download_cifar10(
             if not check_integrity(archive, CIFAR10.tgz_md5):
                 _fetch(urls, file, deadline)
 
-        # Unpack it into a folder beside, which is then renamed: so the files appear all at once.
+        # Unpack it into a scratch folder, and rename that, so that all files appear at once.
         with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
             extract_archive(archive, scratch)
             os.replace(Path(scratch) / CIFAR10.base_folder, folder)
@@ -97,7 +97,7 @@ def _sources(mirror: str | None) -> tuple[str, ...]:
 
 
 def _remove_if_done(lock_file: Path, folder: Path) -> None:
-    """Remove the lock's file once the data are there: then nobody needs it any more."""
+    """Remove the lock's file if the data are there, because then nobody needs it any more."""
     if folder.is_dir():
         with contextlib.suppress(OSError):  # on Windows, while another process has it open
             lock_file.unlink()
@@ -111,8 +111,8 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
     reasons: list[str] = []
     for url in urls:
         try:
-            # If a part was there already and the result is wrong, that part may be of another
-            # archive. So the same source is asked for all of it, once.
+            # If a part was there already and the result is wrong, that part may come from another
+            # archive. Then the same source is asked once for the whole archive.
             for _ in range(2 if file.seek(0, os.SEEK_END) else 1):
                 _append(url, file, deadline, patient=url == urls[-1])
                 if check_integrity(file.name, CIFAR10.tgz_md5):
@@ -127,7 +127,7 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 
 
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
-    """Append to `file` what it lacks of the archive.
+    """Append the missing part of the archive to `file`.
 
     Raises OSError, HTTPException or ValueError if the source doesn't send it before `deadline`, or
     sends it slowly while `patient` is false.

@@ -23,21 +23,22 @@ VARIABLES = {
     "CIFAR_FIGURES": "folder",
 }
 
-# The words that a variable may be set to: instead of a path, or, for the kind "word", as its only
-# values. The first of those is the default.
+# The words that a variable may be set to. A variable of the kind "word" takes no other values, and
+# the first one is its default. Others may be set to a path instead.
 WORDS = {
     "CIFAR_RECIPE": ("auto", "small", "short", "report", "best"),
     "CIFAR_WEIGHTS": ("pretrained", "trained"),
 }
-# Variables of older versions, and what to set instead: silently, they would do nothing.
+# Variables of older versions, and what to set instead. Setting one is an error, because it would
+# silently do nothing.
 RETIRED = {
     "CIFAR_PROFILE": "notebooks look at all images now; CIFAR_RECIPE says what notebook 3 trains"
 }
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
-# Packages that only some sections of the notebooks need, and what pip has to install for each. The
-# list names the dependencies that are needed. pip must not add any on its own, because it would
-# replace the numpy or torch that Colab and Kaggle come with.
+# Packages that only some sections of the notebooks need, and what pip has to install for each: the
+# package itself and those of its dependencies that may be missing. pip must not add any on its own,
+# because it would replace the numpy or torch that Colab and Kaggle come with.
 OPTIONAL = {
     "cleanlab": "cleanlab termcolor",
     "optuna": "optuna colorlog alembic mako sqlalchemy",
@@ -129,7 +130,7 @@ def _absolute(name: str, value: str, base: Path) -> Path:
     if expanded.startswith("~"):  # the user doesn't exist, or has no home folder
         raise _wrong(name, value, "a path on this machine", "write the whole path instead of ~")
 
-    # abspath removes `..` from the text alone: "notebooks/../runs" works without "notebooks".
+    # abspath resolves `..` in the text alone, so "notebooks/../runs" works without "notebooks".
     path = Path(os.path.abspath(base / expanded))
 
     # On Colab the user is root, so the folder could be created on the local disk, and would be lost

@@ -1,4 +1,4 @@
-"""From images to logits, once, and from logits to every number."""
+"""Prediction, from images to logits, and measurement, from logits to numbers."""
 
 import copy
 import math
@@ -52,8 +52,8 @@ def predict_views(
 ) -> Tensor:
     """Return the logits of each view by itself: float32 (views, N, 10) on the CPU.
 
-    The first view is the image as it is. So with `flip`, the first view's logits are what `predict`
-    gives for `none`, and the mean of both is what it gives for `flip`.
+    The first view is the unchanged image. With `flip`, the logits of the first view are therefore
+    what `predict` gives for `none`, and the mean over both views is what it gives for `flip`.
     """
     was_training = model.training
     model.eval()
@@ -72,7 +72,7 @@ def batches(
 ) -> Iterator[Tensor]:
     """Yield normalised batches of uint8 images, float32 (b, 3, 32, 32), on the weights' device.
 
-    A batch has at most `size` images. All have nearly the same number: the last isn't small.
+    A batch has at most `size` images. All batches have nearly the same size, also the last one.
     """
     device = next(model.parameters()).device
     for piece in images.tensor_split(max(math.ceil(len(images) / size), 1)):
@@ -103,7 +103,7 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     """Return Wilson's score interval, given that `correct` of n images are classified correctly.
 
     It is an interval for the accuracy over all images of this kind. The accuracy on another n of
-    them is as uncertain again: only 83 % of such accuracies fall into a 95 % interval.
+    them varies by chance as well: only 83 % of such accuracies fall into a 95 % interval.
     """
     interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
@@ -151,8 +151,8 @@ def most_confident_mistakes(
 ) -> Tensor:
     """Return the positions of the misclassified images, int64, the most confident first.
 
-    `true` and `predicted` are class numbers. If given, only images whose label is `true`, and only
-    images that were taken for `predicted`, are returned.
+    `true` and `predicted` are class numbers. If `true` is given, only images with that label are
+    returned; if `predicted` is given, only images that are misclassified as that class.
     """
     confidence, guess = logits.softmax(1).max(1)  # (N,) each
     labels = labels.cpu()
@@ -178,7 +178,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
     confidence, guess = (t.double().numpy() for t in logits.softmax(1).max(1))  # (N,) each
     is_correct = guess == labels.cpu().numpy()
 
-    # Which bin each image is in. A confidence may be rounded to a little more than 1: `clip` puts
+    # Which bin each image is in. A confidence may be rounded to a little more than 1; `clip` puts
     # it into the last bin.
     edges = np.linspace(0, 1, bins + 1)
     which = np.searchsorted(edges[1:], confidence).clip(max=bins - 1)  # (N,)
@@ -198,7 +198,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     Source: Guo et al. 2017, arXiv:1706.04599.
     """
     r = reliability(logits, labels, bins)
-    # The gap of an empty bin is nan. Its weight is 0, but 0 * nan would be nan: so it becomes 0.
+    # The gap of an empty bin is nan. Its weight is 0, but 0 * nan is nan, so the gap is set to 0.
     gaps = np.nan_to_num(np.abs(r["accuracy"] - r["confidence"]))
     return float(np.average(gaps, weights=r["count"]))
 

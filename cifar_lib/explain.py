@@ -1,4 +1,4 @@
-"""Grad-CAM: which places in an image speak for a class, by what the network computes there."""
+"""Grad-CAM shows which places in an image are evidence for a class."""
 
 import matplotlib
 import numpy as np
@@ -13,22 +13,22 @@ from cifar_lib.model import ResNet
 def grad_cam(
     model: ResNet, images: Tensor, classes: Tensor, normalization: Normalization
 ) -> Tensor:
-    """Return, for each image and a class, how much each place in the image speaks for that class.
+    """Return how much each place in an image is evidence for a class, for each image and its class.
 
     images: uint8 (N, 3, 32, 32).
     classes: int64 (N,), one class number per image, such as its prediction.
 
-    Returns the heat, float32 (N, 32, 32) on the CPU, in [0, 1], as the network's last stage has it.
-    Each image's heat is divided by its own maximum. It is 0 everywhere if nothing speaks for the
-    class.
+    Returns the heat, float32 (N, 32, 32) on the CPU, in [0, 1], enlarged from the 8x8 places of the
+    network's last stage. Each image's heat is divided by its own maximum. It is 0 everywhere if
+    there is no evidence for the class.
 
     Source: Grad-CAM, Selvaraju et al. 2016, arXiv:1610.02391.
     """
     device = next(model.parameters()).device
     inputs, classes = normalization(images.to(device)), classes.to(device)
 
-    # Forward, keeping the last stage's activations. In evaluation mode an image's logits depend on
-    # that image alone: so the gradient of the sum over images holds each image's own gradient.
+    # Run forward, and keep the last stage's activations. In evaluation mode an image's logits
+    # depend on that image alone. Therefore the gradient of the sum contains each image's own.
     kept: list[Tensor] = []
     hook = model.stages[-1].register_forward_hook(lambda stage, args, output: kept.append(output))
     with torch.enable_grad():
@@ -36,17 +36,17 @@ def grad_cam(
         class_logits = logits.gather(1, classes[:, None]).sum()
     hook.remove()
 
-    # A channel's weight is how fast the class's logit grows with it, averaged over all places.
+    # A channel's weight is the gradient of the class's logit, averaged over all places.
     activations = kept[0]  # (N, 264, 8, 8)
     gradients = torch.autograd.grad(class_logits, activations)[0]  # (N, 264, 8, 8)
     weights = gradients.mean((2, 3), keepdim=True)  # (N, 264, 1, 1)
 
-    # The heat is the weighted sum of the channels. Where it is negative, it speaks against the
+    # The heat is the weighted sum of the channels. Where it is negative, it is evidence against the
     # class, and becomes 0. Then it is enlarged to the image's size, (N, 32, 32).
     heat = (weights * activations).sum(1, keepdim=True).relu().detach().cpu()  # (N, 1, 8, 8)
     heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
-    # The smallest normal number instead of a maximum of 0: 0 divided by it is 0.
+    # Instead of by a maximum of 0, divide by the smallest normal number, which leaves 0.
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 

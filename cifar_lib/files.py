@@ -1,6 +1,7 @@
 """Safe reading and writing of files.
 
-A file is written whole or not at all, and replaces nothing that it shouldn't. Reading has a limit.
+A file is written whole or not at all, and replaces only a regular file that isn't an input. A file
+is read only up to a limit.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ def output_file(path: str | os.PathLike) -> Path:
 def write_atomically(
     path: Path, content: bytes, inputs: Iterable[str | os.PathLike] = (), keep: Path | None = None
 ) -> None:
-    """Write `content` to `path`. Whoever reads the file meanwhile finds the old or the new content.
+    """Write `content` to `path` so that every reader finds either the old or the new content.
 
     Only a regular file is replaced, and never one of `inputs`, the files that the same command has
     read. With `keep` the old file isn't replaced, but renamed to `keep`. In the moment between the

@@ -1,4 +1,4 @@
-"""The hardware that the code runs on: its device, a precision that suits it, its description."""
+"""The hardware that the code runs on: how a device and a precision are chosen and described."""
 
 import contextlib
 import ctypes
@@ -35,7 +35,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """Return the device with this name, after a small computation on it gave the right result.
 
     `auto` is a CUDA GPU if there is one, else an Apple GPU, else the CPU. A GPU that is present but
-    can't compute is passed over; one line on standard error, once per process, says why.
+    can't compute is skipped; one line on standard error, once per process, says why.
 
     Raises InputError if `name` is neither `auto` nor a device that is present and can compute.
     """
@@ -76,8 +76,8 @@ def _first_that_computes() -> torch.device:
 def _failure(device: torch.device) -> str | None:
     """Return why nothing can be computed on `device`, in one line, or None if it can.
 
-    Only a computation tells. `torch.cuda.is_available` finds Kaggle's P100, and memory can be
-    allocated on it, but torch is no longer compiled for it. This shows only when a kernel starts,
+    Only a computation can tell. `torch.cuda.is_available` finds Kaggle's P100, and memory can be
+    allocated on it, but torch is no longer compiled for it. That fails only when a kernel starts,
     or when its result is read.
     """
     try:
@@ -149,7 +149,7 @@ def _load_winograd() -> tuple[ModuleType | None, str | None]:
         return None, None
 
     # It is compiled for one version of torch. With another one it can crash the process, at once or
-    # in the middle of training. So the version that it was built with is compared first.
+    # in the middle of training. Therefore the version that it was built with is compared first.
     try:
         from cifar_winograd_build import TORCH as built_with
     except ImportError:
@@ -198,11 +198,11 @@ def prepare(device: torch.device, precision: str) -> None:
 
 @contextlib.contextmanager
 def background_thread() -> Iterator[ThreadPoolExecutor]:
-    """Give a thread that does work beside the training, on one core at most.
+    """Yield a thread that works beside the training, on one core at most.
 
-    Without that limit it would have OpenMP threads of its own, so that there would be more of them
-    than cores. Then all of them, the training's too, go to sleep where they have to wait for each
-    other, many times in each step: a small network trains a quarter slower.
+    Without that limit it would start OpenMP threads of its own, and there would be more threads
+    than cores. Then all threads, including those of the training, sleep when they wait for each
+    other. That happens many times in each step, and a small network trains a quarter slower.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
@@ -217,7 +217,7 @@ def computing(device: torch.device, precision: str) -> contextlib.AbstractContex
     they can be used and torch.compile isn't at work.
     """
     if precision != "fp32":
-        # Each weight is used once in a pass, so there is no use in caching converted weights.
+        # Each weight is used once in a pass, so caching converted weights is of no use.
         return torch.autocast(device.type, DTYPES[precision], cache_enabled=False)
     if cifar_winograd is None or device.type != "cpu" or torch.compiler.is_compiling():
         return contextlib.nullcontext()

@@ -18,31 +18,32 @@ from cifar_lib.files import output_file, read_regular, write_atomically
 
 LONGEST = 200  # characters of an id
 
-# The two orders in which 3,072 values can make an image: the whole red plane, then the green and
+# The two orders in which 3,072 values can form an image: the whole red plane, then the green and
 # the blue one; or red, green and blue of the first pixel, then of the second, and so on.
 PLANES, PIXELS = "plane after plane", "pixel after pixel"
 
 # The shapes that an image may have, and the order that each shape promises.
 SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}
 
-# When the values contradict the order that the shape promises. Images are smoother in their right
-# order. Roughness is the mean step to the next pixel, across or down, whichever is larger. The
+# Images are smoother in their right order, so the values can contradict the order that the shape
+# promises. Roughness is the mean step to the next pixel, across or down, whichever is larger. The
 # right order's roughness, divided by the wrong order's, is
 #   0.45 (planes) and 0.29 (pixels) for CIFAR-10's test images, and
 #   at most 0.71 for any family of notebooks/course/corruptions.py at its highest severity.
 # Each of these 90,000 images, clean and in eight families, was also read as a file of its own. The
 # wrong order's roughness was never less than 0.9 of the right order's, so a shape is contradicted
-# only below 0.9. Without a promise the smoother order is taken; that would be the wrong one for 6
-# of the images, all of them grey.
+# only below 0.9. If the shape promises nothing, the smoother order is taken. That would be the
+# wrong one for 6 of the images, all of them grey.
 CONTRADICTION = 0.9
 
-# When images are noise in either order: the mean step to the next pixel, divided by the mean step
-# to a random pixel of the same image, is above GARBLED. This ratio is
+# Images are noise in either order if the mean step to the next pixel, divided by the mean step to a
+# random pixel of the same image, is above GARBLED. This ratio is
 #   0.26 for CIFAR-10's test images,
 #   at most 0.51 for a family as above, and at most 0.60 for 20 of its images ("noise"),
 #   1.00 for pure noise, and at least 0.99 for 20 images of pure noise.
-# One image alone tells less: one of a family gets up to 0.98, one of pure noise 1.00 with a
-# standard deviation of 0.014. So files of fewer than FEW images have a limit of their own.
+# One image alone tells less. The ratio of a single image from a family is up to 0.98, that of pure
+# noise 1.00 with a standard deviation of 0.014. Therefore files of fewer than FEW images have
+# another limit.
 GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20
 
 # Files that are mistaken for a pickle: how each begins, what it is, and what to do with it.
@@ -70,10 +71,10 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     ids: N different whole numbers or names.
 
     Some programs reshape when they should transpose, and then the shape is wrong about the order of
-    the values. So the smoothness of the images can overrule the shape, and the set's `source` says
-    which order was read. Smoothness can't tell whether rows and columns are exchanged, whether
-    images are rotated or mirrored, or whether blue comes before red: all of this is taken as it
-    comes.
+    the values. Therefore the smoothness of the images can overrule the shape, and the set's
+    `source` says which order was read. Smoothness can't tell whether rows and columns are
+    exchanged, whether images are rotated or mirrored, or whether blue comes before red. All of this
+    is accepted unchanged.
 
     Raises InputError for anything else, and for images that are noise in either order.
     """
@@ -89,7 +90,7 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
                 raise
             raise InputError(stranger) from None
 
-        # Keys may be bytes: a program that has read Python 2's file as bytes passes them on.
+        # Keys may be bytes, if a program has read Python 2's file as bytes and stored it again.
         found = {key.decode() if isinstance(key, bytes) else key: found[key] for key in found}
         if not {"data", "ids"} <= found.keys():
             raise InputError(f"expected the keys data and ids, found {str([*found][:5])[:99]}")
@@ -99,7 +100,7 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
 
 
 def _stranger(content: bytes) -> str | None:
-    """Return what a file is that isn't a pickle, and what to do with it, or None if unknown."""
+    """Say what kind of file this is, if not a pickle, and what to do with it; None if unknown."""
     for beginning, kind, remedy in STRANGERS:
         if content.startswith(beginning):
             return f"it is {kind}: {remedy}"
@@ -137,7 +138,7 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
     }
 
     # Take the promised order, unless the other one is much smoother. Without a promise, take the
-    # smoother one; if both are equally smooth, planes, which is CIFAR-10's own order.
+    # smoother one. If both are equally smooth, take planes, which is CIFAR-10's own order.
     steps = {name: _steps(images) for name, images in orders.items()}
     roughness = {name: max(across, down) for name, (across, down, _) in steps.items()}
     order = promised or PLANES
@@ -159,8 +160,8 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 
     images: uint8 (N, 3, 32, 32). Values are only compared within their channel.
 
-    The other pixel is the next one in the row, the next one in the column, or a random one. The
-    random ones are those of one permutation, the same for all images.
+    The other pixel is the next one in the row, the next one in the column, or a random one. One
+    permutation, the same for all images, chooses the random pixels.
     """
     shuffled = torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))
     sums = torch.zeros(3, dtype=torch.float64)
@@ -179,7 +180,8 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 def _ids(values: Any, count: int) -> tuple[int | str, ...]:
     """Return the ids, checked.
 
-    They are counted before they become Python objects: those of a small array can take a gigabyte.
+    They are counted before they become Python objects, which can take a gigabyte even if the array
+    is small.
     """
     is_array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
     if not is_array and not isinstance(values, (list, tuple, range)):

@@ -1,15 +1,15 @@
 """Reads a stranger's pickle as data, without running anything that it names.
 
 A pickle is a small program. Its instructions push values on a stack, collect them into lists and
-dicts, and call whatever function they name: `os.system` as willingly as numpy's functions. Lists of
-forbidden names are bypassed again and again. So here everything is forbidden, except for what data
-and arrays need:
+dicts, and call any function that they name, be it numpy's or `os.system`. Lists of forbidden names
+are bypassed again and again. Therefore everything is forbidden here, except for what data and
+arrays need:
 
 - Only the instructions in `INSTRUCTIONS` are followed. Any other one ends the reading.
-- A name is never imported. It stands for one of the harmless functions in `_FUNCTIONS`.
+- A name is never imported. It only chooses one of the harmless functions in `_FUNCTIONS`.
 - A short file can't cause long work or fill the memory. The instructions are counted. The keys of a
   dict must be short, because tuples within tuples can take for ever to hash. Only small values can
-  be used twice: a tuple that holds one tuple twice, sixty levels deep, would have 2^60 members.
+  be used twice, because a tuple that holds one tuple twice, sixty levels deep, has 2^60 members.
 
 The last point needs control over single instructions. Python's public unpickler is written in C: it
 takes as much memory as an index or a length in the file asks for, and hashes a key before anybody
@@ -105,7 +105,7 @@ class _Reader(pickle._Unpickler):
         return _FUNCTIONS[place]
 
     def load_reduce(self) -> None:
-        """Call a function, which can only be one of `_FUNCTIONS`: no other gets on the stack."""
+        """Call one of `_FUNCTIONS`, since no other function gets on the stack."""
         if not isinstance(self.stack[-1], tuple):
             raise InputError("it calls a function otherwise than numpy does; nothing was run")
         super().load_reduce()
@@ -182,8 +182,8 @@ class _Dict(dict):
 class _Memo(_Dict):
     """The values that a file stores under a number, to use them again.
 
-    Only small values can be used again; otherwise a short file could cause any amount of work. As
-    this is a dict and not a list, a large number takes no memory for the numbers below it.
+    Only small values can be used again; otherwise a short file could cause any amount of work.
+    Because this is a dict and not a list, a large number takes no memory for the numbers below it.
     """
 
     def __getitem__(self, index: int) -> Any:
@@ -214,7 +214,7 @@ class _DType:
 
 
 class _Array:
-    """An array, which has no values until the instruction BUILD brings them."""
+    """An array, which has no values until the instruction BUILD sets them."""
 
     def __init__(self, values: np.ndarray | list | None = None):
         self.values = values
@@ -243,14 +243,14 @@ def _values(
         return content
 
     # Python 2's bytes were read as latin-1 text. numpy itself refuses a shape that needs more bytes
-    # than there are; one that needs fewer is refused here.
+    # than there are. A shape that needs fewer is refused here.
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
     array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)
     if array.nbytes != len(content):
         raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
 
-    # numpy accepts any number as a character, and fails later, when it is used. Decoding fails now.
+    # numpy accepts any number as a character, and fails when it is used. Decoding it fails now.
     if kind.dtype.kind == "U":
         content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
     return array.transpose(axes) if order == "K" else array
@@ -279,7 +279,7 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def _range(*numbers: int) -> range:
-    """Return a range of bounded length: it takes no memory itself, but a list of it would."""
+    """Return a range of bounded length. It takes no memory itself, but a list of it would."""
     counted = range(*numbers)
     if len(counted) > MAX_INSTRUCTIONS:
         raise InputError(f"it counts to over {MAX_INSTRUCTIONS:,}")

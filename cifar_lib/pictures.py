@@ -13,24 +13,24 @@ from torch import Tensor
 from cifar_lib.errors import explained
 from cifar_lib.files import read_regular
 
-# Pillow knows more formats, but not all of them are safe: for EPS, say, it runs a program.
+# Pillow knows more formats, but not all of them are safe. For EPS, for example, it runs a program.
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000  # in a picture: 200 MB once it is decoded
 # A JPEG may have more pixels, such as the 108 million of some phones, because it can be decoded at
 # an eighth of its width and height.
 MAX_JPEG_PIXELS = 150_000_000
-# A JPEG may spread its pixels over several scans (a progressive one does). Then all of it is held
-# in memory, at 6 bytes per pixel, and each scan is a pass over all of that.
+# A JPEG may spread its pixels over several scans (a progressive one does). Then the whole picture
+# is held in memory, at 6 bytes per pixel, and each scan is a pass over all of it.
 MAX_BUFFERED_PIXELS = 64_000_000
 MAX_SCANS = 20
 # The brightest value in a picture of 16 bits must be at least this, a quarter of the range. If it
-# is less, then probably the 8, 10, 12 or 14 bits of a camera or scanner were stored in 16 bits
-# without scaling them up.
+# is less, the 8, 10, 12 or 14 bits of a camera or scanner were probably stored in 16 bits without
+# scaling them up.
 DIMMEST_16_BIT_WHITE = 1 << 14
 
 
 class _Unusable(ValueError):
-    """A picture isn't damaged, but can't be used. The attribute `remedy` says what to do."""
+    """A picture that isn't damaged, but can't be used. Its `remedy` says what to do."""
 
     def __init__(self, reason: str, remedy: str):
         super().__init__(reason)
@@ -48,7 +48,7 @@ def read_picture(path: str | os.PathLike) -> Tensor:
     which value is white.
     """
     remedy = f"give a file of one of {', '.join(PICTURE_FORMATS)}"
-    # Pillow raises all kinds of errors for a broken file. Its warnings are left out, since the
+    # Pillow raises all kinds of errors for a broken file. Its warnings are suppressed, because the
     # error says the same.
     with explained(f"picture: {path} can't be read", remedy, Exception):
         content = read_regular(Path(path), 4 * MAX_PIXELS)
@@ -105,16 +105,16 @@ def _scans(content: bytes, components: int) -> tuple[bool, int]:
     `components` is the number of its colour channels. If a phone has put further pictures into the
     file, behind this one, their scans are counted too.
     """
-    # After two bytes for the start of the picture come segments: 0xFF, a byte that says which kind
-    # of segment it is, two bytes for its length, its data. Go through them to the first scan, and
-    # look whether a frame's segment says "progressive".
+    # Two bytes for the start of the picture are followed by segments. Each consists of 0xFF, a byte
+    # that says which kind of segment it is, two bytes for its length, and its data. Go through them
+    # to the first scan, and look for a segment of a progressive frame.
     progressive = False
     place = 2
     while content[place + 1] != 0xDA:  # the start of a scan
         progressive |= content[place + 1] in (0xC2, 0xC6, 0xCA, 0xCE)  # a progressive frame
         place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
 
-    # A scan's data begin with the number of its components: if some are missing, others follow.
+    # A scan's data begin with the number of its components. If some are missing, more scans follow.
     buffered = progressive or content[place + 4] < components
     return buffered, content[place:].count(b"\xff\xda")
 
@@ -122,7 +122,7 @@ def _scans(content: bytes, components: int) -> tuple[bool, int]:
 def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
     """Return how many bits a value has in the file, and which value is white.
 
-    The second is None if the file doesn't say it.
+    The second number is None if the file doesn't say it.
 
     Raises _Unusable if the values are signed or floating-point numbers.
     """
@@ -143,12 +143,12 @@ def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
 
 
 def _white_of_significant_bits(content: bytes) -> int | None:
-    """Return the largest value that a PNG's significant bits can hold; None if it doesn't say it.
+    """Return the largest value of a PNG's significant bits, or None if their number isn't given.
 
     Its sBIT chunk says how many bits the values had before they were stored with more.
     """
-    # After 8 bytes of signature come chunks: 4 bytes for the length of the data, 4 for the kind of
-    # chunk, the data, 4 for a checksum. Those from the first IDAT on hold the pixels.
+    # A signature of 8 bytes is followed by chunks. Each has 4 bytes for the length of its data, 4
+    # for its kind, the data, and 4 for a checksum. The pixels begin with the first IDAT chunk.
     place = 8
     while (kind := content[place + 4 : place + 8]) not in (b"", b"IDAT"):
         if kind == b"sBIT":
@@ -168,7 +168,7 @@ def _in_8_bits(
     """
     remedy = "stretch it to the full range, or save it with 8 bits per value"
 
-    # The largest value. Pillow reads grey values whole, but of colours only the upper 8 bits.
+    # Find the largest value. Pillow reads all bits of grey values, but only 8 bits of colours.
     grey = picture.mode.startswith("I")
     if grey:
         values = np.asarray(picture)  # uint16 or int32 (H, W)
@@ -176,8 +176,8 @@ def _in_8_bits(
     else:
         largest = 256 * max(picture.getchannel(c).getextrema()[1] for c in _colours(picture))
 
-    # Which value is white. A PNG with an sBIT chunk should have scaled its values up to all bits,
-    # but some programs don't. So sBIT's white counts only if no value is above it.
+    # Find out which value is white. The values of a PNG with an sBIT chunk should be scaled up to
+    # all bits, but some programs don't do that. If a value is above sBIT's white, they are scaled.
     if file.format == "PNG" and white is not None and largest > white:
         white = None
     # If the file doesn't say it, the full range of 16 bits is taken, if that is plausible.

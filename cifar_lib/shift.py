@@ -1,8 +1,8 @@
 """Domain shift: adapting a network to images that differ from its training images, without labels.
 
 A file of images to predict may differ in two ways. Its pixels may be shifted: darker, noisier,
-blurred. And its class mix may differ: half of them may be cats. Adapting removes a shift, but takes
-a class mix for one. `predict_adapted` tells them apart by the predictions.
+blurred. Its class mix may also differ: half of the images may be cats. Adapting removes a shift,
+but mistakes another class mix for one. `predict_adapted` tells the two apart by the predictions.
 """
 
 import copy
@@ -17,7 +17,7 @@ from cifar_lib.evaluate import batches, predict
 from cifar_lib.hardware import computing
 
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
-PRIOR = 16  # the training statistics count as so many images: Schneider et al. found 8 to 32 best
+PRIOR = 16  # the training statistics count as this many images; Schneider et al. found 8 to 32 best
 # The adaptation if the classes are about equally frequent, as results/shift/verdict.json chose it.
 BALANCED = "normalize+batchnorm"
 # The adaptation if they aren't: batch-norm statistics would contain the class mix.
@@ -33,13 +33,13 @@ MARGIN = 0.05
 # 0.410 of confidence. If it gains accuracy, it costs at most 0.018, except on two files: 0.073 on
 # pixelated images of which half are cats, and 0.133 on ships with noise, where it gains one image.
 DOUBT = 0.03
-# The `agreement` from which on the adapted and the unadapted network see the same class mix. On the
-# same files, if adapting loses accuracy, it is 0.59 or more. On balanced images with the strongest
-# pixelation it is below 0: there adapting gains about 20 points of accuracy, although it costs
-# confidence (tests/test_shift.py).
+# If their `agreement` is at least this, the adapted and the unadapted network see the same class
+# mix. On the same files, it is 0.59 or more if adapting loses accuracy. On balanced images with the
+# strongest pixelation it is below 0, and adapting gains about 20 points of accuracy, although it
+# costs confidence (tests/test_shift.py).
 AGREEMENT = 0.5
-# Images per batch when batch-norm statistics are measured. A variance is then the average of those
-# inside each batch; the variance between batches isn't in it.
+# Images per batch when batch-norm statistics are measured. The measured variance is the average of
+# the variances within the batches, and doesn't include the variance between batches.
 STATISTICS_BATCH = 250
 
 
@@ -51,7 +51,7 @@ def adapt(
     normalization: Normalization,
     precision: str = "fp32",
 ) -> tuple[nn.Module, Normalization]:
-    """Return a network and a normalization, adapted to unlabelled images, to predict these with.
+    """Return a network and a normalization that are adapted to unlabelled images, to predict them.
 
     images: uint8 (N, 3, 32, 32), all images of a set: adapting uses their statistics.
 
@@ -82,8 +82,8 @@ def _with_statistics_of(
     """
     adapted = copy.deepcopy(model).eval()
 
-    # Forget the training statistics, and measure those of these images: a batch norm in training
-    # mode does that as the images pass.
+    # Forget the training statistics, and measure those of these images. A batch norm in training
+    # mode does that while the images pass through it.
     for layer in _batch_norms(adapted):
         layer.reset_running_stats()
         layer.momentum = None  # every batch counts the same
@@ -100,7 +100,7 @@ def _with_statistics_of(
 
 
 class Adapted(NamedTuple):
-    """What `predict_adapted` returns: the logits, and which adaptation was used and why."""
+    """The result of `predict_adapted`: the logits, and which adaptation was used and why."""
 
     logits: Tensor  # float32 (N, 10), on the CPU
     method: str  # BALANCED or UNBALANCED
@@ -116,10 +116,10 @@ def predict_adapted(
 ) -> Adapted:
     """Predict unlabelled images, uint8 (N, 3, 32, 32), adapted unless their class mix forbids it.
 
-    The statistics of a file contain its class mix as well as its shift: on 300 images of one class,
-    an adapted batch norm removes what distinguishes that class from others. So the predictions
-    decide. If the adapted network predicts classes that are far from equally frequent, the
-    unadapted one predicts too, and `is_misled` chooses between the two.
+    The statistics of a file depend on its class mix as well as on its shift. On 300 images of one
+    class, for example, an adapted batch norm removes what distinguishes that class from others.
+    Therefore the predictions decide. If the adapted network predicts classes that are far from
+    equally frequent, the unadapted one predicts too, and `is_misled` chooses between the two.
 
     Raises InputError if a channel is constant.
     """
@@ -130,8 +130,8 @@ def predict_adapted(
     if is_balanced(counts):
         return Adapted(adapted, BALANCED, "the predicted classes are balanced")
 
-    # They aren't balanced. The file's class mix may be the reason, or a strong shift: predict
-    # without adapting, to compare.
+    # They aren't balanced, because of the file's class mix or of a strong shift. Predict without
+    # adapting, to compare.
     unadapted = predict(model, images, normalization, precision, tta)
     unadapted_counts = class_counts(unadapted)
     sure, adapted_sure = confidence(unadapted), confidence(adapted)
@@ -185,7 +185,7 @@ def imbalance(counts: Tensor) -> float:
 
 
 def agreement(counts: Tensor, others: Tensor) -> float:
-    """Return the correlation of two networks' class counts, int64 (10,) each: from -1 to 1."""
+    """Return the correlation, from -1 to 1, of two networks' class counts, int64 (10,) each."""
     return torch.corrcoef(torch.stack([counts, others]).double())[0, 1].item()
 
 
@@ -211,10 +211,9 @@ def rebase_batch_norm(
     images: uint8 (N, 3, 32, 32), training images without augmentation. The copy's batch norms have
     their statistics.
 
-    The statistics that training leaves are those of augmented images, from which plain images
-    deviate; the weights have learnt to expect that. Without this, `adapt` would remove that
-    deviation together with the shift. If the statistics are those of plain images, only the shift
-    deviates from them.
+    Training leaves the statistics of augmented images. Plain images deviate from them, and the
+    weights have learnt to expect that deviation. If `adapt` got such a model, it would remove the
+    deviation together with the shift. From statistics of plain images, only the shift deviates.
     """
     model = copy.deepcopy(model).eval()
 

@@ -20,7 +20,7 @@ from cifar_lib.recipes import TrainConfig, learning_rate
 
 # How many batches are augmented in one call. Images with the same operation are changed together:
 # more batches make larger groups, but too many no longer fit into a CPU's cache.
-BATCHES_TOGETHER = {"cpu": 32, "cuda": 128, "mps": 128}
+BATCHES_TOGETHER = {"cpu": 16, "cuda": 128, "mps": 128}
 # Reading the running loss makes the program wait for the GPU, so it is read every so many steps.
 LOOK_EVERY = 50
 

@@ -4,7 +4,7 @@
 
 The package's weights predict a part of the test images under each shift, and then all test images
 under the shift that imitates the competition's custom test set. A "way" to predict is an adaptation
-together with test-time views. The results are in results/shift/; an interrupted run goes on after
+together with test-time views. The results are in results/shift/; an interrupted run resumes after
 the shifts that are already there:
 
 right.npz      for each shift a bool array (ways, images), true if the way found the image's label;
@@ -53,7 +53,7 @@ CLEAN = "clean 0"
 CUSTOM = "custom 0"  # all test images with the channel statistics of "statistics 1"
 
 # The default way of `submit` is chosen on these families, with the first half of the images. It is
-# confirmed on the other families, with the other half.
+# confirmed on the remaining families, with the second half.
 CHOSEN_ON = ("statistics", "contrast", "noise", "jpeg")
 
 
@@ -115,8 +115,8 @@ def frechet_distance(features: torch.Tensor, others: torch.Tensor) -> float:
     It is the distance between the normal distributions with their means m and covariances C:
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500).
 
-    If N or M is below D + 1 it comes out too large. So compare only distances between sets of equal
-    sizes.
+    If N or M is below D + 1, it is too large. Therefore compare distances only between sets of
+    equal sizes.
     """
     a, b = features.double().cpu(), others.double().cpu()
     c1, c2 = a.T.cov(), b.T.cov()  # (D, D)
@@ -163,8 +163,8 @@ def gains(tables: list[np.ndarray]) -> dict[str, dict]:
 
     tables: a bool array (ways, images) for each shift, all of the same images.
 
-    The gain has Student's 95 % interval. As all shifts have the same images, each image is first
-    averaged over the shifts, and the interval is that of a mean over images.
+    The gain has Student's 95 % interval. Because all shifts have the same images, each image is
+    first averaged over the shifts, and the interval is that of a mean over images.
     """
     by_image = np.mean(tables, axis=0)  # (ways, images)
     result = {}
@@ -186,7 +186,7 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
     on the others. The report claims that adapting helps on the custom test set, so the verdict also
     says whether the default beats the first way there, with intervals that don't overlap.
     """
-    # Choose on one half of the images and some families, confirm on the other half and the others.
+    # Choose on one half of the images and some families, confirm on the other half and families.
     half = right[CLEAN].shape[1] // 2
     seen = [table[:, :half] for shift, table in right.items() if shift.split()[0] in CHOSEN_ON]
     others = [family for family in FAMILIES if family not in CHOSEN_ON]

@@ -85,16 +85,17 @@ def _run(notebook: nbformat.NotebookNode) -> None:
 
 
 def _encrypted() -> Config:
-    """Return settings to talk to kernels encrypted: newer ones begin with a warning otherwise.
+    """Return settings that encrypt the connection to kernels.
 
-    Older versions of jupyter_client don't know them.
+    Without encryption, newer kernels begin with a warning. Older versions of jupyter_client don't
+    know these settings.
     """
     known = "transport_encryption" in KernelManager.class_trait_names()
     return Config(KernelManager={"transport_encryption": "auto"} if known else {})
 
 
 def _tidy(notebook: nbformat.NotebookNode) -> None:
-    """Remove times and progress bars: tqdm's notebook version ignores TQDM_DISABLE."""
+    """Remove times and progress bars, because tqdm's notebook version ignores TQDM_DISABLE."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -103,7 +104,7 @@ def _tidy(notebook: nbformat.NotebookNode) -> None:
 
 
 def _leave_out_large(notebook: nbformat.NotebookNode) -> None:
-    """Remove HTML that is marked as too large to be stored (course/mistakes.py); words stay."""
+    """Remove HTML that is marked as too large to store (course/mistakes.py), but keep its text."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             mark = output.get("metadata", {}).get("text/html", {})
@@ -115,7 +116,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
     """Write a notebook with its outputs as <name>.html."""
     page, _ = HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": name}})
 
-    # nbconvert leaves a notebook's alternative texts out, and puts this in their place.
+    # nbconvert leaves out a notebook's alternative texts, and puts NO_ALT in their place.
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             for kind in ("image/png", "image/jpeg"):
@@ -123,7 +124,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
                 if alt:
                     page = page.replace(NO_ALT, html.escape(alt), 1)
 
-    # The pages link to each other as the notebooks do, but lie one folder deeper.
+    # The pages link to each other as the notebooks do, but are one folder deeper.
     for linked in NOTEBOOKS.glob("*.ipynb"):
         page = page.replace(f'href="{linked.name}"', f'href="{linked.stem}.html"')
     page = page.replace('href="../README.md#notebooks"', 'href="index.html"')
@@ -133,7 +134,7 @@ def _write_page(name: str, notebook: nbformat.NotebookNode) -> None:
 
 
 def _write_index() -> None:
-    """Write index.html, with links to every page there is, also those of earlier calls."""
+    """Write index.html, with links to all existing pages, also those of earlier calls."""
     items = []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")):
         if (PAGES / f"{path.stem}.html").exists():
@@ -153,7 +154,10 @@ def _title(path: Path) -> str:
 
 
 def _print_comparison() -> None:
-    """Print the table that notebook 3 wrote last, if any: published, this run, why they differ."""
+    """Print the newest table of notebook 3, if any, which compares this run with the published one.
+
+    The table also says why the two differ.
+    """
     written = list((ROOT / "runs").glob("*/comparison.csv"))
     if not written:
         return

@@ -10,8 +10,8 @@ The rule `shift.is_misled`, which decides whether to adapt, was chosen on the im
 numbers, with some classes and families of shift ("choose"). It is confirmed on the images with odd
 numbers, with other classes and other families ("confirm").
 
-Each measurement is appended to results/shift/class_balance.csv at once, so an interrupted run goes
-on where it stopped. Then the figure beside it is drawn; with --figure nothing else is done.
+Each measurement is appended to results/shift/class_balance.csv at once, so an interrupted run
+resumes where it stopped. Then the figure beside it is drawn; with --figure nothing else is done.
 """
 
 import argparse
@@ -63,7 +63,7 @@ GRID = (
 
 def class_counts(mix: str, share: float, n: int) -> np.ndarray:
     """Return how many of a file's n images each class has: int64 (10,)."""
-    # The class weights: by default, equal parts of what one class leaves to the other nine.
+    # The class weights. By default, nine classes share equally what one class leaves.
     weights = np.full(len(CLASSES), (1 - share) / (len(CLASSES) - 1))
     if mix == "two classes":
         weights = np.isin(CLASSES, ("automobile", "horse")) / 2

@@ -1,7 +1,7 @@
 """Faults on purpose, many times over: python -m scripts.faults [--write] [NAME ...]
 
-Every fault comes with a promise. One that is broken ends the campaign with its traceback; `--write`
-writes what happened into results/reliability.md. Needs Linux; disks that fill up need root.
+Every fault comes with a promise. A broken promise ends the campaign with a traceback; `--write`
+writes what happened into results/reliability.md. This needs Linux, and root for disks that fill up.
 """
 
 import argparse
@@ -44,7 +44,7 @@ KILLED = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGXFSZ, 130)  # exit codes
 
 
 def nothing() -> None:
-    """No trap, no fault."""
+    """Set no trap."""
 
 
 class Training:
@@ -70,7 +70,7 @@ class Training:
         sys.exit(130)
 
     def end(self) -> tuple[int, str]:
-        """Wait for it; return its exit code, negative for a signal, and what it has printed."""
+        """Wait for its end. Return its exit code, negative for a signal, and what it printed."""
         self.process.join(120)
         self.process.kill()
         self.process.join()
@@ -81,7 +81,7 @@ class Training:
 
 @functools.cache
 def undisturbed(precision: str) -> dict[str, bytes]:
-    """The files that a run ends with where nothing happens to it, by name."""
+    """Return the files that an undisturbed run ends with: {name: content}."""
     with tempfile.TemporaryDirectory() as folder:
         code, said = Training(Path(folder), precision).end()
         assert code == 0, said
@@ -89,7 +89,7 @@ def undisturbed(precision: str) -> dict[str, bytes]:
 
 
 def check_goes_on(run: Path, precision: str = "fp32", trap: Callable[[], None] = nothing) -> str:
-    """The same command ends the run as if nothing had happened; returns what it printed."""
+    """Check that the same command ends the run as if undisturbed. Return what it printed."""
     code, said = Training(run, precision, trap).end()
     assert code == 0, said
     expected = undisturbed(precision)
@@ -99,7 +99,7 @@ def check_goes_on(run: Path, precision: str = "fp32", trap: Callable[[], None] =
 
 
 def check_refused(training: Training, message: str = "error: ") -> None:
-    """It ends with exit code 2, and one line that says why."""
+    """Check that a training ends with exit code 2, and one line that says why."""
     code, said = training.end()
     last = said.splitlines()[-1]
     assert code == 2 and "Traceback" not in said, said
@@ -111,8 +111,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in files}
 
 
-# Traps, set in the process that trains. What they replace is torch's or the system's, not the
-# package's, so that they stay right when the package changes.
+# Traps, set in the process that trains. They replace functions of torch or the system, not of the
+# package, so that they stay right when the package changes.
 
 
 def die() -> None:
@@ -124,7 +124,7 @@ def interrupt() -> None:
 
 
 def at_call(owner: object, name: str, nth: int, action: Callable[[], object] = die) -> None:
-    """Do that before the nth call of what has this name."""
+    """Call `action` before the nth call of the function `name` of `owner`."""
     real, calls = getattr(owner, name), itertools.count(1)
 
     def disturbed(*arguments: object, **options: object) -> object:
@@ -140,14 +140,14 @@ def at_step(nth: int, action: Callable[[], object] = die) -> None:
 
 
 def limit_files() -> None:
-    """From now on the system kills this process in the middle of writing a long file."""
+    """Let the system kill this process in the middle of writing a long file, from now on."""
     size = random.randrange(1, len(undisturbed("fp32")["checkpoint.pt"]))
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def signal_later(number: int) -> None:
-    """A signal from outside, at any time from a random step on: it waits for no call."""
+    """Send this process a signal at any time after a random step, not only at a call."""
 
     def start_timer() -> None:
         timer = threading.Timer(random.uniform(0, 0.2), os.kill, (os.getpid(), number))
@@ -158,7 +158,7 @@ def signal_later(number: int) -> None:
 
 
 def take_locks_away() -> None:
-    """As a mounted Drive does."""
+    """Let locks fail as on a mounted Drive."""
     number = random.choice([errno.ENOSYS, errno.ENOTSUP])
 
     def flock(*_: object) -> None:
@@ -179,8 +179,8 @@ MOMENTS: dict[str, Callable[[], None]] = {  # the traps of a training that is ki
 }
 
 
-# Faults. Each function does one once, in an empty folder, and returns what happened, or how many
-# times what happened. Its docstring is the promise; it raises AssertionError if that is broken.
+# Faults. Each function causes one fault in an empty folder, and returns what happened, or counts of
+# it. Its docstring is the promise, and it raises AssertionError if the promise is broken.
 
 
 def killed(folder: Path, moment: str) -> Counter[str]:
@@ -196,7 +196,7 @@ def killed(folder: Path, moment: str) -> Counter[str]:
 
 
 def interrupt_run(folder: Path) -> None:
-    """Begin a run and end it in its last epoch, with two checkpoints."""
+    """Begin a run, and interrupt it in its last epoch, when it has two checkpoints."""
     code, said = Training(folder, trap=lambda: at_step(STEPS - 2, interrupt)).end()
     assert code == 130, said
 
@@ -213,7 +213,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def change_format(path: Path) -> None:
-    """As a future version may, with the right digest."""
+    """Change a checkpoint's format as a future version may, with the right digest."""
     state = torch.load(io.BytesIO(path.read_bytes()[:-DIGEST_SIZE]), weights_only=True)
     file = io.BytesIO()
     torch.save({**state, "format": state["format"] + 1}, file)
@@ -244,13 +244,13 @@ def both_damaged(folder: Path) -> str:
 
 
 def mount(disk: Path, options: str) -> None:
-    """Put a small disk at that place, or change the one there."""
+    """Mount a small disk at this path, or change the one that is mounted there."""
     words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
     subprocess.run(words, check=True, capture_output=True)
 
 
 class NotHere(Exception):
-    """This machine can't do a fault."""
+    """A fault can't be caused on this machine."""
 
 
 @contextlib.contextmanager
@@ -383,7 +383,7 @@ FAULTS: list[tuple] = [  # name, times, function, and its arguments after the fo
 
 
 def repeat(times: int, fault: Callable, *arguments: object) -> Counter[str]:
-    """Do a fault so many times, each in a new folder; count what happened."""
+    """Cause a fault `times` times, each in a new folder, and count what happened."""
     happened: Counter[str] = Counter()
     for _ in range(times):
         with tempfile.TemporaryDirectory() as folder:
@@ -436,7 +436,7 @@ def main() -> None:
         print(end=rows[-1], flush=True)
     if options.write:
         path = ROOT / "results" / "reliability.md"
-        # What other programs and hands wrote below stays.
+        # Keep what other programs and people wrote below.
         _, heading, others = path.read_text(encoding="utf-8").partition("\n## ")
         text = report(rows, " ".join(sys.argv[1:]))
         path.write_text(text + heading + others, encoding="utf-8")

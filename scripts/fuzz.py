@@ -1,8 +1,8 @@
 """Random files for every reader of files: python -m scripts.fuzz [--seconds 60] [READER ...]
 
-Most are honest files with a few changes. Each is read, or refused in one printable line, within
-10 seconds and 1 GB. Anything else ends the campaign with the reader's name and the seed; `--seed`
-makes the same files again. Needs Linux.
+Most are honest files with a few changes. Each must be read, or refused in one printable line,
+within 10 seconds and 1 GB. Anything else ends the campaign with the reader's name and the seed;
+`--seed` makes the same files again. This needs Linux.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from cifar_lib.train import State
 from notebooks.course.stand_in import generate_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS, ROOM = 10, 1 << 30  # what one file may take of time and of memory
+SECONDS, ROOM = 10, 1 << 30  # how much time, and how many bytes of memory, one file may take
 NETWORK = {"blocks": "1", "channels": "16", "precision": "fp32"}
-# What nobody expects as a value; the words also as a field's name.
+# Values that nobody expects. The words are also used as names of fields.
 WORDS = ["", "0", "0x10", "1_0", "1,2", "none", "name", "self", "\x00", "½", "x" * 10_000]
 NASTY = [None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), [], {}, *WORDS]
 
@@ -53,7 +53,7 @@ NASTY = [None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), [], {}, *WO
 
 
 def mutated(content: bytes) -> bytes:
-    """A few bytes changed, lost or added, mostly near the ends: in the middle lie only pixels."""
+    """Change, drop or add a few bytes, mostly near the ends, because the middle is only pixels."""
     changed = bytearray(content)
     for _ in range(random.randint(1, 6)):
         head, tail = random.randrange(400), max(len(changed) - random.randrange(300), 0)
@@ -63,7 +63,7 @@ def mutated(content: bytes) -> bytes:
 
 
 def nasty(value: Any) -> Any:
-    """`value` with one of its parts replaced, renamed, lost or put into many lists."""
+    """Return `value` with one of its parts replaced, renamed, dropped or put into many lists."""
     if isinstance(value, (dict, list)) and value and random.random() < 0.85:
         key = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
         changed = value.copy()
@@ -79,7 +79,7 @@ def nasty(value: Any) -> Any:
 
 
 def nasty_json(value: Any) -> bytes:
-    """A nasty value as JSON, now and then nested deeper than any parser's stack."""
+    """Return a nasty value as JSON, now and then nested deeper than any parser's stack."""
     text = json.dumps(nasty(value)).encode()
     return text.replace(b"[", b"[" * 200_000, 1) if random.random() < 0.02 else text
 
@@ -89,7 +89,7 @@ def nasty_json(value: Any) -> bytes:
 
 @functools.cache
 def honest_pickles() -> list[bytes]:
-    """Test files of every protocol, and the short ones of the tests' hostile files."""
+    """Return test files of every protocol, and the short ones of the tests' hostile files."""
     images = generate_stand_in(0, 2)[1].images.permute(0, 2, 3, 1)  # (2, 32, 32, 3)
     content = {b"data": images.numpy(), b"ids": [0, 1]}
     hostile = runpy.run_path(str(ROOT / "tests" / "test_pickles.py"))["CORPUS"].values()
@@ -110,7 +110,7 @@ def honest_pictures() -> list[bytes]:
 
 @functools.cache
 def honest_run() -> dict[str, bytes]:
-    """The files of a run of one epoch, by name."""
+    """Return the files of a run of one epoch, by name."""
     cli.load_cifar10 = lambda *_: generate_stand_in(60, 20)
     words = "train --recipe small --epochs 1 --train-size 60 --device cpu"
     settings = [f"--set={field}={value}" for field, value in NETWORK.items()]
@@ -125,7 +125,7 @@ def honest_run() -> dict[str, bytes]:
 
 
 def weights() -> bytes:
-    """Changed bytes, or an honest file with another header."""
+    """Return a file of weights with changed bytes or another header."""
     content = honest_run()["model.safetensors"]
     if random.random() < 0.3:
         return mutated(content)
@@ -141,7 +141,7 @@ def weights() -> bytes:
 
 
 def checkpoint() -> bytes:
-    """With the right digest, as only somebody else's run would have it."""
+    """Return a changed checkpoint with the right digest, as a stranger could make it."""
     content = honest_run()["checkpoint.pt"][:-DIGEST_SIZE]
     if random.random() < 0.5:
         content = mutated(content)
@@ -212,9 +212,9 @@ def read_files(reader: str, seconds: float, seed: int) -> Counter[str]:
 
 
 def fuzz(reader: str, seconds: float, seed: int) -> Counter[str]:
-    """The same in a process of its own, for the limits hold until it ends.
+    """Do the same in a process of its own, because its limits hold until it ends.
 
-    Raises RuntimeError if a file was neither read nor refused within them.
+    Raises RuntimeError if a file was neither read nor refused within the limits.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
         try:

@@ -1,15 +1,15 @@
-"""Do the tests notice a wrong line? Small changes to the package, one at a time, and who fails.
+"""Check that the tests notice wrong lines: make small changes to the package, one at a time.
 
     python -m scripts.mutants                  200 changes, drawn by a seed, into results/mutants.md
     python -m scripts.mutants --count 40 --only train fit       some modules, and no report
     python -m scripts.mutants --count 0 --named scripts/named_mutants.json   those written by hand
 
-Every change is made in a copy of the working tree, so the tree itself never changes, and commands
-that tests start as child processes see the change too. Each mutant gets a process that is forked
-after the heavy imports, runs the tests that reach its line, the fastest first, and stops at the
-first failure; one that runs out of time counts as killed. Verdicts are kept in runs/mutants/ as
-they come: a run that was stopped goes on. mutmut and cosmic-ray, which do more, were not tried:
-this draws a sample by a seed, takes changes written by hand along, and imports torch once.
+Every change is made in a copy of the working tree. The tree itself never changes, and commands that
+tests start as child processes see the change too. Each mutant gets a process that is forked after
+the heavy imports, runs the tests that reach its line, the fastest first, and stops at the first
+failure. A mutant that runs out of time counts as killed. Each verdict is stored in runs/mutants/ at
+once, so a stopped run can be resumed. mutmut and cosmic-ray, which do more, were not tried. This
+script draws a sample by a seed, also tries changes written by hand, and imports torch once.
 """
 
 import argparse
@@ -44,7 +44,7 @@ COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
 SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.FloorDiv: " // "}
 OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OPPOSITE |= {ast.FloorDiv: ast.Mult}
-# What changes no result: words for people, and speed. A line that holds one of these is left alone.
+# These change no result, only words for people, or speed. A line with one of them isn't changed.
 NO_MEANING = (
     "help=",
     "unit=",
@@ -57,8 +57,8 @@ NO_MEANING = (
     "LOOK_EVERY",
     "set_desc",
 )
-# Keywords that say how fast or where, repeat the default (the last one on Linux), or state what the
-# code itself holds (strict).
+# Keywords that say how fast or where, that repeat the default (the last one, on Linux), or that
+# state what always holds (strict).
 NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners", "strict")
 NEUTRAL += ("lineterminator",)
 
@@ -86,7 +86,7 @@ class Mutant:
 
 
 def mutants_of(module: str, source: str) -> list[Mutant]:
-    """All changes this script can make to a module."""
+    """Return all changes that this script can make to a module."""
     lines = source.splitlines(keepends=True)
     starts = [0]
     for line in lines:
@@ -120,7 +120,7 @@ def _compiles(source: str) -> bool:
 
 
 def _meaningful(node: ast.AST):
-    """The nodes below, without annotations, messages and docstrings."""
+    """Yield the nodes below, without annotations, messages and docstrings."""
     yield node
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns"):
@@ -133,7 +133,7 @@ def _meaningful(node: ast.AST):
 
 
 def _changes(node: ast.AST):
-    """(kind, new text) for each way in which this node can be wrong."""
+    """Yield (kind, new text) for each way in which this node can be wrong."""
     match node:
         case ast.Compare(ops=[operator]):
             left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
@@ -171,7 +171,7 @@ def _call_changes(node: ast.Call):
 
 
 def chosen(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
-    """`count` mutants, spread over the modules by their lines and over the kinds alike."""
+    """Return `count` mutants, spread over modules by their lines, and evenly over kinds."""
     dice, picked = random.Random(seed), []
     lines = {name: len(source.splitlines()) for name, source in sources.items()}
     for name, source in sources.items():
@@ -190,7 +190,7 @@ def chosen(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
 
 
 def named(path: Path, sources: dict[str, str]) -> list[Mutant]:
-    """Those written by hand: a list of objects with module, old (found once) and new."""
+    """Return the mutants written by hand: objects with module, old (found once) and new."""
     result = []
     for entry in json.loads(path.read_text(encoding="utf-8")):
         module, old, new = entry["module"], entry["old"], entry["new"]
@@ -248,7 +248,7 @@ class Reach:
 
 
 def _forget_cached_results(package: str) -> None:
-    """Else only the first test that needs a cached result would be seen to reach its function."""
+    """Forget cached results, so that every test that needs one is seen to reach its function."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == package:
             for value in vars(module).values():
@@ -257,7 +257,7 @@ def _forget_cached_results(package: str) -> None:
 
 
 def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int:
-    """pytest's exit code, in this (forked) process, with the package of `tree`.
+    """Run pytest in this (forked) process with the package of `tree`, and return its exit code.
 
     The tree's pyproject.toml puts the tree itself before everything else that is importable.
     """
@@ -271,7 +271,7 @@ def run_tests(tree: Path, arguments: list[str], plugins: list, log: Path) -> int
 
 
 def forked(call, limit: float) -> int | None:
-    """The exit code of `call` in a process of its own; None where it took too long."""
+    """Return the exit code of `call` in a process of its own, or None if it took too long."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -292,7 +292,7 @@ def forked(call, limit: float) -> int | None:
 
 
 def copied(folder: Path) -> Path:
-    """A copy of the working tree: what git tracks, and what is new and not ignored."""
+    """Copy the working tree into `folder`: what git tracks, and what is new and not ignored."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True).stdout
     for name in filter(None, names.decode().split("\0")):
@@ -303,7 +303,7 @@ def copied(folder: Path) -> Path:
 
 
 def reach(tree: Path) -> dict[str, dict]:
-    """What each test reaches; measured once for a state of package and tests, then read."""
+    """Return what each test reaches. It is measured once for each state of package and tests."""
     digest = hashlib.sha256()
     for path in sorted([*tree.glob("cifar_lib/*.py"), *tree.glob("tests/*.py")]):
         digest.update(path.read_bytes())
@@ -325,7 +325,7 @@ def reach(tree: Path) -> dict[str, dict]:
 
 
 def deciding(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
-    """The tests that can notice, the fastest first."""
+    """Return the tests that can notice the mutant, the fastest first."""
     sound = {name: t for name, t in tests.items() if not t["failed"] and t["seconds"] < SLOWEST}
     wanted = {f"{mutant.module}:{mutant.line + i}" for i in range(mutant.old.count("\n") + 1)}
     direct = {name for name, t in sound.items() if wanted & set(t["lines"])}
@@ -333,13 +333,13 @@ def deciding(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
     # What runs in child processes isn't traced: the module's own tests may start them.
     files.add(f"tests/test_{mutant.module}.py")
     names = direct | {name for name in sound if name.split("::")[0] in files}
-    # It runs when the module is imported, and there are no tests of that name: anyone may notice.
+    # If it runs when the module is imported, and there are no tests of that name, any may notice.
     names = names or set(sound)
     return sorted(names, key=lambda name: sound[name]["seconds"])
 
 
 def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> str:
-    """killed, timeout or survived."""
+    """Run the mutant, and return `killed`, `timeout` or `survived`."""
     names = deciding(mutant, tests)
     if not names:
         return "survived"
@@ -353,7 +353,7 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> st
 
 
 def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
-    """The table by module, and the survivors, with what JUDGED says of them."""
+    """Return the table by module, and the survivors, with what JUDGED says of them."""
     rows, survivors = [], []
     entries = json.loads(JUDGED.read_text(encoding="utf-8"))
     judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
@@ -391,7 +391,7 @@ def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
 
 
 def _share(pairs: list[tuple[Mutant, str]], by_hand: bool) -> str:
-    """How many of the changes of one origin the tests notice."""
+    """Say how many of the changes of one origin the tests notice."""
     verdicts = [verdict for mutant, verdict in pairs if (mutant.kind == "by hand") == by_hand]
     killed = sum(verdict != "survived" for verdict in verdicts)
     hanging = verdicts.count("timeout")

@@ -2,7 +2,7 @@
 
     python -m scripts.search --study runs/study.db --trials 40
 
-Each process that runs this command is a worker. Start as many as you like; to go on after a stop,
+Each process that runs this command is a worker. Start as many as you like; to resume after a stop,
 start the same command again. The workers share one study, which is an SQLite file, or a database
 (given by its URL) if they are on several hosts.
 """
@@ -197,8 +197,8 @@ def _storage(where: str) -> RDBStorage:
                 raise
             time.sleep(0.1)
 
-    # SQLite has no locks on rows. So each transaction locks the whole file from its beginning;
-    # otherwise two workers could take the same waiting trial.
+    # SQLite has no locks on rows. Therefore each transaction locks the whole file from its
+    # beginning; otherwise two workers could take the same waiting trial.
     if engine:
         begin = "BEGIN IMMEDIATE"
         sqlalchemy.event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql(begin))
@@ -214,7 +214,7 @@ def _checked_url(url: str) -> str:
         host = sqlalchemy.make_url(url).host or ""
     except (ArgumentError, ValueError):
         host = "@"
-    if "@" in host:  # an @ in the password, so that a part of the password became the host
+    if "@" in host:  # the password has an @, and a part of the password became the host
         form = "kind://user:password@host/name, with %40 for an @ in the password"
         raise InputError(f"study: expected a URL, {form}; got another one: correct it")
     return url

@@ -2,8 +2,8 @@
 
     python scripts/set_address.py you/your-repository
 
-It needs nothing but Python. An address pasted from the browser is taken as well; anything else is
-an error, with exit code 2, and changes nothing.
+It needs nothing but Python. An address pasted from the browser works as well. Anything else is an
+error, with exit code 2, and changes nothing.
 """
 
 import os
@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = "https://github.com/"
 NAME = r"[A-Za-z0-9._-]+"  # as in owner/name
 
-# Where the address stands whatever it was before, so that a wrong one is repaired: pyproject.toml's
-# entry, the notebooks' first cell (whose quotes JSON escapes), and the badges that open a notebook.
+# These places get the address whatever they had before, so that a wrong one is repaired. They are
+# pyproject.toml's entry, the notebooks' first cell (whose quotes JSON escapes), and the badges that
+# open a notebook.
 WRITTEN = (
     (rb'(Repository = "https://github\.com/)[^"\r\n]*(")', rb"\g<1>%s\g<2>"),
     (rb'(ADDRESS = \\"https://github\.com/)[^"\\\r\n]*(\\")', rb"\g<1>%s\g<2>"),
@@ -29,7 +30,7 @@ WRITTEN = (
 
 
 def main(arguments: list[str]) -> int:
-    """Change the address to the one given; returns the exit code."""
+    """Change the address to the given one, and return the exit code."""
     address = parse_address(" ".join(arguments))
     if address is None:
         got = " ".join(arguments) or "nothing"
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_address(text: str) -> str | None:
-    """`owner/name` of a repository, of its address in a browser, or of one for git; else None."""
+    """Return the `owner/name` in a repository's name, web address or git address, or else None."""
     text = re.sub(r"^(https?://(www\.)?github\.com/|git@github\.com:|github\.com/)", "", text)
     text = text.rstrip("/").removesuffix(".git")
     # An owner has no dots, and a repository isn't called "." or "..".
@@ -54,9 +55,10 @@ def parse_address(text: str) -> str | None:
 
 
 def set_address(root: Path, address: str) -> list[Path]:
-    """Put `address` into all files of the repository at `root`, or into none; returns the changed.
+    """Put `address` into all files of the repository at `root`, or into none.
 
-    Files are read and written as bytes, so their line ends stay.
+    Returns the paths of the changed files. Files are read and written as bytes, which keeps their
+    line ends.
 
     Raises OSError if one can't be read or written, ValueError if pyproject.toml names no address.
     """
@@ -76,7 +78,7 @@ def _replaced(text: bytes, old: bytes, address: str) -> bytes:
     new = address.encode()
     for pattern, replacement in WRITTEN:
         text = re.sub(pattern, replacement % new, text)
-    # Anywhere else: the old address as a whole. Another repository's may only begin like it.
+    # Elsewhere, replace the old address as a whole. Another repository's may begin like it.
     if parse_address(old.decode()) == old.decode():
         whole = rb"(https://github\.com/|git@github\.com:)" + re.escape(old)
         text = re.sub(whole + rb"(?=\.git\b|\.?(?![A-Za-z0-9._-]))", rb"\g<1>" + new, text)
@@ -84,7 +86,7 @@ def _replaced(text: bytes, old: bytes, address: str) -> bytes:
 
 
 def _write_all(changed: dict[Path, bytes], before: dict[Path, bytes]) -> None:
-    """Write all files, or none: first beside the old ones, then in their place."""
+    """Write all files or none, first beside the old ones and then in their place."""
     scratch = {path: path.with_name(f".{path.name}.new") for path in changed}
     replaced = []
     try:

@@ -5,8 +5,8 @@
 It writes answers.json and answers.safetensors into results/<recipe>-seed42: the logits of all test
 images, of the same averaged with their mirror images, and of the synthetic copy of the custom test
 set; the nearest training images of every mistake; and the accuracy on the plain training images.
-notebooks/course/answers.py reads them. On two processor cores it takes half an hour. After
-weights have changed, run it again: until then the notebooks compute everything anew.
+notebooks/course/answers.py reads them. On two processor cores this takes half an hour. Run it again
+when weights have changed. Until then the notebooks compute everything anew.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def store(name: str, train: ImageSet, test: ImageSet) -> None:
     logits = {key: answered for key, (_, answered) in asked.items()}
 
     # The training images: how many are classified correctly, and which ones mistakes resemble. The
-    # logits are those of the stored file, so that it agrees with itself.
+    # mistakes are those of the stored logits, so that the file agrees with itself.
     print(f"{name}: training images", flush=True)
     answers = tensors["test"].float().argmax(1)
     mistakes = (answers != test.labels).nonzero()[:, 0]  # (m,)

@@ -15,8 +15,9 @@ from torchvision.transforms import functional as pil
 
 from benchmarks import plain
 from cifar_lib import augment as ours
+from cifar_lib import operations
 from cifar_lib.augment import Policy, augment_epoch, draw, op_table
-from cifar_lib.data import CIFAR10_MEAN
+from cifar_lib.data import CIFAR10_MEAN, PUBLISHED_STD, Normalization, rescale
 from cifar_lib.operations import apply_op
 
 N = 60_000
@@ -153,6 +154,28 @@ def test_each_step_is_the_plain_one_of_its_docstring(ops, pictures):
     ):
         expected = getattr(plain, step)(images, *arguments)
         assert torch.equal(getattr(ours, step)(images, *arguments), expected), step
+
+
+def test_what_is_made_faster_is_the_plain_version_of_its_docstring(pictures):
+    every_value = torch.arange(256, dtype=torch.uint8).repeat(12).view(1, 3, 32, 32)
+    # Channels with as few steps as possible: constant, two values, and nearly constant ones.
+    uneven = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+    for i, n in enumerate((1, 254, 255, 256, 509, 510, 1023, 1024)):
+        uneven[i].flatten(1)[:, :n] = 200
+    images = torch.cat([pictures, every_value, uneven, 255 - uneven])
+    for op in every_pair("trivialaugment"):
+        if op.name in operations.GEOMETRIC:
+            moved = plain.move(op.name, images, op.magnitude)
+            assert torch.equal(apply_op(images, *op), moved), op
+        elif op.name == "Solarize":
+            solarized = plain.solarize(images, op.magnitude)
+            assert torch.equal(apply_op(images, *op), solarized), op
+    assert torch.equal(operations.equalize(images, 0.0), plain.equalize(images, 0.0))
+    levels = torch.arange(0, 255.5, 1 / 64)
+    assert torch.equal(operations.to_uint8(levels), plain.to_uint8(levels))
+    assert torch.equal(operations.to_uint8(levels.double()), plain.to_uint8(levels.double()))
+    numbers = Normalization(CIFAR10_MEAN, PUBLISHED_STD).scale_and_offset(images.device)
+    assert torch.equal(rescale(images, *numbers), plain.rescale(images, *numbers))
 
 
 def statistics(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:

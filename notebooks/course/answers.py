@@ -1,9 +1,10 @@
-"""A network's answers to whole sets of images: stored under results/, else computed here.
+"""A network's answers to whole sets of images, which are stored under results/ or computed here.
 
-Ten thousand images take a GPU a second and a CPU minutes. So `python -m scripts.store_answers` has
-computed them once for the package's weights, and `Network` takes what is stored. A stored answer is
-used only for the very same question: a file of weights, images, normalization, adaptation and
-test-time views, all of which are compared. Everything else is computed.
+Ten thousand images take a GPU a second and a CPU minutes. `python -m scripts.store_answers` has
+therefore computed the answers of the package's weights once, and `Network` reads them. A stored
+answer is used only for exactly the same question, which consists of a file of weights, images,
+normalization, adaptation and test-time views. All of these are compared. Everything else is
+computed.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ AT_A_TIME = 1000  # images between two moves of the progress bar
 
 
 class Network:
-    """The network that a notebook looks at: its weights, and its answers.
+    """The network that a notebook examines: its weights, and its answers.
 
     model: on the device, in evaluation mode.
     info: what the file says about the weights.
@@ -65,7 +66,7 @@ class Network:
     def compute(
         self, images: Tensor, normalization: Normalization | None = None, tta: str = "none"
     ) -> Tensor:
-        """Return the same as `predict`, computed now in any case."""
+        """Return the same as `predict`, but compute it even if it is stored."""
         normalization = normalization or self.info.normalization
         parts = images.split(AT_A_TIME)
         bar = tqdm(parts, desc="images", unit_scale=AT_A_TIME, disable=len(parts) == 1, leave=False)
@@ -98,7 +99,7 @@ class StoredAnswers:
 
     tensors: answers.safetensors.
     - Logits, float16 (N, 10), by the names that are in the record.
-    - `mistakes`, int64 (m,): the test images that are classified wrongly, in rising order.
+    - `mistakes`, int64 (m,): the misclassified test images, in ascending order.
     - `nearest`, int64 (m, 5): for each mistake the five training images, of all 50,000, with the
       most similar features, the most similar first.
     - `cosines`, float32 (m, 5): the cosines between their features and the mistake's.
@@ -136,7 +137,7 @@ def stored_answers(weights_digest: str) -> StoredAnswers | None:
 
 
 def question(images: Tensor, normalization: Normalization, adapt: str, tta: str) -> dict:
-    """Return what logits depend on besides the weights, as JSON has it.
+    """Return what logits depend on besides the weights, as it is stored in JSON.
 
     images: uint8 (N, 3, 32, 32).
     adapt: `none`, or AUTO.

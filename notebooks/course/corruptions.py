@@ -1,4 +1,4 @@
-"""Shifts with known labels: what other sources might have made of CIFAR-10's images."""
+"""Shifted images with known labels: CIFAR-10's as they might look if they came from elsewhere."""
 
 import os
 import pickle
@@ -84,7 +84,7 @@ def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     set. Values are cut off at 0 and 255, which moves the statistics again, so gain and offset are
     corrected up to 20 times.
 
-    Raises InputError if a channel is constant: no gain spreads it.
+    Raises InputError if a channel is constant, because no gain can spread it.
     """
     mean, std = np.asarray(mean), np.asarray(std)
     start_mean, start_std = data.channel_statistics(images)
@@ -115,8 +115,8 @@ def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
 def generate_test_file(path: str | os.PathLike, test: ImageSet, seed: int = 0) -> ImageSet:
     """Write a file in the competition's format, and return its images with their labels.
 
-    They are the images of `test` in another order, with the channel statistics of the competition's
-    images: a stand-in for the real file.
+    The file is a stand-in for the real one. It holds the images of `test` in another order, with
+    the channel statistics of the competition's images.
 
     Raises InputError if a channel of `test` is constant.
     """

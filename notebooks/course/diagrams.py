@@ -8,7 +8,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from notebooks.course.style import in_style, new_figure
 
-# The colour of a box, by the first of these words that its text holds: light, as the text is black.
+# The colour of a box, by the first of these words in its text. It is light because text is black.
 BOXES = {"conv": "#CCE3F3", "stage": "#CCE3F3", "norm": "#FBE6C0", "": "#EFEFEF"}
 
 
@@ -28,7 +28,7 @@ def block_diagram(blocks: Mapping[str, tuple[Sequence[int], Sequence[int]]], tit
 
 
 def _draw_block(ax: Axes, before: Sequence[int], after: Sequence[int]) -> None:
-    """Draw one block, of which shapes `before` go in and shapes `after` come out."""
+    """Draw one block, whose input has the shape `before` and whose output the shape `after`."""
     stride = before[1] // after[1]
     changes_shape = stride > 1
 
@@ -78,7 +78,7 @@ def network_diagram(parts: Mapping[str, Sequence[int]], title: str) -> Figure:
 
 
 def _prepare(ax: Axes, width: float, height: float) -> None:
-    """Make the axes an empty sheet to draw on, in inches or so."""
+    """Make the axes an empty sheet to draw on, in units of about an inch."""
     ax.set(xlim=(0, width), ylim=(0, height), aspect="equal")
     ax.set_axis_off()
 
@@ -101,7 +101,7 @@ def _draw_box(
 
 
 def _draw_arrow(ax: Axes, *points: tuple[float, float]) -> None:
-    """Draw a line through all points, with an arrowhead at the last."""
+    """Draw a line through all points, with an arrowhead at the last one."""
     x = [point[0] for point in points]
     y = [point[1] for point in points]
     ax.plot(x, y, color="#333333", linewidth=1.2)

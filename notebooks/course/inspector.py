@@ -1,4 +1,4 @@
-"""One test image under the magnifying glass."""
+"""A close look at one test image."""
 
 import functools
 
@@ -23,8 +23,8 @@ class Inspector:
     probabilities: of all test images, float32 (N, 10).
 
     The nearest training images of the package's weights' mistakes are stored
-    (notebooks/course/answers.py). Those of other images are looked for among SAMPLE training
-    images, whose features are computed when the first such image comes.
+    (notebooks/course/answers.py). Those of other images are searched among SAMPLE training images,
+    whose features are computed at the first such search.
     """
 
     def __init__(self, session: Session, network: Network, probabilities: Tensor):
@@ -33,7 +33,7 @@ class Inspector:
 
     @functools.cached_property
     def sample(self) -> Tensor:
-        """The positions of the training images to look through, as many of each class: int64."""
+        """The positions of the training images to search, equally many of each class: int64."""
         if len(self.train) <= SAMPLE:
             return torch.arange(len(self.train))
         return stratified_split(self.train.labels, SAMPLE, seed=0)[1]
@@ -44,10 +44,10 @@ class Inspector:
         return F.normalize(self.network.features(self.train.images[self.sample]), dim=1)
 
     def nearest(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """Return the five nearest training images of test image `index`.
+        """Return the five nearest training images of test image `index`, the nearest first.
 
-        The nearest comes first: positions in the training set, int64 (5,); cosines, float32 (5,);
-        and among how many training images these were found.
+        Returns their positions in the training set, int64 (5,), their cosines, float32 (5,), and
+        the number of training images that were searched.
         """
         stored = self.network.stored and self.network.stored.neighbours(index)
         if stored:
@@ -60,8 +60,8 @@ class Inspector:
     def figure(self, index: int) -> Figure:
         """Draw test image `index`, what the network makes of it, and its nearest training images.
 
-        Grad-CAM is drawn for the answer, and for the true class; where that is the answer, for the
-        runner-up.
+        Grad-CAM is drawn for the answer and for the true class. If the answer is the true class, it
+        is drawn for the answer and the runner-up.
 
         Raises InputError if there is no such test image.
         """

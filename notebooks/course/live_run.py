@@ -1,4 +1,4 @@
-"""The training that notebook 3 shows: which recipe suits this machine, and how it is watched."""
+"""The training that notebook 3 shows: choosing a recipe for this machine, and watching the run."""
 
 import json
 import math
@@ -24,8 +24,8 @@ from notebooks.course import plots
 
 RECIPES = ("report", "short", "small")  # from the longest training to the shortest
 AUTO = "auto"  # the machine decides
-LONGEST = 12 * 60  # seconds that a training may take which nobody asked for
-STEPS = 16  # so many are timed, after as many that warm up
+LONGEST = 12 * 60  # seconds that a training may take if nobody asked for it by name
+STEPS = 16  # training steps that are timed, after the same number to warm up
 SPEND = 3  # a training step takes about as long as predicting three times as many images
 
 
@@ -58,11 +58,11 @@ def choose(
 ) -> Choice:
     """Choose the recipe that notebook 3 trains on this device.
 
-    asked: a recipe's name, or AUTO. Then it is the longest recipe that suits the kind of device and
-    that takes at most LONGEST seconds, by a rate measured here.
-    is_begun: whether this configuration has a run directory. Such a run goes on, however long it
+    asked: a recipe's name, or AUTO for the longest recipe that suits the kind of device and that
+    takes at most LONGEST seconds, by a rate measured here.
+    is_begun: whether this configuration has a run directory. Such a run is chosen, however long it
     takes, so that a second call doesn't choose another one.
-    seconds_needed: how the time is estimated; `estimate_seconds`, unless a test knows better.
+    seconds_needed: how the time is estimated; `estimate_seconds`, unless a test replaces it.
     """
     seconds_needed = seconds_needed or estimate_seconds
     if asked != AUTO:
@@ -75,7 +75,7 @@ def choose(
             config = recipe(name)
             return Choice(config, seconds_needed(config, device, train), "begun before")
 
-    # Take the first one that is short enough; the last one in any case.
+    # Take the first recipe that is short enough, or else the last one.
     why = "what suits this device"
     for name in names:
         config = recipe(name)
@@ -90,7 +90,7 @@ def choose(
 def longest_for(device: torch.device) -> str:
     """Return the longest recipe that is worth a try on this kind of device.
 
-    Sixty epochs are for the data centre's GPUs from the A100 (compute capability 8.0) on.
+    Sixty epochs suit GPUs of data centres, from the A100 (compute capability 8.0) on.
     """
     if device.type == "cpu":
         return "small"
@@ -127,7 +127,7 @@ def images_per_second(
 
 
 def device_name(device: torch.device) -> str:
-    """Return what people call the device."""
+    """Return the device's usual name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return {"cpu": "CPU", "mps": "Apple GPU"}.get(device.type, device.type)
@@ -143,10 +143,10 @@ def duration(seconds: float) -> str:
 
 
 class Watch:
-    """Watches a run: after each epoch it asks for a few images, and draws what is known by then.
+    """Watches a run: after each epoch it predicts a few images, and draws the run up to then.
 
-    The answers are kept in `watched.json` of the run's directory, so that a run which goes on, or
-    is finished, is drawn whole.
+    The answers are kept in `watched.json` of the run's directory, so that a resumed or finished run
+    is drawn from its first epoch.
     """
 
     def __init__(
@@ -162,14 +162,14 @@ class Watch:
         self.show, self.how = show, how
 
     def __call__(self, model: nn.Module, history: list[dict]) -> None:
-        """Take the answers after the epoch that `history` ends with."""
+        """Predict the images after the last epoch of `history`, and draw."""
         logits = evaluate.predict(model, self.images.images, **self.how)
         answers = self._answers()[: len(history) - 1] + [logits.softmax(1).tolist()]
         write_atomically(self.path, json.dumps(answers).encode())
         self.show(self.figure(pd.DataFrame(history)))
 
     def figure(self, history: pd.DataFrame) -> Figure:
-        """Draw the accuracy by epoch, and below it the few images with the answers to them.
+        """Draw the accuracy by epoch, and below it the images with their answers.
 
         history: the rows of history.csv up to now.
         """

@@ -91,21 +91,22 @@ def sixty_epochs(quantity: str) -> dict[str, pd.DataFrame]:
 
 
 def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
-    """A search's trials that finished or were pruned, and how much of the differences each
-    parameter explains.
+    """Return a search's trials, and the share of their differences that each parameter explains.
 
-    The columns: number, accuracy (on the validation split after the trial's last epoch), duration,
-    state (COMPLETE or PRUNED), and the parameters. The shares are PED-ANOVA's (Watanabe et al.
-    2023, arXiv:2304.10255), of the finished trials, largest first. Raises InputError where the file
-    is missing or holds no search, or where optuna isn't installed.
+    There is one row for each trial that finished or was pruned. The columns are number, accuracy
+    (on the validation split after the trial's last epoch), duration, state (COMPLETE or PRUNED),
+    and the parameters. The shares are PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255), of the
+    finished trials, the largest first.
+
+    Raises InputError if the file is missing or holds no search, or if optuna isn't installed.
     """
     environment.require("optuna", "A search's trials")
-    import optuna  # here, as it takes a second
+    import optuna  # here, because it takes a second
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
     from sqlalchemy.pool import NullPool  # comes with optuna
 
     try:
-        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # a look changes nothing
+        database = f"{Path(path).resolve(strict=True).as_uri()}?mode=ro"  # reading changes nothing
         connect = {"creator": lambda: sqlite3.connect(database, uri=True), "poolclass": NullPool}
         storage = optuna.storages.RDBStorage("sqlite://", connect, skip_table_creation=True)
         study = optuna.load_study(study_name="table-1", storage=storage)

@@ -1,4 +1,4 @@
-"""What the notebooks share: the data, a run, the network they look at, how results are shown."""
+"""What the notebooks share: the data, a run, the network they examine, how results are shown."""
 
 import functools
 import hashlib
@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# What every notebook needs. What only one section needs is asked for there (environment.require).
+# The packages that every notebook needs. Those of one section are checked for there, by
+# environment.require.
 _NEEDED = ("pydantic", "safetensors", "sklearn", "torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
@@ -67,10 +68,10 @@ SYSTEM = {  # each key of environment.json that the table has, and its name ther
 
 @dataclass(frozen=True)
 class Session:
-    """What one notebook works with: the data, the device, the network that it looks at, its files.
+    """What one notebook works with: the data, the device, the network that it examines, its files.
 
-    On stand-in data, which is generated where there is no CIFAR-10, everything is smaller, and
-    every figure and table says so.
+    If there is no CIFAR-10, stand-in data is generated. Then everything is smaller, and every
+    figure and table says so.
     """
 
     train: ImageSet
@@ -78,10 +79,10 @@ class Session:
 
     @classmethod
     def open(cls) -> "Session":
-        """Return a session on CIFAR-10, or on stand-in data where it can't be had.
+        """Return a session on CIFAR-10, or on stand-in data if it isn't found or downloaded.
 
-        Raises InputError if a variable is wrong, if results can't be written, or if a place that a
-        variable names holds no CIFAR-10. Figures for `CIFAR_FIGURES` take CIFAR-10, too.
+        Raises InputError if a variable is wrong, if results can't be written, or if CIFAR-10 isn't
+        available although `CIFAR10_ROOT` or `CIFAR_FIGURES` is set.
         """
         named = _variable("CIFAR10_ROOT") or _variable("CIFAR_FIGURES")
         places = {"home": _data_folder(), "archives": _results_folder()}
@@ -90,7 +91,7 @@ class Session:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
             if named:
-                raise  # going on without it would hide the mistake
+                raise  # continuing without it would hide the mistake
             print(error)
             print("Going on with generated stand-in data; every figure and table says so.")
             train, test = generate_stand_in()
@@ -98,12 +99,12 @@ class Session:
 
     @property
     def stand_in(self) -> bool:
-        """Whether the data is generated, for want of CIFAR-10."""
+        """Whether the data is generated, because there is no CIFAR-10."""
         return self.train.source == STAND_IN
 
     @property
     def note(self) -> str | None:
-        """What every figure and table made from generated data says; None on real data."""
+        """The note on every figure and table made from generated data; None on real data."""
         return "stand-in data: generated images, not CIFAR-10" if self.stand_in else None
 
     @property
@@ -116,7 +117,7 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """The device that `CIFAR_DEVICE` names, else the best one here."""
+        """The device that `CIFAR_DEVICE` names, or else the best one of this machine."""
         return _device()
 
     @property
@@ -128,10 +129,10 @@ class Session:
 
     @functools.cached_property
     def choice(self) -> live_run.Choice:
-        """What is trained here: the recipe of `CIFAR_RECIPE`, else what suits this machine.
+        """What is trained here: the recipe of `CIFAR_RECIPE`, or else what suits this machine.
 
-        The stand-in data's classes are learnt from fewer images: there it is `small` on some.
-        `CIFAR_EPOCHS` sets the number of epochs.
+        On stand-in data the default is `small` on a part of the images, which is enough to learn
+        its classes. `CIFAR_EPOCHS` sets the number of epochs.
         """
         choice = self._choose()
         epochs = _variable("CIFAR_EPOCHS")
@@ -175,8 +176,8 @@ class Session:
     def fit(self, show: Callable[[Figure], None] | None = None) -> dict:
         """Train what `choice` says, and return its metrics.
 
-        A run that was interrupted goes on, and of a finished one the metrics are read. `show` is
-        called after each epoch with a figure of the run up to now.
+        An interrupted run is resumed. If the run is finished, only its metrics are read. `show` is
+        called after each epoch with a figure of the run up to then.
         """
         after_epoch = self.watch(show) if show else None
         device = str(self.device)
@@ -185,7 +186,7 @@ class Session:
         )
 
     def watch(self, show: Callable[[Figure], None]) -> live_run.Watch:
-        """Return what watches this session's run, by its answers to the first eight test images."""
+        """Return a watch of this session's run, which predicts the first eight test images."""
         how = {
             "normalization": self.config.test_normalization,
             "precision": choose_precision(self.config.precision, self.device),
@@ -195,11 +196,11 @@ class Session:
     # What notebooks 4 and 5 look at.
 
     def network(self) -> Network:
-        """Return the network that is looked at, on this session's device.
+        """Return the network that is examined, on this session's device.
 
-        `CIFAR_WEIGHTS` names its file, or `pretrained`: the package's weights, trained on CIFAR-10;
-        or `trained`: this session's own run, trained now if it isn't yet. The default is
-        `pretrained`, and on stand-in data `trained`.
+        `CIFAR_WEIGHTS` is the path of its file, or one of two words. `pretrained` means the
+        package's weights, trained on CIFAR-10. `trained` means this session's own run, which is
+        trained now if it isn't yet. The default is `pretrained`, and on stand-in data `trained`.
 
         Raises InputError if the file isn't weights of this package.
         """
@@ -214,14 +215,15 @@ class Session:
 
     @property
     def test_file(self) -> Path:
-        """The competition's file: what `CIFAR_TEST_FILE` names, else what `custom_test` makes."""
+        """The competition's file, which `CIFAR_TEST_FILE` names or else `custom_test` makes."""
         named = _variable("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
     def custom_test(self) -> ImageSet:
-        """Return the images of `test_file`, read as what it is: a stranger's pickle.
+        """Return the images of `test_file`, which is read as a stranger's pickle.
 
-        Where none is named, it is generated from the test images; only then it has labels.
+        If no file is named, it is generated from the test images. Only then do the images have
+        labels.
 
         Raises InputError if the file isn't the competition's.
         """
@@ -248,7 +250,7 @@ class Session:
         return table
 
     def _why_they_differ(self) -> dict[str, str]:
-        """Return the reasons by the quantities of Table 2 that may differ."""
+        """Return, for each quantity of Table 2 that may differ, the reason why."""
         chance = "the weights: other random numbers, another GPU"
         reasons = {"last train accuracy": chance, "test accuracy": chance}
         if (self.config.blocks, self.config.channels) != ((3, 4, 3), (66, 132, 264)):
@@ -314,8 +316,8 @@ class Session:
 def _variable(name: str) -> str | None:
     """Return an environment variable, or None.
 
-    Kernels start in notebooks/, which nobody means by a relative path: paths are taken as relative
-    to the repository, unless `make run` has made them absolute before.
+    Kernels start in notebooks/. Nobody means that folder by a relative path, so relative paths
+    start at the repository's root, unless `make run` has already made them absolute.
     """
     environment.make_absolute(ROOT)
     return environment.read(name)
@@ -329,10 +331,10 @@ def _device() -> torch.device:
 
 
 def _results_folder() -> Path | None:
-    """Return the folder that `CIFAR_RUNS` names, or None: results go into the repository.
+    """Return the folder that `CIFAR_RUNS` names, or None if results go into the repository.
 
-    It may be on a mounted Drive: what must outlive this machine goes there. On Kaggle an attached
-    repository can't be written, so results go to Kaggle's folder for them.
+    The folder may be on a mounted Drive, so that results outlive this machine. On Kaggle an
+    attached repository can't be written to, so results go to Kaggle's own output folder.
 
     Raises InputError if there is no folder that can be written.
     """
@@ -365,7 +367,7 @@ def _writable(folder: Path) -> Path:
 
 
 def _data_folder() -> Path:
-    """Return where CIFAR-10 is, or is downloaded to.
+    """Return the folder where CIFAR-10 is, or to which it is downloaded.
 
     It is data/ of the repository, or of the results' folder if the repository can't be written.
     """
@@ -396,7 +398,7 @@ def _complexity(network: ResNet) -> dict[str, str]:
 
 
 def _outcome(run: Path) -> dict[str, str]:
-    """Return what a finished run came to, by the quantities of Table 2."""
+    """Return the results of a finished run, by the quantities of Table 2."""
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
@@ -412,13 +414,13 @@ def _outcome(run: Path) -> dict[str, str]:
 
 
 def show_source(*parts: object) -> None:
-    """Display functions and classes as the package has them, as highlighted Python.
+    """Display the source of functions and classes, as highlighted Python.
 
-    Where no HTML is shown, they are plain text.
+    Where HTML isn't shown, it is plain text.
     """
     sources = [textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts]
     text = "\n\n".join(sources)
-    # Colours for light and dark pages alike; styles stand in the tags, as pages differ in classes.
+    # The colours suit light and dark pages. Styles are in the tags, because pages differ.
     formatter = HtmlFormatter(
         noclasses=True,
         cssstyles="padding: 0.4em 0.8em",

@@ -1,4 +1,4 @@
-"""Generated images in CIFAR-10's shape, for where there is no CIFAR-10."""
+"""Generated images in CIFAR-10's shape, for machines without CIFAR-10."""
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,10 @@ def generate_stand_in(
 ) -> tuple[ImageSet, ImageSet]:
     """Return training and test images, in which cat and dog are the hardest to tell apart.
 
-    A class is a few smooth colour patterns. An image is one of them, moved sideways, mirrored or
-    not, blended with a pattern of another class (by up to 45 %, but cat and dog with each other by
-    up to 65 %), brightened or dimmed, with noise. The same `seed` gives the same images.
+    A class has a few smooth colour patterns. An image is one of them, moved sideways and perhaps
+    mirrored. It is blended with a pattern of another class (by up to 45 %, but cat and dog with
+    each other by up to 65 %), brightened or dimmed, and gets noise. The same `seed` gives the same
+    images.
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(len(CLASSES) * PATTERNS, 3, 5, 5, generator=generator)
@@ -30,14 +31,14 @@ def generate_stand_in(
 
 
 def _draw(n: int, views: torch.Tensor, generator: torch.Generator) -> ImageSet:
-    """Return n images made of these views, with labels as evenly spread as can be."""
+    """Return n images made of these views, with labels as evenly distributed as possible."""
     # The class of each image and the other class that is mixed in.
     labels = (torch.arange(n) % len(CLASSES))[torch.randperm(n, generator=generator)]
     other = (labels + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
     pet = (labels == CAT) | (labels == DOG)
     other = torch.where(pet, CAT + DOG - labels, other)
 
-    # What is done to each image; those of one image and its pixels: (n, 1, 1, 1).
+    # What is done to each image. Factors of its pixels have the shape (n, 1, 1, 1).
     blend = torch.rand(n, generator=generator) * torch.where(pet, 0.65, 0.45)
     gain = 0.7 + 0.6 * torch.rand(n, generator=generator)
     blend, gain = blend.view(-1, 1, 1, 1), gain.view(-1, 1, 1, 1)

@@ -1,8 +1,8 @@
 """What all figures share: their look, their axes, and how they become PNG.
 
 Every plotting function of the course takes arrays and returns a Figure, and is decorated with
-`in_style`. The colours are Okabe and Ito's, which colour-blind readers tell apart, as grey prints
-do; grey replaces their yellow, which is hard to see on white.
+`in_style`. The colours are Okabe and Ito's, which colour-blind readers can tell apart, also in a
+grey print. Grey replaces their yellow, which is hard to see on white.
 """
 
 import io
@@ -33,9 +33,9 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
-# A decorator, because titles and legends take their look when they are made. The style starts from
-# Matplotlib's defaults: a user's matplotlibrc may ask for LaTeX, which isn't everywhere, or for a
-# layout and colours that spoil the figures.
+# This is a decorator, because titles and legends get their look when they are made. The style
+# starts from Matplotlib's defaults, because a user's matplotlibrc may ask for LaTeX, which may be
+# missing, or for a layout and colours that spoil the figures.
 in_style = matplotlib.style.context(STYLE, after_reset=True)
 
 
@@ -44,7 +44,7 @@ def new_figure(
 ) -> tuple[Figure, np.ndarray]:
     """Return a Figure of `size` inches that belongs to no global state, and its axes.
 
-    The axes come as an array (rows, columns), also where there is only one.
+    The axes come as an array (rows, columns), even if there is only one.
     """
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -55,7 +55,8 @@ def show_image(
 ) -> None:
     """Fill the axes with an image, uint8 (H, W, 3), without ticks, grid or frame.
 
-    If `smooth`, it is enlarged smoothly, so that one sees what it shows; else to square pixels.
+    If `smooth`, it is enlarged smoothly, which makes its content easier to see; else each pixel
+    becomes a square.
     """
     axes.imshow(image, interpolation=SMOOTH if smooth else "nearest", vmin=0, vmax=255)
     axes.set_title(title, fontsize=size, loc="center", pad=3)
@@ -96,7 +97,7 @@ def for_notebook(figure: Figure, png: bytes) -> tuple[str, bytes]:
     """Return the format and the content in which a notebook stores a figure that is this PNG.
 
     Photographs that are enlarged smoothly take a fifth of the bytes as JPEG, and a notebook has to
-    stay small. All else stays a PNG, whose pixels are exact.
+    stay small. All other figures stay PNGs, whose pixels are exact.
     """
     photographs = [image for axes in figure.axes for image in axes.images]
     if not any(image.get_interpolation() == SMOOTH for image in photographs):
