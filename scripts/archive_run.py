@@ -41,7 +41,7 @@ from cifar_lib.evaluate import (
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, memory_format, prepare
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, WeightsInfo, load_model, save_model
-from cifar_lib.recipes import TrainConfig
+from cifar_lib.recipes import TrainConfig, with_defaults
 from cifar_lib.shift import adapt
 from notebooks.course.corruptions import shifted
 from notebooks.course.reference import SHIFT, SHIPPED_RUN
@@ -143,10 +143,13 @@ def _unused(path: Path) -> Path:
 
 
 def _config(folder: Path) -> dict:
-    """Return a run's config.json, without settings that this version no longer has."""
+    """Return a run's config.json with exactly the settings that this version has.
+
+    Those that the run's version lacked have their defaults.
+    """
     known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in config.items() if name in known}
+    return {name: value for name, value in with_defaults(config).items() if name in known}
 
 
 def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
