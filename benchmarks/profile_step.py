@@ -1,4 +1,4 @@
-"""Ten training steps under PyTorch's profiler, as text: which kernels run, for how long, how laid out.
+"""Ten training steps under PyTorch's profiler, as text: kernels, their times and their layouts.
 
     python -m benchmarks.profile_step [--device cuda] [--channel-multiple 8]
 
@@ -9,7 +9,6 @@ wasted: cuDNN then has no channels-last kernel for some convolution. Nothing is 
 
 import re
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

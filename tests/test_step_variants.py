@@ -52,6 +52,8 @@ def test_each_variant_changes_one_thing():
             {k for k, v in vars(variant).items() if v != base[k]} for variant in chosen.values()
         ]
         assert all(len(names) == 1 for names in changed)
+    (unsearched,) = variants("unsearched", 8).values()
+    assert (unsearched.channel_multiple, unsearched.cudnn_benchmark) == (8, False)
     padded = [variant.channel_multiple for variant in variants("padding", 1).values()]
     assert padded == [1, 1, *MULTIPLES]
 
