@@ -45,8 +45,8 @@ class Policy:
 
     crop_padding: Pixels = 4  # black, on each side; then a random 32x32 crop; 0: no crop
     flip: Probability = 0.5  # probability of mirroring
-    # instead: mirror a random half of the images in the first epoch, the other half in the second,
-    # and go on in turns (Jordan 2024, arXiv:2404.00498)
+    # in place of `flip`: a random half of the images is mirrored in the first epoch, the other half
+    # in the second, and so on in turns (Jordan 2024, arXiv:2404.00498)
     alternating_flip: bool = False
     ops: Literal[RULES] = "randaugment"
     ops_probability: Probability = 1.0  # probability that an image goes through operations

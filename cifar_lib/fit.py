@@ -74,9 +74,8 @@ def fit(
     config = resolve(config, device, len(part))
     if channel_multiple is None:
         channel_multiple = channel_multiple_for(device)
-    state = State(
-        config, device, channel_multiple
-    )  # before the directory is claimed: if it fails, that stays free
+    # The state comes before the directory is claimed: if it can't be made, that stays free.
+    state = State(config, device, channel_multiple)
 
     with RunDirectory(run_path) as run:
         # Claim the directory for this run. If the run is finished, its metrics are all.

@@ -1,8 +1,8 @@
-"""Channels of zeros that make a network as wide as a GPU's matrix units want it.
+"""Channels of zeros that make a network as wide as it is fast on a GPU.
 
 Training can be understood without this module: the padded network computes what the network itself
-computes, and stays equal to it while both are trained. The half-precision kernels of a GPU want
-numbers of channels that are multiples of 8 or more, and the report's network has 66, 132 and 264.
+computes, and stays equal to it while both are trained. The matrix units of a GPU work on multiples
+of 8 channels or more in half precision, and the report's network has 66, 132 and 264.
 
 A channel that is added is 0 at every place of every image, because the weights that lead to it and
 the scale and bias of its batch norm are 0. ReLU passes no gradient back where it gives 0. So all

@@ -1,6 +1,5 @@
 """Training, to be read from the top: the loss, what training changes, one step, one epoch."""
 
-import copy
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -9,10 +8,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from cifar_lib.augment import SHUFFLING, Draws, augment, draw, random_stream
+from cifar_lib.averaging import MovingAverage
 from cifar_lib.compiled import compile_loss
 from cifar_lib.data import CLASSES, ImageSet, rescale
 from cifar_lib.errors import InputError, explained
@@ -58,15 +57,9 @@ class State:
             model = pad_network(model, channel_multiple)
         self.model = model.to(device, memory_format=memory_format(device))
 
-        # The moving average of its weights and of its batch norms' statistics. Both are changed in
-        # place, so that the pairs stay the same tensors.
-        self.average = copy.deepcopy(self.model) if config.ema_decay else None
-        if self.average is not None:
-            self._move_average = get_ema_multi_avg_fn(config.ema_decay)
-            self._averaged, self._current = (
-                [tensor for tensor in network.state_dict().values() if tensor.is_floating_point()]
-                for network in (self.average, self.model)
-            )
+        # The average of its weights, if the run is to end with that.
+        decay = config.ema_decay
+        self.average = MovingAverage(self.model, decay) if decay else None
 
         # The optimizer.
         parameters = list(self.model.parameters())
@@ -94,24 +87,15 @@ class State:
     def network(self) -> ResNet:
         """Return a copy of the trained network, with the channels of the configuration.
 
-        Its weights are their moving average, if the configuration asks for one.
+        It has the moving average of the weights, if the configuration asks for one.
         """
-        trained = self.model if self.average is None else self.average
+        trained = self.model if self.average is None else self.average.model
         tensors = cut(trained.state_dict(), self.shapes)
-        with torch.device("meta"):  # a network without weights, which takes theirs
-            network = ResNet(self.config.blocks, self.config.channels, len(CLASSES))
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        with torch.device("meta"):  # a network without weights of its own
+            network = ResNet(self.config.blocks, self.config.channels, len(CLASSES))
         network.load_state_dict(copies, assign=True)
         return network
-
-    def update_average(self) -> None:
-        """Move the average towards the weights, after a step, if there is an average.
-
-        This is what `torch.optim.swa_utils.AveragedModel` does, but for the count of the steps: it
-        sends that to the device each time, and waits.
-        """
-        if self.average is not None:
-            self._move_average(self._averaged, self._current, None)
 
     def content(self) -> dict:
         """Return a copy of everything, on the CPU.
@@ -126,7 +110,7 @@ class State:
             "history": json.dumps(self.history),
         }
         if self.average is not None:
-            content["average"] = self._copied(self.average.state_dict())
+            content["average"] = self._copied(self.average.model.state_dict())
         return content
 
     def load(self, saved: dict) -> None:
@@ -150,7 +134,7 @@ class State:
             for name, buffer in momenta.items():
                 buffer.copy_(stored[name])
             if self.average is not None:
-                self.average.load_state_dict(self._padded(saved["average"]))
+                self.average.model.load_state_dict(self._padded(saved["average"]))
             self.scaler.load_state_dict(saved["scaler"])
             self.history = [dict(row) for row in json.loads(saved["history"])]
 
@@ -167,6 +151,7 @@ class State:
         return {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
 
     def _padded(self, tensors: Tensors) -> Tensors:
+        """Return the tensors with the padding that this state's network has."""
         return pad(tensors, self.shapes, shapes(self.model))
 
 
@@ -209,7 +194,8 @@ class Step:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        self.state.update_average()
+        if self.state.average is not None:
+            self.state.average.update()
         return loss.detach(), correct
 
     def plain_loss(self, images: Tensor, labels: Tensor, half_size: bool) -> tuple[Tensor, Tensor]:
