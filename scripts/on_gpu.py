@@ -401,18 +401,21 @@ def train_side_by_side(
 
     When the budget ends they are stopped. They go on after their last epoch in a later call.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # CUDA can't be used in forks
     threads = 1 if settings.dry_run else max(1, torch.get_num_threads() // len(trainings))
-    processes = []
-    for each in trainings:
-        arguments = (each, settings.out / "runs" / each.key, settings, multiple, threads)
-        processes.append(context.Process(target=train_one, args=arguments, daemon=True))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(max(settings.left, 0))
-        process.terminate()  # of a process that has ended it does nothing
-        process.join()
+    processes: list[multiprocessing.process.BaseProcess] = []
+    try:
+        for each in trainings:
+            arguments = (each, settings.out / "runs" / each.key, settings, multiple, threads)
+            process = context.Process(target=train_one, args=arguments)
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join(max(settings.left, 0))
+    finally:  # also after Ctrl-C
+        for process in processes:
+            process.terminate()  # of a process that has ended it does nothing
+            process.join()
     return [
         each for each, process in zip(trainings, processes, strict=True) if process.exitcode == 0
     ]
