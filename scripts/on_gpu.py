@@ -48,7 +48,7 @@ from typing import NamedTuple
 
 import torch
 
-from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, find_cifar10, load_cifar10
+from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, ImageSet, load_cifar10
 from cifar_lib.errors import InputError
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import fit
@@ -447,15 +447,9 @@ def train_one(
             raise SystemExit(1) from None
 
 
-def images(settings: Settings) -> tuple:
-    """Return the training and the test set; for a dry run a few images, generated if need be."""
-    if not settings.dry_run:
-        return load_cifar10()
-    n, n_test = MINIATURE_IMAGES
-    if not find_cifar10():
-        return generate_stand_in(n, n_test)
-    train_set, test_set = load_cifar10()
-    return train_set[:n], test_set[:n_test]
+def images(settings: Settings) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the test set; for a dry run a few images, which are generated."""
+    return generate_stand_in(*MINIATURE_IMAGES) if settings.dry_run else load_cifar10()
 
 
 def outcome(training: Training, run: Path, side_by_side: int, multiple: int | None) -> dict:
