@@ -27,7 +27,7 @@ from benchmarks.baseline_loop import PublishedLoop
 from benchmarks.bench import hardware, parse, ratio, record, synchronize, training_images
 from cifar_lib.data import ImageSet
 from cifar_lib.fit import resolve
-from cifar_lib.hardware import memory_format, prepare
+from cifar_lib.hardware import choose_precision, memory_format, prepare
 from cifar_lib.model import ResNet
 from cifar_lib.recipes import TrainConfig, recipe
 from cifar_lib.train import State, Step, plan_epoch, train_one_epoch
@@ -201,31 +201,49 @@ def main() -> None:
     failures: dict[str, str] = {}
     loops = {name: attempt(name, build, failures) for name, build in builders.items()}
 
-    # All loops take turns, so that whatever else the machine does slows all of them down. The first
-    # round warms up, and doesn't count.
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in range(arguments.rounds + 1):
-        for name, loop in loops.items():
-            if name not in failures:
-                rates[name].append(attempt(name, loop, failures))
-    measured = {name: rates[name][1:] for name in loops if name not in failures}
+    measured = measure(loops, arguments.rounds, failures)
 
-    # Describe each by its rate, and how much faster it is than the two that it may be compared to.
-    rows = []
-    for name, values in measured.items():
-        row = {"variant": name, "precision": loops[name].config.precision} if name in chosen else {}
-        row = row or {"variant": name, "precision": "fp32"}
-        row["images_per_second"] = statistics.median(values)
-        for other in (PUBLISHED, AS_IT_IS):
-            if other in measured:
-                row[f"ratio_to_{other.replace(' ', '_')}"] = ratio(measured[other], values)
-        rows.append(row | {"channel_multiple": getattr(chosen.get(name), "channel_multiple", 1)})
+    # Record them.
     result = {"hardware": hardware(device), "rounds": arguments.rounds}
     result |= {"images": {"published": n_published, "ours": n}}
+    rows = [describe(name, measured, chosen.get(name), device) for name in measured]
     result |= {"rows": rows, "rates": measured, "failures": failures}
     record(f"step_{arguments.compare}", result, arguments)
     for name, reason in failures.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
+
+
+def measure(
+    loops: dict[str, Callable[[], float]], rounds: int, failures: dict[str, str]
+) -> dict[str, list[float]]:
+    """Return each loop's images per second in each round; those that fail go to `failures`.
+
+    All loops take turns, so that whatever else the machine does slows all of them down. There is
+    one round more, the first, which warms up and doesn't count.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in range(rounds + 1):
+        for name, loop in loops.items():
+            if name not in failures:
+                rates[name].append(attempt(name, loop, failures))
+    return {name: rates[name][1:] for name in loops if name not in failures}
+
+
+def describe(
+    name: str, measured: dict[str, list[float]], variant: Variant | None, device: torch.device
+) -> dict:
+    """Return a loop's row: its median rate, and the ratio to the loops that it is compared with.
+
+    variant: None for the published loop, which computes in fp32.
+    """
+    precision = choose_precision(variant.precision, device) if variant else "fp32"
+    row = {"variant": name, "precision": precision}
+    row["channel_multiple"] = variant.channel_multiple if variant else 1
+    row["images_per_second"] = statistics.median(measured[name])
+    for other in (PUBLISHED, AS_IT_IS):
+        if other in measured:
+            row[f"ratio_to_{other.replace(' ', '_')}"] = ratio(measured[other], measured[name])
+    return row
 
 
 def attempt(name: str, action: Callable[[], Any], failures: dict[str, str]) -> Any:

@@ -158,10 +158,11 @@ def save_progress(out: Path, progress: dict) -> None:
 def channel_multiple(progress: dict) -> int:
     """Return the padding that was fastest, if it is worth it; otherwise 1, for none."""
     rows = progress["programs"].get("padding", {}).get("result", {}).get("rows", [])
-    padded = [row for row in rows if row["channel_multiple"] > 1]
-    best = max(padded, key=lambda row: row["ratio_to_as_it_is"], default=None)
-    worth_it = best is not None and best["ratio_to_as_it_is"] >= WORTH_IT
-    return best["channel_multiple"] if worth_it else 1
+    ratios = {row["channel_multiple"]: row.get("ratio_to_as_it_is", 0) for row in rows}
+    worth_it = {
+        multiple for multiple, ratio in ratios.items() if multiple > 1 and ratio >= WORTH_IT
+    }
+    return max(worth_it, key=ratios.get, default=1)
 
 
 def images_per_second(progress: dict) -> float:

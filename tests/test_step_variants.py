@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from benchmarks import profile_step
-from benchmarks.step_variants import AS_IT_IS, MULTIPLES, OneGraph, attempt, variants, widen_input
+from benchmarks.step_variants import (
+    AS_IT_IS,
+    MULTIPLES,
+    OneGraph,
+    Variant,
+    describe,
+    measure,
+    variants,
+    widen_input,
+)
 from cifar_lib import hardware
 from cifar_lib.train import State, Step
 from tests.test_train import tiny
@@ -58,11 +67,24 @@ def test_each_variant_changes_one_thing():
     assert padded == [1, 1, *MULTIPLES]
 
 
-def test_a_variant_that_fails_is_noted_with_its_reason():
-    failures: dict[str, str] = {}
-    assert attempt("works", lambda: 5, failures) == 5 and not failures
-    assert attempt("broken", lambda: 1 / 0, failures) is None
-    assert failures == {"broken": "division by zero"}
+def test_loops_take_turns_after_a_round_to_warm_up_and_one_that_fails_drops_out():
+    turns, failures = [], {"not built": "no compiler"}
+
+    def loop(name: str, *rates: float):
+        waiting = list(rates)
+        return lambda: turns.append(name) or waiting.pop(0)
+
+    loops = {AS_IT_IS: loop(AS_IT_IS, 1, 10, 20), "twice": loop("twice", 9, 20, 44)}
+    loops |= {"breaks": loop("breaks", 3), "not built": None}
+    measured = measure(loops, 2, failures)
+    assert turns == [AS_IT_IS, "twice", "breaks", AS_IT_IS, "twice", "breaks", AS_IT_IS, "twice"]
+    assert measured == {AS_IT_IS: [10, 20], "twice": [20, 44]}
+    assert failures == {"not built": "no compiler", "breaks": "pop from empty list"}
+
+    row = describe("twice", measured, Variant(precision="fp32", channel_multiple=8), CPU)
+    assert row == {"variant": "twice", "precision": "fp32", "channel_multiple": 8} | {
+        **{"images_per_second": 32, "ratio_to_as_it_is": pytest.approx(2.1)}
+    }
 
 
 def test_a_profile_counts_gaps_and_conversions(monkeypatch):
