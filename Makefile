@@ -41,7 +41,7 @@ full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, in
 notebooks: .venv/ready  ## runs the five notebooks and their solutions in place: outputs into these files, figures into figures/
 	CIFAR_FIGURES=figures $(PY) -m scripts.build_pages --in-place
 
-benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU
+benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU; scripts/on_gpu.py in miniature where there is none
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
 
 reliability: .venv/ready  ## faults on purpose, into results/reliability.md

@@ -53,9 +53,9 @@ class PublishedLoop:
     loss after every step.
     """
 
-    def __init__(self, train: ImageSet, device: torch.device):
+    def __init__(self, train: ImageSet, device: torch.device, model: ResNet | None = None):
         torch.manual_seed(42)
-        self.device, self.model = device, ResNet().to(device)
+        self.device, self.model = device, (model or ResNet()).to(device)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4
         )

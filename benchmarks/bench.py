@@ -26,8 +26,10 @@ RESULTS = ROOT / "results" / "benchmarks"
 FLOP_PER_IMAGE = 3 * 2 * 769.05e6
 
 
-def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.device]:
+def parse(description: str, rounds: int, **more: dict) -> tuple[argparse.Namespace, torch.device]:
     """Read the options that all benchmarks have. Return them, and the device that they choose.
+
+    more: further options by their names, each as the keywords of `add_argument`.
 
     Ends the program with exit code 2 and one line if an option is wrong.
     """
@@ -38,6 +40,8 @@ def parse(description: str, rounds: int) -> tuple[argparse.Namespace, torch.devi
     parser.add_argument(
         "--dry-run", action="store_true", help="one round on few images, and nothing is written"
     )
+    for name, how in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
     arguments = parser.parse_args()
     try:
         if arguments.rounds < 1:

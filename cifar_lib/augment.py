@@ -28,7 +28,7 @@ IDENTITY = 0
 # Cutout sets normalised pixels to 0, which is the mean colour: round(255 * CIFAR10_MEAN).
 CUTOUT_FILL = (125, 123, 114)
 # What an epoch's random numbers are for. Each purpose has a stream of its own.
-AUGMENTING, SHUFFLING = 0, 1
+AUGMENTING, SHUFFLING, FLIPPING = 0, 1, 2
 
 Pixels = Annotated[int, Field(ge=0, le=SIZE)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -44,7 +44,11 @@ class Policy:
 
     crop_padding: Pixels = 4  # black, on each side; then a random 32x32 crop; 0: no crop
     flip: Probability = 0.5  # probability of mirroring
+    # in place of `flip`: a random half of the images is mirrored in the first epoch, the other half
+    # in the second, and so on in turns (Jordan 2024, arXiv:2404.00498)
+    alternating_flip: bool = False
     ops: Literal[RULES] = "randaugment"
+    ops_probability: Probability = 1.0  # probability that an image goes through operations
     num_ops: Annotated[int, Field(ge=1, le=100)] = 2  # operations per image (RandAugment)
     magnitude: Annotated[int, Field(ge=0, le=30)] = 9  # their bin, of 31 (RandAugment)
     erasing: Probability = 0.5  # probability of a black rectangle of 2 to 33 % of the area
@@ -115,6 +119,8 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     # Where the crop begins, and whether the image is mirrored.
     offsets = torch.randint(2 * policy.crop_padding + 1, (n, 2), generator=generator)
     mirrored = torch.rand(n, generator=generator) < policy.flip
+    if policy.alternating_flip:
+        mirrored = _alternately_mirrored(n, seed, epoch)
 
     # Which operations happen.
     if policy.ops == "autoaugment":
@@ -128,7 +134,20 @@ def draw(n: int, policy: Policy, seed: int, epoch: int) -> Draws:
     centres = torch.randint(SIZE, (n, 2), generator=generator)
     sides = torch.full((n, 2), policy.cutout)
     holes = torch.cat([centres - sides // 2, sides], dim=1)  # (n, 4)
+
+    # Whether the operations happen. This is drawn last: versions without it drew the same before.
+    happen = torch.rand(n, 1, generator=generator) < policy.ops_probability
+    ops = torch.where(happen, ops, IDENTITY)  # (n, slots)
     return Draws(offsets, mirrored, ops, boxes, holes)
+
+
+def _alternately_mirrored(n: int, seed: int, epoch: int) -> Tensor:
+    """Return which images are mirrored in this epoch, and aren't in the one before and after it.
+
+    Returns bool (n,). The seed decides how each image begins.
+    """
+    begins_mirrored = torch.rand(n, generator=random_stream(seed, 0, FLIPPING)) < 0.5
+    return begins_mirrored if epoch % 2 == 0 else ~begins_mirrored
 
 
 def _draw_uniform(n: int, policy: Policy, generator: torch.Generator) -> Tensor:

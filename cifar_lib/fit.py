@@ -18,13 +18,14 @@ from cifar_lib.errors import InputError
 from cifar_lib.evaluate import accuracy, fit_temperature, predict, summarize
 from cifar_lib.hardware import (
     background_thread,
+    channel_multiple_for,
     choose_device,
     choose_precision,
     describe,
     prepare,
 )
 from cifar_lib.model import WeightsInfo, save_model
-from cifar_lib.recipes import REPORT, TrainConfig, learning_rate
+from cifar_lib.recipes import TrainConfig, learning_rate, with_defaults
 from cifar_lib.shift import rebase_batch_norm
 from cifar_lib.train import (
     State,
@@ -51,6 +52,7 @@ def fit(
     device: str = "auto",
     log: Callable[[str], None] = print,
     after_epoch: AfterEpoch | None = None,
+    channel_multiple: int | None = None,
 ) -> dict:
     """Train into a run directory, or go on with what is there; then evaluate.
 
@@ -59,6 +61,8 @@ def fit(
     log: called with each line of progress.
     after_epoch: called after each epoch with the network and the history up to this epoch. If the
     epoch's images had half size, it is a network that halves its images first.
+    channel_multiple: train with channels padded to a multiple of this, which gives the same network
+    (`padding`); None: what is fast on the device.
 
     Raises InputError if the directory holds another run, if images have no labels, and for a
     configuration that can't be trained on these images or this device.
@@ -68,7 +72,10 @@ def fit(
     device = choose_device(device)
     part, validation = split(train.to(device), config)
     config = resolve(config, device, len(part))
-    state = State(config, device)  # before the directory is claimed: if it fails, that stays free
+    if channel_multiple is None:
+        channel_multiple = channel_multiple_for(device)
+    # The state comes before the directory is claimed: if it can't be made, that stays free.
+    state = State(config, device, channel_multiple)
 
     with RunDirectory(run_path) as run:
         # Claim the directory for this run. If the run is finished, its metrics are all.
@@ -92,15 +99,14 @@ def fit(
         run.write_rows("history.csv", state.history)  # a kill right after a checkpoint lost a row
 
         # Evaluate.
-        info = _describe_weights(state, config, train.source, validation)
-        score = summarize(_predict(state.model, config, test), test.labels)
+        network = state.network()
+        info = _describe_weights(network, config, train.source, validation)
+        score = summarize(_predict(network, config, test), test.labels)
 
         # Save a network that computes the same, so that the score is its own; but its batch norms
         # have the statistics of unaugmented images, which `shift.adapt` needs.
         unaugmented = part.images[:REBASED_ON]
-        model = rebase_batch_norm(
-            state.model, unaugmented, config.test_normalization, config.precision
-        )
+        model = rebase_batch_norm(network, unaugmented, config.test_normalization, config.precision)
         save_model(run.path / "model.safetensors", model, info)
         record = {**info.as_record(), "train_images": len(part), "test": score}
         run.write_json("metrics.json", record)
@@ -151,7 +157,7 @@ def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
 def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     """Write what this run is into config.json, or check that the run there is this one.
 
-    A field that the file lacks counts as its default, REPORT's: versions without it behaved so.
+    A field that the file lacks counts as its default: versions without it behaved so.
     """
     ours = json.loads(json.dumps(ours))  # tuples become lists, as they are in the file
     stored = run.read_json("config.json")
@@ -161,7 +167,7 @@ def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     for name, value in RETIRED.items():
         if stored.get(name) == value:
             del stored[name]
-    theirs = json.loads(json.dumps(asdict(REPORT))) | stored
+    theirs = with_defaults(stored)
     names = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
     if names:
         differing = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in names]
@@ -209,10 +215,10 @@ def _train_epochs(
             loss, train_accuracy = train_one_epoch(step, train, epoch, plan, bar)
             images_per_second = n / (time.perf_counter() - began)
 
-            # Evaluate, on images of the size that the epoch trained on: a network that has only
-            # seen small ones knows little about large ones. The learning rate in the row is the
-            # one at the epoch's start.
-            network = at_size(state.model, has_half_size(config, epoch))
+            # Evaluate the network that the run would end with now, on images of the size that the
+            # epoch trained on: a network that has only seen small ones knows little about large
+            # ones. The learning rate in the row is the one at the epoch's start.
+            network = at_size(state.network(), has_half_size(config, epoch))
             row = {"epoch": epoch, "learning_rate": learning_rate(config, epoch)}
             row |= {"train_loss": loss, "train_accuracy": train_accuracy}
             for name, images in watched.items():
@@ -264,7 +270,7 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
 
 
 def _describe_weights(
-    state: State, config: TrainConfig, source: str, validation: ImageSet | None
+    network: nn.Module, config: TrainConfig, source: str, validation: ImageSet | None
 ) -> WeightsInfo:
     """All that is needed to use the weights.
 
@@ -273,7 +279,7 @@ def _describe_weights(
     """
     temperature = None
     if validation is not None:
-        logits = _predict(state.model, config, validation)
+        logits = _predict(network, config, validation)
         temperature = round(fit_temperature(logits, validation.labels), 4)
     return WeightsInfo(
         recipe=config.recipe,

@@ -110,6 +110,16 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == APPLE_GPU else torch.channels_last
 
 
+def channel_multiple_for(device: torch.device) -> int:
+    """Return the number of which a network's channels should be multiples in training on `device`.
+
+    Zeros fill them up (`cifar_lib.padding`). It is 1, no padding, on every device, until a
+    measurement shows that another multiple is at least 10 % faster: `benchmarks/step_variants.py`
+    compares them, and no GPU has run it yet. NVIDIA's half-precision kernels are said to want 8.
+    """
+    return 1
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Return `values`, a tensor on the CPU, as a tensor on `device`.
 

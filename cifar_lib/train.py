@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cifar_lib.augment import SHUFFLING, Draws, augment, draw, random_stream
+from cifar_lib.averaging import MovingAverage
 from cifar_lib.compiled import compile_loss
 from cifar_lib.data import CLASSES, ImageSet, rescale
 from cifar_lib.errors import InputError, explained
 from cifar_lib.hardware import computing, memory_format
 from cifar_lib.model import ResNet
+from cifar_lib.padding import Tensors, cut, pad, pad_network, shapes
 from cifar_lib.recipes import TrainConfig, learning_rate
 
 # How many batches are augmented in one call. Images with the same operation are changed together:
@@ -41,13 +43,23 @@ def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Te
 class State:
     """All that training changes, and so all that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, device: torch.device):
-        """Make the state before the first step. The configuration's seed fixes the weights."""
+    def __init__(self, config: TrainConfig, device: torch.device, channel_multiple: int = 1):
+        """Make the state before the first step. The configuration's seed fixes the weights.
+
+        channel_multiple: the network is trained with its channels padded to a multiple of this. The
+        weights and checkpoints that leave the state have the configuration's channels.
+        """
         # The network. The caller's own random numbers go on as if nothing had been drawn.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
+            self.config, self.shapes = config, shapes(model)
+            model = pad_network(model, channel_multiple)
         self.model = model.to(device, memory_format=memory_format(device))
+
+        # The average of its weights, if the run is to end with that.
+        decay = config.ema_decay
+        self.average = MovingAverage(self.model, decay) if decay else None
 
         # The optimizer.
         parameters = list(self.model.parameters())
@@ -72,22 +84,37 @@ class State:
         # One row per epoch that is done.
         self.history: list[dict] = []
 
+    def network(self) -> ResNet:
+        """Return a copy of the trained network, with the channels of the configuration.
+
+        It has the moving average of the weights, if the configuration asks for one.
+        """
+        trained = self.model if self.average is None else self.average.model
+        tensors = cut(trained.state_dict(), self.shapes)
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        with torch.device("meta"):  # a network without weights of its own
+            network = ResNet(self.config.blocks, self.config.channels, len(CLASSES))
+        network.load_state_dict(copies, assign=True)
+        return network
+
     def content(self) -> dict:
         """Return a copy of everything, on the CPU.
 
         The history is stored as JSON. Pickle writes a repeated string in full or as a reference,
         depending on which objects are the same one, and equal states should be equal bytes.
         """
-        model = self.model.state_dict()
-        return {
-            "model": {name: value.to("cpu", copy=True) for name, value in model.items()},
-            "momenta": [buffer.to("cpu", copy=True) for buffer in self._momenta()],
+        content = {
+            "model": self._copied(self.model.state_dict()),
+            "momenta": list(self._copied(self._momenta()).values()),
             "scaler": self.scaler.state_dict(),
             "history": json.dumps(self.history),
         }
+        if self.average is not None:
+            content["average"] = self._copied(self.average.model.state_dict())
+        return content
 
     def load(self, saved: dict) -> None:
-        """Go on from what `content` returned.
+        """Go on from what `content` returned, whether its network was padded or not.
 
         Raises InputError if `saved` belongs to another configuration.
         """
@@ -101,14 +128,31 @@ class State:
             OverflowError,
         )
         with explained(what, "choose another directory", *another_run):
-            self.model.load_state_dict(saved["model"])
-            for buffer, stored in zip(self._momenta(), saved["momenta"], strict=True):
-                buffer.copy_(stored)
+            self.model.load_state_dict(self._padded(saved["model"]))
+            momenta = self._momenta()
+            stored = self._padded(dict(zip(momenta, saved["momenta"], strict=True)))
+            for name, buffer in momenta.items():
+                buffer.copy_(stored[name])
+            if self.average is not None:
+                self.average.model.load_state_dict(self._padded(saved["average"]))
             self.scaler.load_state_dict(saved["scaler"])
             self.history = [dict(row) for row in json.loads(saved["history"])]
 
-    def _momenta(self) -> list[Tensor]:
-        return [state["momentum_buffer"] for state in self.optimizer.state.values()]
+    def _momenta(self) -> Tensors:
+        """Return each parameter's momentum buffer, by the parameter's name."""
+        if not self.config.momentum:
+            return {}
+        of = self.optimizer.state
+        return {name: of[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
+
+    def _copied(self, tensors: Tensors) -> Tensors:
+        """Return copies on the CPU, without the padding."""
+        own = cut(tensors, self.shapes)
+        return {name: tensor.to("cpu", copy=True) for name, tensor in own.items()}
+
+    def _padded(self, tensors: Tensors) -> Tensors:
+        """Return the tensors with the padding that this state's network has."""
+        return pad(tensors, self.shapes, shapes(self.model))
 
 
 class Step:
@@ -150,6 +194,8 @@ class Step:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+        if self.state.average is not None:
+            self.state.average.update()
         return loss.detach(), correct
 
     def plain_loss(self, images: Tensor, labels: Tensor, half_size: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ weights_card.md.jinja, its numbers in results/.
 import argparse
 import json
 import statistics
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cifar_lib.files import write_atomically
 from cifar_lib.fit import REBASED_ON
 from cifar_lib.model import SHIPPED, count_parameters
-from cifar_lib.recipes import REPORT, TrainConfig
+from cifar_lib.recipes import TrainConfig, with_defaults
 from notebooks.course.corruptions import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,9 +35,7 @@ def config_of(folder: Path) -> dict:
     """
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
-    defaults = json.loads(json.dumps(asdict(REPORT)))  # tuples become lists, as they are in files
-    config = defaults | {name: value for name, value in stored.items() if name in known}
-    return config | {"policy": defaults["policy"] | config["policy"]}
+    return with_defaults({name: value for name, value in stored.items() if name in known})
 
 
 def metrics_of(folder: Path) -> dict:

@@ -105,6 +105,38 @@ def test_places_are_uniform_and_independent_and_events_have_their_probability():
     assert not never.mirrored.any() and not never.boxes.any()
 
 
+def test_an_alternating_flip_mirrors_the_other_half_in_each_epoch_and_changes_nothing_else():
+    policy = Policy(alternating_flip=True, flip=0, ops="none")
+    first, second, third = (draw(N, policy, seed=1, epoch=epoch).mirrored for epoch in range(3))
+    assert torch.equal(first, ~second) and torch.equal(first, third)
+    assert first.float().mean().item() == pytest.approx(0.5, abs=0.01)
+
+    # How an image begins depends on the seed and its position alone.
+    other = draw(N, policy, seed=2, epoch=0).mirrored
+    assert (first == other).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    alternating, random = (vars(draw(N, p, 1, 1)) for p in (policy, Policy(flip=0, ops="none")))
+    assert not random["mirrored"].any()
+    assert all(
+        torch.equal(alternating[name], random[name]) for name in random if name != "mirrored"
+    )
+
+
+@pytest.mark.parametrize("ops", THEIRS)
+def test_a_share_of_the_images_goes_through_operations(ops):
+    every = draw(N, Policy(ops=ops), seed=1, epoch=2)
+    some = draw(N, Policy(ops=ops, ops_probability=0.3), seed=1, epoch=2)
+    gone_through = (every.ops == some.ops).all(1)
+    assert (some.ops[~gone_through] == ours.IDENTITY).all()
+    changed = (every.ops != ours.IDENTITY).any(1)  # the others can't be told apart
+    share = gone_through[changed].float().mean().item()
+    assert share == pytest.approx(0.3, abs=0.01)
+    for name in ("offsets", "mirrored", "boxes", "holes"):
+        assert torch.equal(getattr(every, name), getattr(some, name))
+    nothing = draw(N, Policy(ops=ops, ops_probability=0), seed=1, epoch=2)
+    assert (nothing.ops == ours.IDENTITY).all()
+    assert op_table(Policy(ops=ops))[ours.IDENTITY].name == "Identity"
+
+
 def test_erased_boxes_have_torchvisions_sizes_and_places():
     torch.manual_seed(0)
     scale, ratio = (0.02, 0.33), (0.3, 3.3)

@@ -25,11 +25,15 @@ REPRODUCIBLE = ("checkpoint.pt", "checkpoint.previous.pt", "history.csv", "metri
 REPRODUCIBLE += ("model.safetensors",)
 
 
-def fit_quietly(config, path: Path, data: tuple[ImageSet, ImageSet], log=lambda _: None) -> dict:
-    return fit(config, path, *data, device="cpu", log=log)
+def fit_quietly(
+    config, path: Path, data: tuple[ImageSet, ImageSet], log=lambda _: None, **how
+) -> dict:
+    return fit(config, path, *data, device="cpu", log=log, **how)
 
 
-def fit_killed_after(epoch: int, config, path: Path, data: tuple[ImageSet, ImageSet]) -> None:
+def fit_killed_after(
+    epoch: int, config, path: Path, data: tuple[ImageSet, ImageSet], **how
+) -> None:
     """Training that dies right after the line of the epoch (1-based)."""
 
     def log(line: str) -> None:
@@ -37,7 +41,7 @@ def fit_killed_after(epoch: int, config, path: Path, data: tuple[ImageSet, Image
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        fit_quietly(config, path, data, log)
+        fit_quietly(config, path, data, log, **how)
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -197,7 +201,8 @@ def test_a_run_that_goes_on_with_other_threads_says_so_and_trains(stand_in, star
 def test_a_run_begun_by_an_earlier_version_goes_on(stand_in, started):
     run = RunDirectory(started)
     config = run.read_json("config.json")
-    del config["label_smoothing"]  # before this field existed: it counts as the default
+    for fields, name in ((config, "ema_decay"), (config["policy"], "alternating_flip")):
+        del fields[name]  # before this field existed: it counts as the default
     run.write_json("config.json", config | {"ranks": 1})  # a field that went since
     fit_killed_after(2, tiny(**RICH), started, stand_in)
     for gone, named in (({"ranks": 2}, r"ranks \(2, now None\)"), ({"new": 1}, r"new \(1, now N")):
@@ -247,6 +252,38 @@ def test_a_whole_checkpoint_of_something_else_is_refused(stand_in, started, chan
     with pytest.raises(InputError, match=message):
         fit_quietly(tiny(**RICH), started, stand_in)
     assert content(started) == before
+
+
+@pytest.mark.parametrize("momentum", ["0.9", "0"])
+def test_a_run_with_an_average_goes_on_to_the_same_bytes_and_ends_with_the_average(
+    stand_in, tmp_path, momentum
+):
+    changes = {"ema_decay": 0.8, "validation_size": 20, "momentum": momentum}
+    config = tiny(**changes, **{"policy.alternating_flip": True, "policy.ops_probability": 0.5})
+    fit_quietly(config, tmp_path / "whole", stand_in)
+    fit_killed_after(1, config, tmp_path / "killed", stand_in)
+    fit_quietly(config, tmp_path / "killed", stand_in)
+    whole, killed = (content(tmp_path / name) for name in ("whole", "killed"))
+    assert all(whole[name] == killed[name] for name in REPRODUCIBLE)
+
+    # What is saved, and evaluated after each epoch, is the average and not the weights.
+    saved = RunDirectory(tmp_path / "whole").load()
+    model, info = load_model(tmp_path / "whole" / "model.safetensors")
+    weight = model.layer1[0].conv1.weight
+    assert torch.equal(weight, saved["average"]["layer1.0.conv1.weight"])
+    assert not torch.equal(weight, saved["model"]["layer1.0.conv1.weight"])
+    _, held_out = split(stand_in[0], config)
+    logits = predict(model, held_out.images, info.normalization)
+    loss = smooth_cross_entropy(logits, held_out.labels, 0.05).item()
+    assert float(history(tmp_path / "whole")[-1]["validation_loss"]) == pytest.approx(
+        loss, rel=1e-5
+    )
+
+    # The average takes no part in the training.
+    fit_quietly(replace(config, ema_decay=0), tmp_path / "plain", stand_in)
+    plain = RunDirectory(tmp_path / "plain").load()
+    assert all(torch.equal(plain["model"][name], saved["model"][name]) for name in plain["model"])
+    assert "average" not in plain
 
 
 # What stops a run.

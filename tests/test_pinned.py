@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lib import data
-from cifar_lib.recipes import recipe
+from cifar_lib.recipes import recipe, with_defaults
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -16,8 +16,8 @@ def test_best_is_the_recipe_of_the_published_weights():
     assert astuple(recipe("best")) == (
         *("best", (3, 4, 3), (66, 132, 264)),
         *(60, 128, 0.1, 5, "cosine"),
-        *(0.9, True, 5e-4, 0.09, 0),
-        (4, 0.5, "none", 2, 9, 0.0, 16),
+        *(0.9, True, 5e-4, 0.09, 0, 0),
+        (4, 0.5, False, "none", 1, 2, 9, 0.0, 16),
         *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         *(42, "auto", None, None, 0, False),
@@ -40,6 +40,7 @@ def test_small_is_short_with_a_smaller_network_that_only_mirrors_its_images():
 @pytest.mark.parametrize("run", ["report-seed42", "report-seed0", "best-seed42", "best-seed0"])
 def test_a_recorded_run_is_of_the_recipe_that_it_names(run):
     recorded = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))
+    recorded = with_defaults(recorded)
     ours = json.loads(json.dumps(asdict(recipe(recorded["recipe"]))))
     by_machine = {"seed", "precision", "compile"}  # decided for this run
     fields = (ours.keys() & recorded.keys()) - by_machine

@@ -8,7 +8,7 @@ import pytest
 
 from cifar_lib.data import Normalization
 from cifar_lib.errors import InputError
-from cifar_lib.recipes import RECIPES, learning_rate, learning_rates, recipe
+from cifar_lib.recipes import RECIPES, learning_rate, learning_rates, recipe, with_defaults
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 TEST_MEAN, TEST_STD = (0.5303, 0.4737, 0.4658), (0.2822, 0.2553, 0.2613)
@@ -19,8 +19,8 @@ def test_report_is_the_published_run():
     assert astuple(config) == (
         *("report", (3, 4, 3), (66, 132, 264)),
         *(60, 128, 0.1, 10, "published"),
-        *(0.9, False, 2e-4, 0.05, 0),
-        (4, 0.5, "randaugment", 2, 9, 0.5, 0),
+        *(0.9, False, 2e-4, 0.05, 0, 0),
+        (4, 0.5, False, "randaugment", 1, 2, 9, 0.5, 0),
         *(MEAN, STD, TEST_MEAN, TEST_STD),
         *(42, "fp32", None, None, 0, True),
     )
@@ -35,6 +35,14 @@ def test_a_recipe_comes_back_from_what_a_run_directory_records(name):
     assert recipe(name).watch_test == (name != "best")
     if name != "report":  # training and predicting alike
         assert recipe(name).normalization == recipe(name).test_normalization
+
+
+def test_a_stored_configuration_of_an_earlier_version_gets_the_defaults_that_it_lacks():
+    stored = json.loads(json.dumps(asdict(RECIPES["best"])))
+    earlier = stored | {"policy": dict(stored["policy"]), "ranks": 1, "data": "CIFAR-10"}
+    del earlier["ema_decay"], earlier["policy"]["ops_probability"]
+    assert with_defaults(earlier) == stored | {"ranks": 1, "data": "CIFAR-10"}
+    assert with_defaults({"policy": 1})["policy"] == 1  # which then differs from any other run's
 
 
 def test_text_reads_as_the_type_of_the_field():
@@ -77,6 +85,9 @@ def test_text_reads_as_the_type_of_the_field():
         ("batch_size", 10**6, "batch_size: expected less than 1000000; got 10+"),
         ("half_size_epochs", 10**6, "half_size_epochs: expected less than 1000000; got 10+"),
         ("nesterov", "perhaps", "nesterov: expected a valid boolean, .*; got 'perhaps'"),
+        ("ema_decay", 1, "ema_decay: expected less than 1; got 1"),
+        ("policy.ops_probability", 2, "policy.ops_probability: expected less than or equal to 1"),
+        ("policy.alternating_flip", "maybe", "policy.alternating_flip: expected a valid boolean"),
         ("blocks", 3, "blocks: expected a valid tuple; got 3"),
         ("blocks", "3,3", "a network takes as many blocks as channels"),
         ("channels", "66,15", "channels.1: expected greater than or equal to 16; got '15'"),

@@ -23,13 +23,15 @@ def tiny(**changes: object) -> TrainConfig:
     return recipe("report", **{**fields, **changes})
 
 
-def losses(config: TrainConfig, train, device: torch.device = CPU, log=print) -> list[float]:
+def losses(
+    config: TrainConfig, train, device: torch.device = CPU, log=print, channel_multiple: int = 1
+) -> list[float]:
     """The training loss of each epoch.
 
     Trying to compile leaves no trace in the weights and statistics. Gradients lie in memory as
     their parameters do: else the fused optimizer takes a slow way, or a wrong one.
     """
-    state = State(config, device)
+    state = State(config, device, channel_multiple)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     step, train = Step(state, config, log), train.to(device)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
@@ -104,8 +106,27 @@ def test_on_cuda_a_compiled_step_trains_to_the_losses_of_the_plain_one(stand_in,
 
 @needs_cuda
 @pytest.mark.parametrize("compiled", [False, True])
+def test_on_cuda_a_padded_network_trains_to_the_losses_of_the_network_itself(stand_in, compiled):
+    precision = choose_precision("auto", CUDA)
+    changes = {"blocks": (1, 1), "channels": (18, 20), "batch_size": 8, "epochs": 3}
+    config = tiny(precision=precision, compile=compiled, schedule="cosine", **changes)
+    said: list[str] = []
+
+    def trained(multiple: int) -> list[float]:
+        torch._dynamo.reset()  # it compiles a function eight times at most
+        return losses(config, stand_in[0], CUDA, said.append, multiple)
+
+    narrow = trained(1)
+    for multiple in (8, 64):
+        wide = trained(multiple)
+        assert wide == pytest.approx(narrow, rel=TOLERANCE[precision])
+    assert all(line.startswith("compiling the training step") for line in said)
+
+
+@needs_cuda
+@pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_nothing_waits_for_the_device_in_a_step(stand_in, compiled):
-    config = tiny(compile=compiled)
+    config = tiny(compile=compiled, ema_decay=0.9)
     step, batch = Step(State(config, CUDA), config), stand_in[0].to(CUDA)[:24]
     step(batch.images, batch.labels, 0.1, False)
     torch.cuda.set_sync_debug_mode("error")

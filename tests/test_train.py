@@ -129,6 +129,29 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+def test_the_average_is_of_weights_and_statistics_after_each_step(stand_in):
+    config = tiny(ema_decay=0.75)
+    state, batch = State(config, CPU), stand_in[0][:16]
+    step = Step(state, config)
+    expected = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for _ in range(3):
+        step(batch.images, batch.labels, 0.1, False)
+        for name, value in state.model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = 0.75 * expected[name] + 0.25 * value
+    network = state.network()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, expected[name])
+    assert not torch.equal(network.bn1.running_mean, state.model.bn1.running_mean)
+    assert not torch.equal(network.conv1.weight, state.model.conv1.weight)
+
+    # The network is a copy, and one that can be trained.
+    before = network.conv1.weight.clone()
+    step(batch.images, batch.labels, 0.1, False)
+    assert torch.equal(network.conv1.weight, before) and network.conv1.weight.requires_grad
+
+
 def test_weights_start_by_the_seed_whatever_was_drawn_before():
     torch.manual_seed(5)
     first = State(tiny(seed=1), CPU).model.conv1.weight

@@ -1,0 +1,65 @@
+"""Channels of zeros that make a network as wide as it is fast on a GPU.
+
+Training can be understood without this module: the padded network computes what the network itself
+computes, and stays equal to it while both are trained. The matrix units of a GPU work on multiples
+of 8 channels or more in half precision, and the report's network has 66, 132 and 264.
+
+A channel that is added is 0 at every place of every image, because the weights that lead to it and
+the scale and bias of its batch norm are 0. ReLU passes no gradient back where it gives 0. So all
+gradients that belong to the channel are 0, and momentum and weight decay leave its weights at 0.
+Only sums over a convolution's input channels change: they have more terms, which are 0.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_lib.model import ResNet
+
+# A network's tensors by their names, as in its state dict, and their shapes.
+Tensors = dict[str, Tensor]
+Shapes = Mapping[str, torch.Size]
+
+
+def pad_network(model: ResNet, multiple: int) -> ResNet:
+    """Return a network that computes what `model` does, its channels padded to a multiple.
+
+    If nothing has to be added, `model` itself is returned. Otherwise the new network takes random
+    numbers while it is built, like any other, before it gets the weights of `model`.
+    """
+    channels = [multiple * math.ceil(width / multiple) for width in model.channels]
+    if tuple(channels) == model.channels:
+        return model
+    wide = ResNet(model.blocks, channels, model.num_classes)
+    wide.load_state_dict(pad(model.state_dict(), shapes(model), shapes(wide)))
+    return wide
+
+
+def shapes(model: nn.Module) -> Shapes:
+    """Return the shape of each of the model's parameters and buffers."""
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def pad(tensors: Tensors, narrow: Shapes, wide: Shapes) -> Tensors:
+    """Return the tensors of a network as those of the padded one: zeros are put behind them.
+
+    A tensor that hasn't its shape in `narrow` doesn't get the one in `wide` either, and is refused
+    where it is loaded.
+    """
+    result = {}
+    for name, tensor in tensors.items():
+        added = [after - before for before, after in zip(narrow[name], wide[name], strict=True)]
+        # F.pad begins with the last dimension, and wants how much to add before it and behind it.
+        result[name] = F.pad(tensor, [n for extra in reversed(added) for n in (0, extra)])
+    return result
+
+
+def cut(tensors: Tensors, narrow: Shapes) -> Tensors:
+    """Return the tensors of a padded network as those of the network itself, as views."""
+    return {
+        name: tensor[tuple(slice(size) for size in narrow[name])]
+        for name, tensor in tensors.items()
+    }
