@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -117,3 +118,14 @@ def test_notebooks_are_not_started_with_a_wrong_variable(monkeypatch, capsys):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     (line,) = filter(None, done.stderr.splitlines())
     assert done.returncode == 4 and wrong in line
+
+
+def test_torch_finds_a_users_name_and_asks_for_huge_pages(monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.delenv(name, raising=False)
+    # What Linux and Windows say of a user without a name.
+    for error in (KeyError("no such uid"), ModuleNotFoundError("No module named 'pwd'")):
+        monkeypatch.setattr("getpass.getuser", Mock(side_effect=error))
+        environment.prepare_for_torch()
+        assert os.environ.pop("USER") == (str(os.getuid()) if hasattr(os, "getuid") else "user")
+    assert os.environ.pop("THP_MEM_ALLOC_ENABLE") == "1"
