@@ -32,8 +32,9 @@ from cifar_lib import cli
 from cifar_lib.checkpoint import DIGEST_SIZE
 from cifar_lib.hardware import describe
 from notebooks.course.stand_in import generate_stand_in
-from scripts.fuzz import READERS, ROOT, fuzz
+from scripts.fuzz import READERS, fuzz
 
+ROOT = Path(__file__).resolve().parent.parent
 # A network of one block and 70 generated images, 10 of them held out: 4 epochs of 4 steps.
 TRAIN = "train --recipe report --epochs 4 --set blocks=1 --set channels=16 --set batch_size=16"
 TRAIN += " --set warmup_epochs=1 --set learning_rate=0.02 --set validation_size=10"

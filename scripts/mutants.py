@@ -14,11 +14,11 @@ this draws a sample by a seed, takes changes written by hand along, and imports 
 
 import argparse
 import ast
-import concurrent.futures
 import hashlib
 import importlib
 import json
 import os
+import queue
 import random
 import shutil
 import signal
@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,18 +46,7 @@ SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.
 OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 OPPOSITE |= {ast.FloorDiv: ast.Mult}
 # What changes no result: words for people, and speed. A line that holds one of these is left alone.
-NO_MEANING = (
-    "help=",
-    "unit=",
-    "stacklevel",
-    ".log(",
-    "log(",
-    "print(",
-    "remedy",
-    "BATCHES_TOGETHER",
-    "LOOK_EVERY",
-    "set_desc",
-)
+NO_MEANING = "help= unit= stacklevel log( print( remedy BATCHES_TOGETHER LOOK_EVERY set_desc"
 # Keywords that say how fast or where, repeat the default (the last one on Linux), or state what the
 # code itself holds (strict).
 NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners", "strict")
@@ -101,7 +91,7 @@ def mutants_of(module: str, source: str) -> list[Mutant]:
         start = offset(node.lineno, node.col_offset)
         old = source[start : offset(node.end_lineno, node.end_col_offset)]
         text = "".join(lines[node.lineno - 1 : node.end_lineno])
-        if not any(word in text for word in NO_MEANING):
+        if not any(word in text for word in NO_MEANING.split()):
             found.append(Mutant(module, node.lineno, kind, start, old, new))
 
     for node in _meaningful(ast.parse(source)):
@@ -354,40 +344,36 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> st
 
 def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
     """The table by module, and the survivors, with what JUDGED says of them."""
-    rows, survivors = [], []
-    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
-    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
     pairs = list(zip(mutants, verdicts, strict=True))
+    rows = []
     for module in sorted({mutant.module for mutant in mutants}):
         here = [verdict for mutant, verdict in pairs if mutant.module == module]
-        killed = sum(verdict != "survived" for verdict in here)
-        rows.append(f"| {module} | {len(here)} | {killed} |")
-    for mutant, verdict in pairs:
-        if verdict == "survived":
-            old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
-            where = f"cifar_lib/{mutant.module}.py:{mutant.line}"
-            why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
-            survivors.append(f"- {where} ({mutant.kind}): `{old}` became `{new}`: {why}")
-    return "\n".join(
-        [
-            "# Mutants",
-            "",
-            "Small changes to the package, and whether its tests notice; written by",
-            f"`python -m scripts.mutants --named scripts/named_mutants.json` (seed {seed}).",
-            "",
-            f"- Drawn: {_share(pairs, by_hand=False)}",
-            f"- Written by hand: {_share(pairs, by_hand=True)}",
-            "",
-            "| module | tried | killed |",
-            "| --- | ---: | ---: |",
-            *rows,
-            "",
-            "## Survivors",
-            "",
-            *(survivors or ["None."]),
-            "",
-        ]
-    )
+        rows.append(f"| {module} | {len(here)} | {len(here) - here.count('survived')} |")
+    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
+    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
+    survivors = []
+    for mutant in (mutant for mutant, verdict in pairs if verdict == "survived"):
+        old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
+        where = f"cifar_lib/{mutant.module}.py:{mutant.line} ({mutant.kind})"
+        why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
+        survivors.append(f"- {where}: `{old}` became `{new}`: {why}")
+    lines = "\n".join
+    return f"""# Mutants
+
+Small changes to the package, and whether its tests notice; written by
+`python -m scripts.mutants --named scripts/named_mutants.json` (seed {seed}).
+
+- Drawn: {_share(pairs, by_hand=False)}
+- Written by hand: {_share(pairs, by_hand=True)}
+
+| module | tried | killed |
+| --- | ---: | ---: |
+{lines(rows)}
+
+## Survivors
+
+{lines(survivors) or "None."}
+"""
 
 
 def _share(pairs: list[tuple[Mutant, str]], by_hand: bool) -> str:
@@ -423,33 +409,34 @@ def main() -> None:
     kept = STORE / "verdicts.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
     known = {entry["key"]: entry["verdict"] for entry in map(json.loads, lines)}
-    with tempfile.TemporaryDirectory() as folder:
-        trees = [copied(Path(folder, f"tree-{i}")) for i in range(options.workers)]
-        tests = reach(trees[0])
+    free, verdicts = queue.SimpleQueue(), []  # trees that nobody changes at the moment
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
+        for i in range(options.workers):
+            free.put(copied(Path(folder, f"tree-{i}")))
+        tree = free.get()
+        tests = reach(tree)
         control = ["--collect-only", *tests]
-        if forked(lambda: run_tests(trees[0], control, [], STORE / "control.log"), 300) != 0:
+        if forked(lambda: run_tests(tree, control, [], STORE / "control.log"), 300) != 0:
             sys.exit("the tests can't be named one by one: see runs/mutants/control.log")
-        lock = threading.Lock()
+        free.put(tree)
 
         def verdict_on(mutant: Mutant) -> str:
-            key = mutant.key(sources[mutant.module])
-            # A survivor is tried again: new tests may notice it.
-            if known.get(key, "survived") != "survived":
-                return known[key]
-            with lock:
-                tree = trees.pop()
-            verdict = judge(mutant, sources[mutant.module], tree, tests)
-            with lock:
-                trees.append(tree)
-                with kept.open("a", encoding="utf-8") as file:
-                    row = {"key": key, "verdict": verdict, **asdict(mutant)}
-                    file.write(json.dumps(row) + "\n")
-                old, new = mutant.old[:50], mutant.new[:50]
-                print(f"{verdict:9} {mutant.module}:{mutant.line} {old!r} -> {new!r}", flush=True)
+            source = sources[mutant.module]
+            before = known.get(mutant.key(source), "survived")
+            if before != "survived":  # a survivor is tried again: new tests may notice it
+                return before
+            tree = free.get()
+            verdict = judge(mutant, source, tree, tests)
+            free.put(tree)
             return verdict
 
-        with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-            verdicts = list(pool.map(verdict_on, mutants))
+        for mutant, verdict in zip(mutants, pool.map(verdict_on, mutants), strict=True):
+            verdicts.append(verdict)
+            row = {"key": mutant.key(sources[mutant.module]), "verdict": verdict, **asdict(mutant)}
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            old, new = mutant.old[:50], mutant.new[:50]
+            print(f"{verdict:9} {mutant.module}:{mutant.line} {old!r} -> {new!r}", flush=True)
     text = report(mutants, verdicts, options.seed)
     print(text)
     if not options.only and options.count >= 100:
