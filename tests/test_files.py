@@ -21,7 +21,7 @@ def test_what_is_no_file_is_named(tmp_path, reader, what):
         reasons["fifo"] = "it isn't a regular file"
     for name, reason in reasons.items():
         path = re.escape(str(tmp_path / name))
-        with pytest.raises(InputError, match=f"^{what}: {path} can't be read [^\n]*{reason}"):
+        with pytest.raises(InputError, match=f"^{what}: {path} can't be read .*{reason}"):
             reader(tmp_path / name)
 
 
