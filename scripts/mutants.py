@@ -16,6 +16,7 @@ import argparse
 import ast
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import queue
@@ -40,11 +41,10 @@ JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new
 HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
 HEAVY += " matplotlib.pyplot optuna torch._dynamo PIL.Image"
 SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
-COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in"}
-COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
-SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.FloorDiv: " // "}
-OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-OPPOSITE |= {ast.FloorDiv: ast.Mult}
+# The operators that are mistaken for each other.
+OPPOSITE = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn}
+OPPOSITE |= {ast.Is: ast.IsNot, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.And: ast.Or}
+OPPOSITE |= {other: one for one, other in OPPOSITE.items()} | {ast.FloorDiv: ast.Mult}
 # What changes no result: words for people, and speed. A line that holds one of these is left alone.
 NO_MEANING = "help= unit= stacklevel log( print( remedy BATCHES_TOGETHER LOOK_EVERY set_desc"
 # Keywords that say how fast or where, repeat the default (the last one on Linux), or state what the
@@ -78,27 +78,25 @@ class Mutant:
 def mutants_of(module: str, source: str) -> list[Mutant]:
     """All changes this script can make to a module."""
     lines = source.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    found: list[Mutant] = []
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+    found: dict[Mutant, str] = {}
 
     def offset(line: int, column: int) -> int:
         # ast counts columns in bytes of UTF-8
         return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
-    def add(kind: str, node: ast.AST, new: str) -> None:
-        start = offset(node.lineno, node.col_offset)
-        old = source[start : offset(node.end_lineno, node.end_col_offset)]
-        text = "".join(lines[node.lineno - 1 : node.end_lineno])
-        if not any(word in text for word in NO_MEANING.split()):
-            found.append(Mutant(module, node.lineno, kind, start, old, new))
-
     for node in _meaningful(ast.parse(source)):
-        for kind, new in _changes(node):
-            add(kind, node, new)
-    whole = {mutant: mutant.applied(source) for mutant in found}
-    return [mutant for mutant, text in whole.items() if text != source and _compiles(text)]
+        for kind, change in _changes(node):
+            begin, end = node.lineno, node.end_lineno
+            start = offset(begin, node.col_offset)
+            old = source[start : offset(end, node.end_col_offset)]
+            new = ast.unparse(change)
+            if isinstance(change, (ast.BinOp, ast.BoolOp)):
+                new = f"({new})"
+            mutant = Mutant(module, begin, kind, start, old, new)
+            if not any(word in "".join(lines[begin - 1 : end]) for word in NO_MEANING.split()):
+                found[mutant] = mutant.applied(source)
+    return [mutant for mutant, text in found.items() if text != source and _compiles(text)]
 
 
 def _compiles(source: str) -> bool:
@@ -123,41 +121,36 @@ def _meaningful(node: ast.AST):
 
 
 def _changes(node: ast.AST):
-    """(kind, new text) for each way in which this node can be wrong."""
+    """(kind, what takes its place) for each way in which this node can be wrong."""
     match node:
         case ast.Compare(ops=[operator]):
-            left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
-            symbol = ast.unparse(ast.Compare(ast.Name("a"), [operator], [ast.Name("b")]))[2:-2]
-            yield "comparison", f"{left} {COMPARISONS[symbol]} {right}"
-        case ast.Constant(value=bool()):
-            yield "constant", str(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield "constant", repr(node.value + 1 if node.value in (0, 1, -1) else node.value * 2)
+            yield "comparison", ast.Compare(node.left, [_opposite(operator)], node.comparators)
+        case ast.Constant(value=bool() as value):
+            yield "constant", ast.Constant(not value)
+        case ast.Constant(value=int() | float() as value):
+            yield "constant", ast.Constant(value + 1 if value in (0, 1, -1) else value * 2)
         case ast.BinOp(op=operator) if type(operator) in OPPOSITE:
-            symbol = SYMBOLS[OPPOSITE[type(operator)]]
-            yield "arithmetic", f"({ast.unparse(node.left)}{symbol}{ast.unparse(node.right)})"
+            yield "arithmetic", ast.BinOp(node.left, _opposite(operator), node.right)
         case ast.BoolOp(op=operator):
-            word = " and " if isinstance(operator, ast.Or) else " or "
-            yield "and/or", f"({word.join(f'({ast.unparse(part)})' for part in node.values)})"
+            yield "and/or", ast.BoolOp(_opposite(operator), node.values)
         case ast.UnaryOp(op=ast.Not()):
-            yield "not removed", f"bool({ast.unparse(node.operand)})"
+            yield "not removed", ast.Call(ast.Name("bool"), [node.operand], [])
         case ast.Expr(value=ast.Call()) | ast.AugAssign():
-            yield "statement dropped", "pass"
+            yield "statement dropped", ast.Pass()
         case ast.Subscript(slice=ast.Constant(value=str() as name)):
-            yield "key", f"{ast.unparse(node.value)}[{name + '_'!r}]"
-        case ast.Call():
-            yield from _call_changes(node)
-
-
-def _call_changes(node: ast.Call):
-    if len(node.args) >= 2 and all(isinstance(a, (ast.Name, ast.Attribute)) for a in node.args[:2]):
-        first, second, *rest = node.args
-        swapped = ast.Call(node.func, [second, first, *rest], node.keywords)
-        yield "arguments swapped", ast.unparse(swapped)
-    for dropped in node.keywords:
+            yield "key", ast.Subscript(node.value, ast.Constant(f"{name}_"))
+        case ast.Call(args=[ast.Name() | ast.Attribute() as first, second, *rest]) if isinstance(
+            second, (ast.Name, ast.Attribute)
+        ):
+            yield "arguments swapped", ast.Call(node.func, [second, first, *rest], node.keywords)
+    for dropped in node.keywords if isinstance(node, ast.Call) else []:
         if dropped.arg not in (None, "frozen", *NEUTRAL):
             kept = [keyword for keyword in node.keywords if keyword is not dropped]
-            yield "keyword dropped", ast.unparse(ast.Call(node.func, node.args, kept))
+            yield "keyword dropped", ast.Call(node.func, node.args, kept)
+
+
+def _opposite(operator: ast.AST) -> ast.AST:
+    return OPPOSITE[type(operator)]()
 
 
 def chosen(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
