@@ -256,6 +256,7 @@ WRONG = [
     (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "set: expected FIELD=VALUE, got 'epochs'"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
+    (f"{TRAIN} --set blocks=1,1,1", "a network takes as many blocks as channels"),
     (f"{TRAIN} --train-size 300", "train_size: expected at most 200 images, got 300"),
     *((f"{TRAIN} --device {name}", "device: expected auto, cpu") for name in ("toaster", "meta")),
     (f"{TRAIN} --device cuda:99", "device: expected auto, cpu, cuda, cuda:N or mps"),
