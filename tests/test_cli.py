@@ -251,7 +251,8 @@ def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, m
 
 WRONG = [
     ("tune", "invalid choice: 'tune'"),
-    ("evaluate a\nb\u2028c", "unrecognized arguments: a\\nb\\u2028c"),
+    ("evaluate a\nb", "unrecognized arguments: a\\nb"),
+    ("evaluate --weights a\nb\u2028c", "weights: a\\nb\\u2028c"),
     ("info --recipe nope", "recipe: expected one of report, best, short, small; got 'nope'"),
     (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "set: expected FIELD=VALUE, got 'epochs'"),
