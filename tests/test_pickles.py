@@ -224,6 +224,8 @@ PYTHON_2 = [
     + b"tbU\x03ids](K\x05K\x06eu.",
 ]
 WRITTEN += [(content, {"data": DATA, "ids": [5, 6]}) for content in PYTHON_2]
+# A text whose length has eight bytes, as pickle writes only one of over 4 GB.
+WRITTEN.append((b"}\x8d" + pack("<Q", 4) + b"dataNs.", {"data": None}))
 
 
 @pytest.mark.parametrize(("content", "value"), WRITTEN)
