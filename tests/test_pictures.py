@@ -164,6 +164,7 @@ def test_a_large_jpeg_is_decoded_scaled_down_within_limits(tmp_path, monkeypatch
     whole = [read_picture(path).int() for path in (plain, progressive)]
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10**5)
     for path, expected in zip((plain, progressive), whole, strict=True):
+        assert pictures._open_picture(path.read_bytes()).size == (150, 100)
         assert (read_picture(path).int() - expected).abs().max() <= 2
 
     scans = progressive.read_bytes().count(b"\xff\xda")
