@@ -84,6 +84,7 @@ IN_COLOUR = np.repeat(greys(65535)[..., None], 3, axis=2)
 # What a file says, how bright its brightest value comes out, and how far others may be from RAMP:
 # of 16 bits of a colour Pillow keeps the upper 8.
 DEPTHS = {
+    "TIFF, 8 bits, dark": (tiff_of(greys(50, np.uint8), 8), 50, 0.5),
     "TIFF, 12 bits packed": (tiff_of(greys(4095), 12), 255, 0.5),
     "TIFF, 12 bits in 16, maximum": (tiff_of(greys(4095), 16, maximum=4095), 255, 0.5),
     "TIFF, 16 bits": (tiff_of(greys(65535), 16), 255, 0.5),
