@@ -1,4 +1,4 @@
-# Two commands: `make run` and `make test`. Each sets up .venv first, from nothing if need be.
+# Two commands, `make run` and `make test`. Each sets up .venv first if there is none.
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -9,7 +9,7 @@ FLOORS := .venv-floors/bin/python
 
 .PHONY: run test floors colab full notebooks benchmarks reliability mutants address clean
 
-run: .venv/ready  ## the five notebooks as pages under runs/html, and the README's numbers that need no training
+run: .venv/ready  ## the five notebooks and their solutions as pages under runs/html, then the weights' numbers, measured anew
 	$(PY) -m scripts.build_pages
 	$(PY) -m scripts.archive_run --check
 
@@ -30,7 +30,7 @@ floors:  ## all lower bounds of requirements.txt together, with the lowest Pytho
 colab: .venv/ready  ## the notebooks as Colab runs them: its old IPython, an empty folder, a clone of the last commit
 	$(PY) tests/colab/run.py $(ARGS)
 
-# Afterwards the weights are others than those of results/shift: move that folder away and run scripts.ablation.
+# Afterwards results/shift is about other weights: move it away, and run `python -m scripts.ablation --images 2000`.
 full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, into results/ and the weights: for a GPU
 	set -e; for seed in 42 0 1; do for recipe in report best; do \
 	  $(PY) -m cifar_lib train --recipe $$recipe --seed $$seed --run runs/$$recipe-seed$$seed $(ARGS); \
@@ -38,16 +38,16 @@ full: .venv/ready  ## the 60 epochs of `report` and `best`, three seeds each, in
 	done; done
 	$(PY) -m scripts.store_answers
 
-notebooks: .venv/ready  ## outputs into the committed notebooks, and their figures into figures/
+notebooks: .venv/ready  ## runs the five notebooks and their solutions in place: outputs into these files, figures into figures/
 	CIFAR_FIGURES=figures $(PY) -m scripts.build_pages --in-place
 
 benchmarks: .venv/ready  ## the published loop and ours side by side, and 60 epochs of `report` where there is a GPU
 	PYTHON=$(PY) bash benchmarks/all.sh $(ARGS)
 
-reliability: .venv/ready  ## faults on purpose, into results/reliability.md; ten minutes
+reliability: .venv/ready  ## faults on purpose, into results/reliability.md
 	$(PY) -m scripts.faults --write
 
-mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md; half an hour
+mutants: .venv/ready  ## 200 small changes to the package: do the tests notice? Into results/mutants.md
 	$(PY) -m scripts.mutants --named scripts/named_mutants.json $(ARGS)
 
 address:  ## make address TO=you/your-repository: where your copy is, into the badges and notebooks

@@ -12,8 +12,6 @@ right.npz      for each shift a bool array (ways, images), true if the way found
 measures.csv   how far each shift is from the clean images, measured without labels
 accuracy.csv   from right.npz: accuracies, with intervals and paired tests
 verdict.json   from right.npz: which adaptation is best, and whether that holds on other shifts
-losses.png     what each shift costs
-gains.png      what each adaptation wins back
 """
 
 import argparse
@@ -43,8 +41,6 @@ from cifar_lib.hardware import choose_device, describe
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, load_model
 from cifar_lib.shift import ADAPTATIONS, adapt
 from notebooks.course.corruptions import FAMILIES, SEVERITIES, shifted
-from notebooks.course.error_plots import by_severity, severity_maps
-from notebooks.course.style import to_png
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "shift"
@@ -223,37 +219,6 @@ def verdict(right: dict[str, np.ndarray]) -> dict:
     }
 
 
-def draw(table: pd.DataFrame) -> dict[str, bytes]:
-    """Return losses.png and gains.png as {name: content}; `table` is that of `accuracy_table`."""
-    # Each way's gain over the first one, which is the first row of its shift.
-    table = table.assign(
-        gain=table.accuracy - table.groupby(["family", "severity"]).accuracy.transform("first")
-    )
-
-    # What the shifts cost without adaptation.
-    shifts = table[table.severity > 0]
-    plain = shifts[shifts.tta == "none"]
-    clean = table[table.family == "clean"].iloc[0].accuracy
-    losses = {
-        f"no adaptation (clean: {clean:.1%})": by_severity(plain[plain.adapt == "none"], "accuracy")
-    }
-
-    # What each adaptation wins back with one view, and what the mirror image does on its own.
-    ways = {method: plain[plain.adapt == method] for method in ADAPTATIONS[1:]}
-    ways["mirror image"] = shifts[(shifts.adapt == "none") & (shifts.tta == "flip")]
-    sure = {name: by_severity(rows, "mcnemar_p") < 0.05 for name, rows in ways.items()}
-    return {
-        "losses.png": to_png(severity_maps(losses, "What a shift costs: accuracy in percent")),
-        "gains.png": to_png(
-            severity_maps(
-                {name: by_severity(rows, "gain") for name, rows in ways.items()},
-                "What adaptation buys: points of accuracy over none (bold: McNemar's p < 0.05)",
-                sure,
-            )
-        ),
-    }
-
-
 def main() -> None:
     """Measure what results/shift/ lacks, and write its files.
 
@@ -299,15 +264,12 @@ def main() -> None:
         keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
 
     # Write what follows from these measurements.
-    table = accuracy_table(right)
-    text = table.to_csv(index=False, float_format="%.6g")
+    text = accuracy_table(right).to_csv(index=False, float_format="%.6g")
     write_atomically(FOLDER / "accuracy.csv", text.encode())
     shipped = info.as_record() | {"name": PRETRAINED, "sha256": weights}
     summary = {"weights": shipped, "n": options.images, "machine": describe(device)}
     text = json.dumps(summary | verdict(right), indent=2) + "\n"
     write_atomically(FOLDER / "verdict.json", text.encode())
-    for name, picture in draw(table).items():
-        write_atomically(FOLDER / name, picture)
 
 
 if __name__ == "__main__":

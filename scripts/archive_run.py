@@ -1,18 +1,20 @@
 """Copy a finished run into the repository, or check the recorded scores of the package's weights.
 
-    python -m scripts.archive_run RUN_DIRECTORY
+    python -m scripts.archive_run RUN
     python -m scripts.archive_run --check
 
 The first command writes results/<recipe>-seed<k>/, and prints the recipe's mean accuracy over its
 archived seeds. If that folder holds a run of another configuration, it is kept under the name
 <recipe>-seed<k>-<n>-epochs. For seed 42, which was chosen before any seed was run, the command also
 writes the package's weights, cifar_lib/weights/<recipe>.safetensors, with convolutions in half
-precision, and their line in SHA256SUMS.
+precision, and their line in SHA256SUMS. Whatever the seed, it writes the weights' card anew
+(scripts/weights_card.py).
 
 The second command measures the package's weights again and compares the scores with the recorded
 ones. It changes nothing. It is the last step of `make run`.
 """
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -20,7 +22,6 @@ import os
 import shutil
 import statistics
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -41,16 +42,20 @@ from cifar_lib.evaluate import (
 from cifar_lib.files import write_atomically
 from cifar_lib.hardware import choose_device, memory_format, prepare
 from cifar_lib.model import PRETRAINED, SHIPPED, ResNet, WeightsInfo, load_model, save_model
-from cifar_lib.recipes import TrainConfig
 from cifar_lib.shift import adapt
 from notebooks.course.corruptions import shifted
 from notebooks.course.reference import SHIFT, SHIPPED_RUN
 from notebooks.course.session import GIVE_UP_AFTER
+from scripts.weights_card import (
+    RESULTS,
+    ROOT,
+    SHIPPED_SEED,
+    WEIGHTS,
+    config_of,
+    metrics_of,
+    write_card,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
-WEIGHTS = SHIPPED.parent
-SHIPPED_SEED = 42
 RECORDS = ("config.json", "environment.json", "history.csv", "timing.csv")
 TOLERANCE = 0.002  # in accuracy; other hardware rounds differently, and a few close calls change
 
@@ -67,7 +72,7 @@ def archive(run: Path) -> dict:
     if not os.path.isfile(run / "metrics.json"):
         what = f"archive: expected a finished run, found no metrics.json in {run}"
         raise InputError(f"{what}: train it to its end")
-    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    metrics = metrics_of(run)
     if metrics["data"] != REAL:
         raise InputError(f"archive: expected a run on {REAL}, got one on {metrics['data']}")
 
@@ -87,15 +92,15 @@ def archive(run: Path) -> dict:
             module.half()
     save_model(weights, model, info)
     halved, _ = load_model(weights)
-    scores, plain = score(halved.to(device), info, test, _config(run))
+    scores, plain = score(halved.to(device), info, test, config_of(run))
     changed = int((whole.argmax(1) != plain.argmax(1)).sum())
     sizes = {"bytes": weights.stat().st_size, "predictions_changed_by_half_precision": changed}
     metrics["half_precision"] = sizes | scores
 
     # Write the run's folder. If another configuration has that name, rename its folder first.
     folder = RESULTS / f"{metrics['recipe']}-seed{metrics['seed']}"
-    if folder.is_dir() and _config(folder) != _config(run):
-        epochs = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["epochs"]
+    if folder.is_dir() and config_of(folder) != config_of(run):
+        epochs = metrics_of(folder)["epochs"]
         folder.rename(_unused(folder.with_name(f"{folder.name}-{epochs}-epochs")))
     folder.mkdir(exist_ok=True)
     for name in RECORDS:
@@ -109,6 +114,10 @@ def archive(run: Path) -> dict:
         digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
         sums = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
         write_atomically(WEIGHTS / "SHA256SUMS", sums.encode())
+
+    # Write the card of the package's weights, which lists other seeds, too.
+    if list(WEIGHTS.glob("*.safetensors")):
+        write_card(RESULTS, WEIGHTS)
     return metrics
 
 
@@ -120,11 +129,10 @@ def over_seeds(recipe: str) -> str:
     # Group the accuracies by configuration: {configuration without its seed: {seed: accuracy}}.
     groups: dict[str, dict[int, float]] = {}
     for folder in RESULTS.glob(f"{recipe}-seed*"):
-        config = _config(folder)
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        config = config_of(folder)
         seed = config.pop("seed")
         scores = groups.setdefault(json.dumps(config, sort_keys=True), {})
-        scores[seed] = metrics["test"]["accuracy"]
+        scores[seed] = metrics_of(folder)["test"]["accuracy"]
 
     # Describe each group in a line.
     lines = []
@@ -140,13 +148,6 @@ def _unused(path: Path) -> Path:
     """Return `path` if nothing is there; otherwise `path` with the first free number at its end."""
     numbered = (path.with_name(f"{path.name}-{n}") for n in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
-
-
-def _config(folder: Path) -> dict:
-    """Return a run's config.json, without settings that this version no longer has."""
-    known = {field.name for field in fields(TrainConfig)} | {"data", "images"}
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return {name: value for name, value in config.items() if name in known}
 
 
 def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tuple[dict, Tensor]:
@@ -208,11 +209,10 @@ def check() -> bool:
     prepare(device, "fp32")
     model, info = load_model(PRETRAINED)
     model = model.to(device, memory_format=memory_format(device))
-    scores, _ = score(model, info, test, _config(SHIPPED_RUN))
+    scores, _ = score(model, info, test, config_of(SHIPPED_RUN))
 
     # Print each accuracy beside the recorded one.
-    metrics = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))
-    recorded = metrics["half_precision"]
+    recorded = metrics_of(SHIPPED_RUN)["half_precision"]
     place = f"results/{SHIPPED_RUN.name}"
     print(f"The package's weights on CIFAR-10's {len(test):,} test images (recorded in {place})")
     pairs = {
@@ -263,19 +263,26 @@ def on_custom_set(
     return pairs
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run's folder")
+    what.add_argument("--check", action="store_true", help="measure the package's weights again")
+    options = parser.parse_args()
     try:
-        if sys.argv[1] == "--check":
+        if options.check:
             if check():
-                raise SystemExit(0)
-            raise SystemExit(
-                "error: these differ by more than rounding: see scripts/archive_run.py"
-            )
-        metrics = archive(Path(sys.argv[1]))
+                return 0
+            print(f"error: these differ by more than {TOLERANCE:.1%}", file=sys.stderr)
+            return 1
+        metrics = archive(options.run)
         print(json.dumps(metrics["half_precision"], indent=2))
         print(over_seeds(metrics["recipe"]))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

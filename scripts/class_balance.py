@@ -32,10 +32,12 @@ from cifar_lib.evaluate import predict, wilson_interval
 from cifar_lib.hardware import choose_precision
 from cifar_lib.model import SHIPPED, load_model
 from notebooks.course.corruptions import shifted
+from notebooks.course.style import BLACK, BLUE, COLOURS, in_style, save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "results" / "shift" / "class_balance.csv"
 FIGURE = TABLE.with_suffix(".png")
+ORANGE = COLOURS[1]
 SHARES = (0.3, 1.0, 0.1, 0.5, 0.2)  # of one class; 0.1 is a balanced file
 METHODS = ("none", "normalize", "normalize+batchnorm")
 
@@ -158,10 +160,10 @@ def measure() -> None:
 
 
 def files() -> pd.DataFrame:
-    """Return one row per measured file: how many labels each method finds, and each default.
+    """Return one row per measured file: how many images each method classifies correctly.
 
-    The old default always adapts. The new one doesn't if `shift.is_misled` says that the file's
-    classes mislead the adaptation; `misled` and `default` are its decision and its count.
+    `default` is the count of `--adapt auto`: it adapts unless `shift.is_misled` says that the
+    file's classes mislead the adaptation, which is in the column `misled`.
     """
     # Put the methods of a file side by side. Files that aren't measured completely are left out.
     table = pd.read_csv(TABLE, keep_default_na=False)
@@ -181,45 +183,48 @@ def files() -> pd.DataFrame:
     return found
 
 
-def draw() -> None:
+@in_style
+def draw() -> Figure:
     """Draw the accuracy against the share of one class, for unshifted and for shifted files."""
     table = files()
     table = table[(table.n == 300) & (table.share > 0)]
     panels = [
-        ("choose", "none 0", "not shifted: cat, ship"),
-        ("choose", "noise 3", "noise, severity 3: cat, ship"),
-        ("choose", "pixelate 3", "pixelation, severity 3: cat, ship"),
-        ("confirm", "none 0", "not shifted: deer, frog"),
-        ("confirm", "jpeg 5", "JPEG, severity 5: deer, frog"),
-        ("confirm", "contrast 4", "contrast, severity 4: deer, frog"),
+        ("choose", "none 0", "Chosen on: not shifted (cats, ships)"),
+        ("choose", "noise 3", "Chosen on: noise 3 (cats, ships)"),
+        ("choose", "pixelate 3", "Chosen on: pixelation 3 (cats, ships)"),
+        ("confirm", "none 0", "Confirmed on: not shifted (deer, frogs)"),
+        ("confirm", "jpeg 5", "Confirmed on: JPEG 5 (deer, frogs)"),
+        ("confirm", "contrast 4", "Confirmed on: contrast 4 (deer, frogs)"),
     ]
     figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure.suptitle("Accuracy on files of 300 images, by the share of one class")
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
     for axes, (part, shift_name, title) in zip(grid.flat, panels, strict=True):
         # Add up the files that have the same share.
         rows = table[(table.part == part) & (table["shift"] == shift_name)]
         sums = rows.groupby("share")[["n", "none", shift.BALANCED, "default"]].sum()
 
-        # Draw a line for each default, with Wilson's intervals as error bars.
-        lines = {"none": "o-", shift.BALANCED: "s--", "default": "D:"}
-        names = ("none", "the old default", "the new default")
-        for (column, line), label in zip(lines.items(), names, strict=True):
+        # `auto` equals one of the other two nearly everywhere: a wide band behind them.
+        axes.plot(sums.index, sums.default / sums.n, color=ORANGE, linewidth=7, label="auto")
+
+        # The other two, with Wilson's intervals as error bars.
+        for column, line, colour in (("none", "o-", BLUE), (shift.BALANCED, "s--", BLACK)):
             ranges = [
                 wilson_interval(int(k), int(n)) for k, n in zip(sums[column], sums.n, strict=True)
             ]
             middle = sums[column] / sums.n
             bars = np.abs(np.array(ranges).T - middle.to_numpy())
-            axes.errorbar(sums.index, middle, bars, fmt=line, capsize=2, ms=4, label=label)
+            look = {"fmt": line, "color": colour, "capsize": 2, "ms": 4, "label": column}
+            axes.errorbar(sums.index, middle, bars, **look)
 
-        axes.set(title=f"{part}, {title}", ylim=(0, 1), xticks=sorted(SHARES))
-        axes.title.set_size(9)
-        axes.grid(alpha=0.3)
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=""))
-    grid[0, 0].legend(frameon=False, loc="lower left")
-    figure.supxlabel("share of one class in the file, % (10: balanced)")
-    figure.supylabel("accuracy, with Wilson's 95 % interval")
-    figure.savefig(FIGURE, dpi=100)
+        axes.set(ylim=(0, 1), xticks=(0.1, 0.3, 0.5, 1.0))
+        axes.set_title(title, fontsize=9)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    grid[0, 0].legend(loc="lower left")
+    figure.supxlabel("share of one class in the file (10%: balanced)")
+    figure.supylabel("accuracy, with Wilson's 95% interval")
+    return figure
 
 
 if __name__ == "__main__":
@@ -228,4 +233,4 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.figure:
         measure()
-    draw()
+    save_figure(draw(), FIGURE)

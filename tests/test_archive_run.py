@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from cifar_lib.fit import fit
 from cifar_lib.model import SHIPPED, ResNet, WeightsInfo, load_model
 from cifar_lib.recipes import recipe
 from notebooks.course.corruptions import shifted
-from scripts import archive_run
+from scripts import archive_run, weights_card
 
 SMALL = {"blocks": "1", "channels": "16", "epochs": "1", "half_size_epochs": "0"}
 SMALL |= {"train_size": "40", "validation_size": "10"}
@@ -57,6 +58,40 @@ def test_the_seed_chosen_beforehand_becomes_the_packages_weights(script, tmp_pat
     assert {file.name for file in folder.iterdir()} == {*script.RECORDS, "metrics.json"}
     assert read(folder / "metrics.json") == json.loads(json.dumps(metrics))
     assert metrics["test"] == read(run / "metrics.json")["test"]
+
+
+def test_the_card_that_is_here_is_written_from_the_records():
+    path = weights_card.WEIGHTS / "README.md"
+    written = path.read_text(encoding="utf-8")
+    assert written == weights_card.card(), "it is stale: python -m scripts.weights_card"
+
+
+def test_archiving_a_seed_writes_it_into_the_card(script, tmp_path, cifar10):
+    card = script.WEIGHTS / "README.md"
+    scores = {}
+    for seed in (0, 42, 1):
+        metrics = script.archive(trained(tmp_path, cifar10, seed))
+        scores[seed] = f"{100 * metrics['half_precision']['tta_none']['accuracy']:.2f}"
+        assert card.exists() == (seed != 0), "without weights there is nothing to describe"
+    text = card.read_text(encoding="utf-8")
+    first = f"| all seeds that were run | {scores[42]} % (seed 42), "
+    assert f"{first}{scores[0]} % (seed 0), {scores[1]} % (seed 1) |" in text
+    mean, deviation = (f(map(float, scores.values())) for f in (statistics.mean, statistics.stdev))
+    assert f"| their mean | {mean:.2f} ± {deviation:.2f} %, n = 3 |" in text
+    assert "`results/small-seed42`, `results/small-seed0` and `results/small-seed1`." in text
+
+    # A run of another configuration is no other seed.
+    script.archive(trained(tmp_path / "other", cifar10, 2, learning_rate="0.01"))
+    assert card.read_text(encoding="utf-8") == text
+
+
+def test_a_setting_that_came_later_has_its_default_in_an_older_run(tmp_path):
+    newest = weights_card.config_of(weights_card.RESULTS / "report-seed42")
+    policy = {name: value for name, value in newest["policy"].items() if name != "cutout"}
+    older = {name: value for name, value in newest.items() if name != "nesterov"}
+    older |= {"policy": policy, "a setting that is gone": 1}
+    (tmp_path / "config.json").write_text(json.dumps(older), encoding="utf-8")
+    assert weights_card.config_of(tmp_path) == newest
 
 
 def test_other_seeds_count_for_the_mean_and_ship_nothing(script, tmp_path, cifar10):

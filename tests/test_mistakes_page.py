@@ -64,7 +64,7 @@ FIRST = {
     3: {DOG: 0.60, CAT: 0.30},
     13: {DOG: 0.90, CAT: 0.05},
     23: {DOG: 0.70, CAT: 0.10},
-    33: {CAT: 0.50, DOG: 0.45},  # right, nearly taken for a dog
+    33: {CAT: 0.50, DOG: 0.45},  # correct, nearly misclassified as dog
     43: {CAT: 0.55, DOG: 0.35},
     5: {CAT: 0.80, DOG: 0.10},
     8: {PLANE: 0.55, SHIP: 0.40},
@@ -166,7 +166,7 @@ def visit(tab, tmp_path) -> Iterator[Callable]:
 
 
 def cell(page, label: str, answer: str):
-    return page.get_by_role("button", name=re.compile(f"^{label} taken for {answer}: "))
+    return page.get_by_role("button", name=re.compile(f"^{label} misclassified as {answer}: "))
 
 
 def listed(page, part: str = "mistakes") -> list[int]:
@@ -186,6 +186,13 @@ def drawn_on(page, canvas: str) -> np.ndarray:
 
 def address(page) -> str:
     return page.evaluate("location.hash")
+
+
+def close(page) -> None:
+    """Close the enlarged image, and wait until the page has noticed."""
+    shown = address(page)
+    page.keyboard.press("Escape")
+    page.wait_for_function("shown => location.hash !== shown", arg=shown)
 
 
 # What is counted and listed.
@@ -222,11 +229,11 @@ def test_rows_columns_and_the_corner_list_all_that_belongs_to_them(visit, one):
     assert page.locator("[aria-pressed=true]").count() == 1
 
 
-def test_cats_taken_for_dogs_come_first_and_can_be_sorted(visit, one):
+def test_cats_misclassified_as_dogs_come_first_and_can_be_sorted(visit, one):
     page = visit(one)
-    assert page.locator("#tiles-title").inner_text() == "cat taken for dog: 3 mistakes"
+    assert page.locator("#tiles-title").inner_text() == "cat misclassified as dog: 3 mistakes"
     assert listed(page) == ids(13, 23, 3)
-    page.get_by_label("Order").select_option("closest call first")
+    page.get_by_label("Order").select_option("narrowest lead first")
     assert listed(page) == ids(3, 23, 13)
     page.get_by_label("Order").select_option("by number")
     assert listed(page) == ids(3, 13, 23)
@@ -250,21 +257,41 @@ def test_images_that_look_alike_can_be_sorted_to_the_front(visit, sets):
     images = test.images.clone()
     images[23] = images[77] // 2  # the same picture, darker
     page = visit(mistakes_page(train, replace(test, images=images), [network("first", FIRST)]))
-    page.get_by_label("Order").select_option("with the closest look-alike first")
+    page.get_by_label("Order").select_option("closest look-alike first")
     assert listed(page)[0] == FIRST_ID + 23
     page.locator("#mistakes button").first.click()
     text = page.locator("#look-alike").inner_text()
-    assert f"test image {FIRST_ID + 77}, labelled horse, recognised, likeness 1.00" in text
+    assert (
+        f"test image {FIRST_ID + 77}, labelled horse, correctly classified, similarity 1.00" in text
+    )
+
+    # The look-alike was a horse to the network, the image itself a dog.
+    close(page)
+    page.get_by_label("Only if the look-alike").check()
+    assert FIRST_ID + 23 in listed(page)
+    assert "differs=on" in address(page)
+
+
+def test_images_whose_look_alike_has_the_same_prediction_can_be_left_out(visit, sets):
+    train, test = sets
+    images = test.images.clone()
+    images[3] = images[13] // 2  # two cats that look alike, both misclassified as dogs
+    images[23] = train.images[7] // 2  # a training image's prediction isn't known
+    page = visit(mistakes_page(train, replace(test, images=images), [network("first", FIRST)]))
+    assert listed(page) == ids(13, 23, 3)
+    page.get_by_label("Only if the look-alike").check()
+    assert listed(page) == []
+    assert cell(page, "cat", "dog").inner_text() == "·"
 
 
 def test_votes_mark_a_doubted_label_and_can_be_asked_for(visit, one):
     page = visit(one)
     marked = page.locator("#mistakes li", has_text="label?")
     assert marked.locator("b").all_inner_texts() == [str(FIRST_ID + 13)]
-    page.get_by_label("Only labels that people doubt").check()
+    page.get_by_label("Only labels that a majority").check()
     assert listed(page) == ids(13) and cell(page, "cat", "dog").inner_text() == "1"
     page.locator("#mistakes button").click()
-    words = "answered: 1 said cat (the label), 3 dog, 1 both, 0 neither."
+    words = "suggested. 1 said cat (the label), 3 dog, 1 both, 0 neither."
     assert page.locator("#votes").inner_text().endswith(words)
 
 
@@ -274,15 +301,15 @@ def test_votes_mark_a_doubted_label_and_can_be_asked_for(visit, one):
 def test_an_image_opens_with_its_probabilities_its_mirror_image_and_its_neighbours(visit, one):
     page = visit(one)
     page.get_by_role("button", name=f"Test image {FIRST_ID + 3}:").click()
-    title = f"Test image {FIRST_ID + 3}: labelled cat, taken for dog, 60 %"
+    title = f"Test image {FIRST_ID + 3}: labelled cat, misclassified as dog, 60 %"
     assert page.locator("#closer-title").inner_text() == title
     rows = page.locator("#shares tr").all_inner_texts()
     assert len(rows) == 11
     assert [row.split("\t") for row in rows if "cat" in row or "dog" in row] == [
         ["cat (label)", "30.0 %"],
-        ["dog", "60.0 % ◀ answer"],
+        ["dog", "60.0 % ◀ prediction"],
     ]
-    assert page.locator("#mirrored").inner_text() == "The mirror image is now frog, 60 %."
+    assert page.locator("#mirrored").inner_text() == "Mirror image: frog, 60 %."
     captions = page.locator("#nearest figcaption").all_inner_texts()
     assert [caption.split(", ")[1] for caption in captions] == [
         f"cosine {cosine:.2f}" for cosine in (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -299,13 +326,13 @@ def test_heat_lies_over_the_picture_as_strongly_as_the_slider_says(visit, one):
         pixels = drawn_on(page, "heat").sum(2)
         return "upper left" if pixels[5, 5] > pixels[-5, -5] else "lower right"
 
-    page.get_by_label("dog, the answer").check()
+    page.get_by_label("dog, the prediction").check()
     assert heat.is_visible() and brightest_corner() == "upper left"
     page.get_by_label("cat, the label").check()
     assert brightest_corner() == "lower right"
-    page.get_by_label("faint to strong").fill("80")
+    page.get_by_label("opacity").fill("80")
     assert heat.evaluate("canvas => canvas.style.opacity") == "0.8"
-    page.get_by_label("nothing").check()
+    page.get_by_label("no heat map").check()
     assert heat.is_hidden()
 
 
@@ -330,9 +357,9 @@ def test_the_keyboard_reaches_everything(visit, one):
     focused = "document.activeElement"
     cell(page, "cat", "dog").focus()
     page.keyboard.press("ArrowLeft")
-    assert page.evaluate(f"{focused}.ariaLabel") == "cat taken for deer: 0"
+    assert page.evaluate(f"{focused}.ariaLabel") == "cat misclassified as deer: 0"
     page.keyboard.press("ArrowLeft")  # over the diagonal
-    assert page.evaluate(f"{focused}.ariaLabel") == "cat taken for bird: 0"
+    assert page.evaluate(f"{focused}.ariaLabel") == "cat misclassified as bird: 0"
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     page.locator("#mistakes button").first.focus()
@@ -361,7 +388,7 @@ def test_an_address_leads_to_a_cell_an_image_and_the_choices(visit, two):
     assert listed(page) == ids(13, 53) and page.get_by_label("second", exact=True).is_checked()
     page = visit(two, f"#{FIRST_ID + 5}")
     assert f"image {FIRST_ID + 5}" in page.locator("#closer-title").inner_text()
-    page.keyboard.press("Escape")
+    close(page)
     assert listed(page) == ids(5) and address(page) == "#dog-cat"
 
 
@@ -380,7 +407,7 @@ def test_what_is_looked_at_can_be_linked_to_and_gone_back_from(visit, two):
     page.locator("#mistakes button").first.click()
     linked = address(page)
     page = visit(two, linked)
-    page.keyboard.press("Escape")
+    close(page)
     assert listed(page) == ids(13, 23, 3) and address(page) == "#cat-any&margin=10"
 
 
@@ -398,7 +425,7 @@ def test_an_image_can_be_asked_for_by_number(visit, one):
     assert "Test image 7 isn't here" in page.locator("#message").inner_text()
     page.get_by_label("Test image number").fill(str(FIRST_ID + 8))
     page.keyboard.press("Enter")
-    assert "labelled ship, taken for airplane" in page.locator("#closer-title").inner_text()
+    assert "labelled ship, misclassified as airplane" in page.locator("#closer-title").inner_text()
 
 
 # One network, two, and none that errs.
@@ -417,8 +444,8 @@ def test_two_networks_can_be_compared(visit, two):
     # The first network is right about 1053: the page shows what both say.
     page.locator("#mistakes button").click()
     cat, dog = page.locator("#shares tr", has_text=re.compile("cat|dog")).all_inner_texts()
-    assert cat.split("\t")[1:] == ["99.0 % ◀ answer", "10.0 %"]
-    assert dog.split("\t")[2] == "85.0 % ◀ answer"
+    assert cat.split("\t")[1:] == ["99.0 % ◀ prediction", "10.0 %"]
+    assert dog.split("\t")[2] == "85.0 % ◀ prediction"
     assert "of second" in page.locator("#nearest h3").inner_text()
 
 
@@ -432,16 +459,18 @@ def test_what_is_not_known_is_left_out(visit, sets):
     page = visit(mistakes_page(*sets, [bare]), f"#{FIRST_ID + 3}")
     assert page.locator("#heat-of").is_hidden() and page.locator("#nearest figure").count() == 0
     assert page.locator("#mirrored").inner_text() == page.locator("#votes").inner_text() == ""
-    assert page.get_by_label("Only labels that people doubt").count() == 0
+    assert page.get_by_label("Only labels that a majority").count() == 0
 
 
 def test_a_class_and_a_network_without_mistakes_say_so(visit, one, sets):
     page = visit(one)
     page.locator("#matrix tbody").get_by_role("button", name="frog", exact=True).click()
-    assert page.locator("#tiles-title").inner_text() == "frog taken for any other: no mistakes"
+    assert (
+        page.locator("#tiles-title").inner_text() == "frog misclassified as any other: no mistakes"
+    )
     assert "no such mistake" in page.locator("#message").inner_text()
     page = visit(mistakes_page(*sets, [network("flawless", {})]))
-    assert "flawless makes no mistake" in page.locator("#message").inner_text()
+    assert "flawless misclassifies none" in page.locator("#message").inner_text()
 
 
 # Where it is shown, and by whom it is written.
@@ -551,7 +580,7 @@ def test_the_packages_page_has_the_readmes_counts(visit):
         assert right == round(10_000 * metrics["half_precision"]["tta_none"]["accuracy"])
         assert len(listed(page)) == 10_000 - right
     page = visit(REAL_PAGE, "#1227")
-    assert "1227: labelled cat, taken for dog" in page.locator("#closer-title").inner_text()
+    assert "1227: labelled cat, misclassified as dog" in page.locator("#closer-title").inner_text()
     assert page.locator("#nearest figure").count() == 5 and page.locator("#heat-of").is_visible()
 
 

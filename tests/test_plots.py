@@ -52,9 +52,18 @@ def test_sheets_show_every_picture_with_its_words():
 
     accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"], columns=[1, 2])
     rows = np.stack([PICTURES[:3], PICTURES[3:6]])
-    figure = sheets.shift_pictures(rows, accuracy, "T")
-    assert np.array_equal(shown(figure), PICTURES[:6])
-    assert [ax.get_title() for ax in figure.axes[3:]] == ["unshifted", "1: 30.0%", "2: 40.0%"]
+    figure = sheets.shift_pictures(PICTURES[6], rows[:, :2], 0.5, accuracy, "T")
+    assert np.array_equal(shown(figure), PICTURES[[6, 0, 1, 3, 4]])
+    headings = ["unshifted\n50.0%", "severity 1\n10.0%", "severity 2\n20.0%", "30.0%", "40.0%"]
+    assert [ax.get_title() for ax in figure.axes] == headings
+
+    named = {"a": np.zeros((40, 30, 3), np.uint8), "b": PICTURES[1]}
+    answers = [{"cat": 0.9, "dog": 0.1}, {"frog": 0.7, "ship": 0.2}]
+    figure = sheets.own_pictures(named, PICTURES[:2], heat[:2], answers, "T")
+    assert np.array_equal(shown(figure)[0], named["a"])
+    assert np.array_equal(shown(figure)[1], PICTURES[0])
+    assert figure.axes[6].get_title() == "evidence for frog"
+    assert texts(figure.axes[7].texts) == ["70.0%", "20.0%"]
 
 
 def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
@@ -78,7 +87,7 @@ def test_pictures_that_must_be_recognised_are_smooth_and_others_show_their_pixel
     for figure, smooth in (
         (sheets.gallery(PICTURES, [""] * 7, ""), True),
         (sheets.contact_sheet({"": (PICTURES, [""] * 7, np.zeros(7, dtype=bool))}, ""), True),
-        (sheets.shift_pictures(PICTURES[None, :2], shifts, ""), True),
+        (sheets.shift_pictures(PICTURES[0], PICTURES[None, :1], 0.5, shifts, ""), True),
         (sheets.image_grid(PICTURES, 7, smooth=True), True),
         (sheets.image_grid(PICTURES, 7), False),
     ):
@@ -121,9 +130,10 @@ def test_lines_and_dots_go_through_the_numbers():
 
     sets = {"a": ((0.1, 0.2, 0.3), (1, 2, 3)), "b": ((0.4, 0.5, 0.6), (4, 5, 6))}
     figure = plots.channel_dots(sets, "T")
-    for panel in (0, 1):
-        dots = zip(COLOURS, sets["a"][panel], sets["b"][panel], strict=True)
-        assert lines(figure, panel) == {name: ([a, b], [0, 1]) for name, a, b in dots}
+    for panel in (0, 1):  # a row's dots have three heights, so that none hides another
+        heights = [[row + step for row in (0, 1)] for step in (-0.2, 0, 0.2)]
+        dots = zip(COLOURS, sets["a"][panel], sets["b"][panel], heights, strict=True)
+        assert lines(figure, panel) == {name: ([a, b], ys) for name, a, b, ys in dots}
 
     figure = plots.frequencies({"a": 0.5, "b": 0.4}, 0.5, 0.01, "T")
     assert lines(figure)["measured"] == ([0, 1], [0.5, 0.4])
@@ -132,11 +142,39 @@ def test_lines_and_dots_go_through_the_numbers():
     assert (band.y0, band.y1) == pytest.approx((0.48, 0.52))
 
     series = {"a": [0.1, 0.5, 0.91], "b": [0.2, 0.3, 0.95]}
-    (ax,) = plots.epoch_curves(series, "y", "T", (0.9, 0.96)).axes
-    (inset,) = ax.child_axes
-    assert inset.get_ylim() == (0.9, 0.96)
-    for panel in (ax, inset):
-        assert [line.get_ydata().tolist() for line in panel.lines] == list(series.values())
+    figure = plots.epoch_curves(series, "y", "T")
+    assert lines(figure) == {name: ([1, 2, 3], values) for name, values in series.items()}
+
+
+def test_a_published_curve_is_drawn_through_the_band_of_the_runs_and_named_at_its_end():
+    frame = pd.DataFrame(
+        {"published": [0.1, 0.5, 0.9], "lowest": [0.1, 0.4, 0.8], "highest": [0.2, 0.6, 0.95]},
+        index=pd.RangeIndex(1, 4),
+    )
+    frames = {"training images": frame + 0.01, "test images": frame}
+    figure = plots.reproduction(frames, "accuracy", "T", last=2)
+    for ax, first in zip(figure.axes, (0, 1), strict=True):
+        for line, band, drawn in zip(ax.lines, ax.collections, frames.values(), strict=True):
+            rows = drawn.iloc[first:]
+            assert [tuple(point) for point in line.get_xydata()] == [*rows.published.items()]
+            corners = {tuple(corner) for corner in band.get_paths()[0].vertices}
+            assert corners == {*rows.lowest.items(), *rows.highest.items()}
+
+    first, second = figure.axes[1].texts
+    assert first.get_text() == "training images:\npublished 91.00%\nours 81.00% to 96.00%"
+    assert first.get_position()[1] - second.get_position()[1] == pytest.approx(0.2)
+
+
+def test_smoothed_losses_are_marked_where_they_are_lowest():
+    p = np.array([0.5, 0.7, 0.9])
+    losses = {"none": np.array([3.0, 2, 1]), "some": np.array([3.0, 2, 2.5])}
+    losses["more"] = losses["some"] + 1
+    figure = plots.smoothing_losses(p, losses, "T")
+    assert texts(figure.axes[0].texts) == ["none", "some", "2.000 at 70%", "more", "3.000 at 70%"]
+    marks = [
+        line.get_xydata().tolist() for line in figure.axes[0].lines if len(line.get_xdata()) == 1
+    ]
+    assert marks == [[[0.7, 2]], [[0.7, 3]]]
 
 
 def test_diagrams_name_parts_and_shapes_and_project_only_what_changes_its_shape():
@@ -208,18 +246,27 @@ def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
     ]
 
 
-def test_severity_maps_print_percent_signed_and_bold_where_sure():
+def test_severity_maps_print_points_signed_and_bold_where_sure():
     rows = [("noise", 1, 0.1), ("noise", 2, 0.2), ("blur", 1, 0.3), ("blur", 2, -0.4)]
     frame = pd.DataFrame(rows, columns=["family", "severity", "gain"])
     table = error_plots.by_severity(frame, "gain")
-    plain = error_plots.severity_maps({"a": table}, "T").axes[0]
-    assert texts(plain.texts) == ["10.0", "20.0", "30.0", "-40.0"]
-    signed = error_plots.severity_maps({"a": -table}, "T", {"a": table > 0}).axes[0]
+    signed = error_plots.severity_maps({"a": -table}, {"a": table > 0}, "T").axes[0]
     assert texts(signed.texts) == ["-10.0", "-20.0", "-30.0", "+40.0"]
     assert [text.get_weight() for text in signed.texts] == 3 * ["bold"] + ["normal"]
     assert signed.collections[0].get_array().ravel().tolist() == [-0.1, -0.2, -0.3, 0.4]
     assert texts(signed.get_yticklabels()) == ["noise", "blur"]
     assert signed.collections[0].get_clim() == (-0.4, 0.4)
+    assert [error_plots.points(gain) for gain in (-0.04, 0.04, -0.06)] == ["0.0", "0.0", "-0.1"]
+
+
+def test_names_stand_at_the_ends_of_their_lines_and_not_on_each_other():
+    series = {"a": ([0.01, 1], [0.9, 0.5]), "b": ([0.01, 2], [0.9, 0.5]), "c": ([0.1, 2], [1, 0])}
+    ax = error_plots.accuracy_by_distance(series, "T", "distance").axes[0]
+    assert ax.get_xscale() == "log"
+    drawn = {line.get_label(): line.get_xydata().T.tolist() for line in ax.lines}
+    assert drawn == {name: [x, y] for name, (x, y) in series.items()}
+    sides = {text.get_text(): (text.xy, text.get_ha()) for text in ax.texts}
+    assert sides == {"a": ((1, 0.5), "right"), "b": ((2, 0.5), "left"), "c": ((2, 0), "left")}
 
 
 def test_a_saved_figure_is_what_is_returned_and_the_note_stands_at_its_foot(tmp_path):

@@ -249,8 +249,6 @@ def test_the_default_is_what_wins_on_some_shifts_and_is_confirmed_on_the_others(
     row = table.query("family == 'noise' and adapt == 'batchnorm' and tta == 'flip'").iloc[0]
     assert (row.severity, row.accuracy) == (2, right["noise 2"][best].mean())
     assert (row.mcnemar_p < 1e-3) == (helped != "nothing") and row.low < row.accuracy < row.high
-    if confirmed:
-        assert all(picture.startswith(b"\x89PNG") for picture in ablation.draw(table).values())
 
 
 def test_the_ablation_scores_what_the_library_predicts(model, images):

@@ -59,6 +59,13 @@ FAMILIES = {
     "jpeg": (_jpeg, (80, 65, 58, 50, 40)),
     "pixelate": (_pixelate, (24, 20, 16, 12, 8)),
 }
+# What texts, figures and tables call the families.
+NAMES = dict(zip(FAMILIES, FAMILIES, strict=True)) | {
+    "statistics": "channel statistics",
+    "brightness": "darkness",
+    "jpeg": "JPEG",
+    "pixelate": "pixelation",
+}
 
 
 def shifted(images: Tensor, family: str, severity: int) -> Tensor:

@@ -1,10 +1,12 @@
 """Charts of a network's mistakes: confusions, the border of two classes, confidence, shifts."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -169,31 +171,68 @@ def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 
 @in_style
 def severity_maps(
-    tables: Mapping[str, pd.DataFrame], title: str, sure: Mapping[str, pd.DataFrame] | None = None
+    gains: Mapping[str, pd.DataFrame], sure: Mapping[str, pd.DataFrame], title: str
 ) -> Figure:
-    """Draw tables of families by severities as heat maps in percent, two in a row.
+    """Draw gains in points, families by severities, as heat maps in one colour scale, two in a row.
 
-    tables: {name: fractions (families, severities)}. With `sure` (bool, same shape) the tables are
-    differences: signed, in one colour scale around 0, bold where sure.
+    gains: {name: fractions (families, severities)}. Where `sure` (bool, same shape), bold.
     """
-    families = len(next(iter(tables.values())))
-    columns = min(len(tables), 2)
-    rows = -(-len(tables) // columns)
+    families = len(next(iter(gains.values())))
+    columns = min(len(gains), 2)
+    rows = -(-len(gains) // columns)
     size = (1.4 + 3.2 * columns, 0.5 + rows * (0.7 + 0.34 * families))
     figure, axes = new_figure(rows, columns, size)
     figure.suptitle(title)
-
-    number, scale = "{:.1f}", {"cmap": "Blues", "vmin": 0, "vmax": 1}
-    if sure:
-        limit = max(table.abs().to_numpy().max() for table in tables.values())
-        number, scale = "{:+.1f}", {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
-    for ax, (name, table) in zip(axes.flat, tables.items(), strict=False):
-        _draw_cells(ax, table, (100 * table).map(number.format), scale)
-        if sure:
-            for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
-                text.set_weight("bold" if bold else "normal")
+    limit = max(table.abs().to_numpy().max() for table in gains.values())
+    scale = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
+    for ax, (name, table) in zip(axes.flat, gains.items(), strict=False):
+        _draw_cells(ax, table, (100 * table).map(points), scale)
+        for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
+            text.set_weight("bold" if bold else "normal")
         ax.set(title=name, xlabel="severity", ylabel="")
         ax.tick_params(length=0, labelleft=ax in axes[:, 0], labelrotation=0)
-    for ax in axes.flat[len(tables) :]:
+    for ax in axes.flat[len(gains) :]:
         ax.set_axis_off()
+    return figure
+
+
+def points(gain: float) -> str:
+    """Return a gain in points with its sign and one digit. What rounds to nothing is 0.0."""
+    text = f"{gain:+.1f}"
+    return text if float(text) else "0.0"
+
+
+@in_style
+def accuracy_by_distance(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, xlabel: str
+) -> Figure:
+    """Draw accuracy against a distance on a log axis, one line per name, named at its end.
+
+    series: {name: (distances, accuracies)}, accuracies as fractions, drawn in percent.
+    """
+    figure, axes = new_figure(size=(8, 4.6))
+    ax, markers = axes[0, 0], itertools.cycle("osD^vPX*")
+    outline = [patheffects.withStroke(linewidth=3, foreground="white")]
+    ends = {name: (np.log10(x[-1]), y[-1]) for name, (x, y) in series.items()}
+    for name, (x, y) in series.items():
+        (line,) = ax.plot(x, y, next(markers) + "-", label=name, markersize=4, linewidth=1.6)
+
+        # The name is to the right, or below to the left if another line ends on the right.
+        here, height = ends[name]
+        is_free = not any(0 < x - here < 0.5 and abs(y - height) < 0.04 for x, y in ends.values())
+        ax.annotate(
+            name,
+            (x[-1], y[-1]),
+            xytext=(7, 0) if is_free else (-7, -8),
+            textcoords="offset points",
+            ha="left" if is_free else "right",
+            va="center",
+            color=line.get_color(),
+            path_effects=outline,
+        )
+    ax.set_xscale("log")
+    ax.set(title=title, xlabel=xlabel, ylabel="accuracy")
+    ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set_xlim(right=4 * ax.get_xlim()[1])  # room for the last name
+    ax.xaxis.set_major_formatter("{x:g}")
     return figure

@@ -48,7 +48,7 @@ function lead(image) {
   return confidence(image) - shares[runnerUp] / data.sharesInOne;
 }
 
-/** Whether fewer than three of the five people who saw the image chose its label. */
+/** Whether no majority, of the five people who saw the image, chose its label alone. */
 function isDoubted(image) {
   return image.votes !== null && image.votes.counts[0] < 3;
 }
@@ -69,20 +69,32 @@ function mistakes() {
     all: (image) => networks.every((_, k) => isWrong(image, k)),
     only: (image) => networks.every((_, k) => k === network() || !isWrong(image, k)),
   }[choices.elements.whose?.value ?? "any"];
-  return images.filter((image) => isWrong(image) && wanted(image) && passesDoubt(image));
+  return images.filter((image) => isWrong(image) && wanted(image) && passes(image));
 }
 
-/** The right answers that lead by less than the slider says. */
+/** The correct predictions that lead by less than the slider says. */
 function nearTies() {
   const least = Number(choices.elements.margin.value) / 100;
-  return images.filter((image) => !isWrong(image) && lead(image) < least && passesDoubt(image));
+  return images.filter((image) => !isWrong(image) && lead(image) < least && passes(image));
 }
 
-function passesDoubt(image) {
-  return !choices.elements.doubted?.checked || isDoubted(image);
+/** Whether an image passes the two filters. */
+function passes(image) {
+  const { doubted, differs } = choices.elements;
+  const passesDoubt = !doubted?.checked || isDoubted(image);
+  return passesDoubt && (!differs.checked || differsFromLookAlike(image));
 }
 
-/** Which column an image is listed in: its answer's or, if that is right, the runner-up's. */
+/** Whether the look-alike is a test image that the network puts into another class. */
+function differsFromLookAlike(image) {
+  const [set, index, label] = pictures[image.lookAlike[0]];
+  if (set !== "test") return false; // nothing is known of training images
+  const other = imageByIndex.get(String(index));
+  const guess = other ? answerTo(other).guess : label; // test images not on the page are correct
+  return guess !== answerTo(image).guess;
+}
+
+/** Which column lists an image: its predicted class or, if that is correct, the runner-up. */
 function columnOf(image) {
   const { guess, runnerUp } = answerTo(image);
   return isWrong(image) ? guess : runnerUp;
@@ -105,20 +117,21 @@ function percent(share, digits = 0) {
   return `${((100 * share) / data.sharesInOne).toFixed(digits)} %`;
 }
 
-function wordsOfCell() {
+function wordsOfCell(adverb = "") {
   const label = cell.label === null ? "any class" : classes[cell.label];
   const other = cell.label === null ? "another" : "any other";
-  return `${label} taken for ${cell.answer === null ? other : classes[cell.answer]}`;
+  const answer = cell.answer === null ? other : classes[cell.answer];
+  return `${label} ${adverb}misclassified as ${answer}`;
 }
 
 function wordsOfAnswer(image, k) {
   const { guess, shares } = answerTo(image, k);
-  const verb = guess === image.label ? "recognised as" : "taken for";
-  return `${verb} ${classes[guess]}, ${percent(shares[guess])}`;
+  const how = guess === image.label ? "correctly classified" : "misclassified";
+  return `${how} as ${classes[guess]}, ${percent(shares[guess])}`;
 }
 
 function wordsOf(image) {
-  const doubt = isDoubted(image) ? ", a label that people doubt" : "";
+  const doubt = isDoubted(image) ? ", a label that no majority confirmed" : "";
   return `Test image ${image.index}: ${classes[image.label]}, ${wordsOfAnswer(image)}${doubt}`;
 }
 
@@ -208,7 +221,7 @@ function drawMatrix() {
     const count = counts[label][answer];
     button.textContent = count || "·";
     button.style.setProperty("--share", count / largest);
-    const words = `${classes[label]} taken for ${classes[answer]}: ${count}`;
+    const words = `${classes[label]} misclassified as ${classes[answer]}: ${count}`;
     button.setAttribute("aria-label", words);
   }
   const { matrix } = networks[network()];
@@ -229,7 +242,7 @@ function drawTiles() {
   const points = `${choices.elements.margin.value} points`;
   choices.elements.lead.value = points;
   byId("near-ties-title").textContent = nearlyWrong.length
-    ? `nearly ${wordsOfCell()}, but right by less than ${points}: ${nearlyWrong.length}`
+    ? `${wordsOfCell("nearly ")}, correct by less than ${points}: ${nearlyWrong.length}`
     : "";
   byId("near-ties").replaceChildren(...nearlyWrong.map(tile));
   const first = document.querySelector(".tiles button");
@@ -238,20 +251,19 @@ function drawTiles() {
 
 function message(wrong) {
   if (networks[network()].mistakes === 0) {
-    return `${networks[network()].name} makes no mistake on these images.`;
+    return `${networks[network()].name} misclassifies none of these images.`;
   }
   return wrong.length ? "" : "There is no such mistake.";
 }
 
 function tile(image) {
   const { guess, shares } = answerTo(image);
-  const verb = isWrong(image) ? "not" : "✓ label";
   const canvas = picture(image.picture, 128, ""); // the button has the words
   const button = make("button", { type: "button", "aria-label": wordsOf(image) }, canvas);
   button.append(
     make("b", {}, String(image.index)),
     make("span", {}, `${classes[guess]} ${percent(shares[guess])}`),
-    make("span", {}, `${verb} ${classes[image.label]}`),
+    make("span", {}, isWrong(image) ? `not ${classes[image.label]}` : "✓ correct"),
   );
   if (choices.elements.order.value === "look-alike") {
     const [number] = image.lookAlike;
@@ -260,7 +272,7 @@ function tile(image) {
   }
   if (isDoubted(image)) {
     const { counts, label, guess } = image.votes;
-    const doubt = `label? ${counts[0]} of 5 say ${label}, ${counts[1]} ${guess}`;
+    const doubt = `label? ${counts[0]} of 5 say ${label}, ${counts[1]} say ${guess}`;
     button.append(make("span", { className: "doubted" }, doubt));
   }
   button.image = image;
@@ -282,12 +294,14 @@ function drawCloser() {
   byId("before").disabled = neighbourIn(list, -1) === undefined;
   byId("after").disabled = neighbourIn(list, 1) === undefined;
 
-  // What is known only of mistakes is shown of the current network; if that is right, of another.
+  // Some things are known of mistakes alone. They are shown for the current network or, if that is
+  // correct, for another one.
   const everyNetwork = networks.map((_, k) => k);
   const k = [network(), ...everyNetwork].find((k) => isWrong(image, k)) ?? network();
   drawLarge(k);
   drawShares();
-  byId("mirrored").replaceChildren(...everyNetwork.map(mirrored));
+  const mirrored = everyNetwork.map(wordsOfMirrored).filter((words) => words);
+  byId("mirrored").textContent = mirrored.length ? `Mirror image: ${mirrored.join("; ")}.` : "";
   byId("votes").textContent = wordsOfVotes(image.votes);
   byId("nearest").replaceChildren(...nearest(k));
   byId("look-alike").replaceChildren(...lookAlike());
@@ -309,9 +323,9 @@ function drawLarge(k) {
   draw(byId("large"), opened.picture, !view.elements.pixels.checked);
 
   byId("heat-of").hidden = heat === undefined;
-  byId("heat-of").querySelector("legend").textContent = `Grad-CAM${nameOf(k)}: what speaks for`;
+  byId("heat-of").querySelector("legend").textContent = `Grad-CAM${nameOf(k)}: evidence for`;
   const [answer, label] = byId("heat-of").querySelectorAll("span");
-  answer.textContent = `${classes[guess]}, the answer`;
+  answer.textContent = `${classes[guess]}, the prediction`;
   label.textContent = `${classes[opened.label]}, the label`;
 
   const which = view.elements.heat.value;
@@ -339,7 +353,7 @@ function drawShares() {
   const rows = classes.map((name, c) => {
     const isLabel = c === opened.label;
     const cells = opened.answers.map(({ guess, shares }) => {
-      const answered = c === guess ? " ◀ answer" : "";
+      const answered = c === guess ? " ◀ prediction" : "";
       const share = make("td", {}, `${percent(shares[c], 1)}${answered}`);
       share.style.setProperty("--share", shares[c] / data.sharesInOne);
       share.classList.toggle("marked", c === guess);
@@ -352,23 +366,22 @@ function drawShares() {
   byId("shares").replaceChildren(head, ...rows);
 }
 
-function mirrored(k) {
+function wordsOfMirrored(k) {
   const shares = answerTo(opened, k).mirroredShares;
   if (shares === undefined) return "";
   const guess = shares.indexOf(Math.max(...shares));
-  const network = networks.length > 1 ? `For ${networks[k].name} the` : "The";
-  const adverb = guess === answerTo(opened, k).guess ? "still" : "now";
-  return `${network} mirror image is ${adverb} ${classes[guess]}, ${percent(shares[guess])}. `;
+  const network = networks.length > 1 ? ` (${networks[k].name})` : "";
+  return `${classes[guess]}, ${percent(shares[guess])}${network}`;
 }
 
 function wordsOfVotes(votes) {
   if (votes === null) {
-    return images.some((image) => image.votes) ? "People weren't asked about this image." : "";
+    return images.some((image) => image.votes) ? "Nobody was asked about this image's label." : "";
   }
   const [label, guess, both, neither] = votes.counts;
   return (
-    `Five people were asked whether it is what the label says, or what some other network had ` +
-    `answered: ${label} said ${votes.label} (the label), ${guess} ${votes.guess}, ${both} both, ` +
+    `Five people were asked whether they see the label's class or a class that an algorithm ` +
+    `suggested. ${label} said ${votes.label} (the label), ${guess} ${votes.guess}, ${both} both, ` +
     `${neither} neither.`
   );
 }
@@ -380,7 +393,7 @@ function nearest(k) {
     const words = `${classes[pictures[number][2]]}, cosine ${cosine.toFixed(2)}`;
     return framed(number, `${nameOfPicture(number)}: ${words}`, words);
   });
-  const title = `Nearest training images, by the features${nameOf(k)}`;
+  const title = `Nearest training images by the features${nameOf(k)}`;
   return [make("h3", {}, title), make("div", { className: "row" }, ...figures)];
 }
 
@@ -389,15 +402,15 @@ function lookAlike() {
   const [set, index, label] = pictures[number];
   const image = set === "test" ? imageByIndex.get(String(index)) : undefined;
   const name = nameOfPicture(number);
-  const answer = image ? wordsOfAnswer(image) : set === "test" ? "recognised" : "";
-  const words = [name, `labelled ${classes[label]}`, answer, `likeness ${likeness.toFixed(2)}`];
+  const answer = image ? wordsOfAnswer(image) : set === "test" ? "correctly classified" : "";
+  const words = [name, `labelled ${classes[label]}`, answer, `similarity ${likeness.toFixed(2)}`];
   const figure = framed(number, name, words.filter((word) => word).join(", "));
   if (image) {
     const button = make("button", { type: "button" }, `open ${index}`);
     button.addEventListener("click", () => open(image));
     figure.append(button);
   }
-  const title = "Its look-alike among all images";
+  const title = "Look-alike among all images, found by pixels";
   return [make("h3", {}, title), make("div", { className: "row" }, figure)];
 }
 
@@ -439,7 +452,8 @@ function openNumber(text) {
 }
 
 function sayAbsent(index) {
-  byId("message").textContent = `Test image ${index} isn't here: no mistake, and no near tie.`;
+  byId("message").textContent =
+    `Test image ${index} isn't here, because it is neither a mistake nor a near tie.`;
 }
 
 choices.addEventListener("input", () => {

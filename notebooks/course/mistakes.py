@@ -1,7 +1,7 @@
-"""Every mistake at a click: one page of HTML with all mistakes, their pictures, and what is known.
+"""Every mistake at a click: one HTML page with all mistakes, their images, and what is known.
 
-The page needs no network and no server. What it says is in mistakes.html.jinja, how it looks in
-mistakes.css, and what happens at a click in mistakes.js. This module gathers what it shows.
+The page needs neither the internet nor a server. Its words are in mistakes.html.jinja, its looks in
+mistakes.css, and what happens at a click is in mistakes.js. This module gathers what it shows.
 """
 
 import base64
@@ -27,7 +27,7 @@ from cifar_lib.evaluate import accuracy, confusion_matrix
 from cifar_lib.explain import grad_cam
 from notebooks.course.answers import Network
 
-NEAR_TIE = 0.3  # a right answer that leads by less than this is on the page too
+NEAR_TIE = 0.3  # a correct prediction that leads by less than this is on the page, too
 SHARES_IN_ONE = 100_000  # probabilities are stored as whole numbers of this
 HEAT_LEVELS = 16  # a cell of a heat map is stored as one hexadecimal digit
 SPRITE_COLUMNS = 64
@@ -36,7 +36,7 @@ SPRITE_QUALITY = 80
 
 @dataclass(frozen=True)
 class NetworkAnswers:
-    """What a network answers on N test images, and what is known about its m mistakes.
+    """What a network predicts for N test images, and what is known about its m mistakes.
 
     name: what the page calls the network.
     logits: float32 (N, 10).
@@ -45,7 +45,7 @@ class NetworkAnswers:
     mistakes: which test images the next three are about, positions, int64 (m,).
     nearest: the nearest five training images of each, positions, int64 (m, 5), the nearest first.
     cosines: how close these are, float32 (m, 5).
-    heat: Grad-CAM for the answer and for the label, float32 (m, 2, 8, 8), in [0, 1].
+    heat: Grad-CAM for the prediction and for the label, float32 (m, 2, 8, 8), in [0, 1].
 
     All but the first three may be None. The page leaves out what isn't known.
     """
@@ -68,7 +68,7 @@ class NetworkAnswers:
 def answers_of(
     network: Network, test: ImageSet, logits: Tensor, temperature: float
 ) -> NetworkAnswers:
-    """Return what a network answers on test images, and heat maps of its mistakes.
+    """Return what a network predicts for test images, and heat maps of its mistakes.
 
     logits: what `network.predict` gives for these images, float32 (N, 10).
     temperature: what these are divided by before they become probabilities.
@@ -98,7 +98,7 @@ def answers_of(
 
 
 def _heat(network: Network, images: Tensor, guesses: Tensor, labels: Tensor) -> Tensor:
-    """Return Grad-CAM for the answers and for the labels: float32 (m, 2, 8, 8), in [0, 1]."""
+    """Return Grad-CAM for the predictions and for the labels: float32 (m, 2, 8, 8), in [0, 1]."""
     normalization = network.info.normalization
     pieces = [torch.zeros(0, 2, 8, 8)]
     for piece in torch.arange(len(images)).split(50):  # Grad-CAM keeps what all layers compute

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar_lib.data import CLASSES, ImageSet
-from notebooks.course.style import BLUE, LIGHT_BLUE, RED, in_style, new_figure, show_image
+from notebooks.course.style import BLACK, BLUE, LIGHT_BLUE, RED, in_style, new_figure, show_image
 
 CHANNEL_COLOURS = {"red": "#D55E00", "green": "#009E73", "blue": "#0072B2"}
 CHANNEL_MARKERS = {"red": "o", "green": "s", "blue": "D"}
+CHANNEL_STEP = 0.2  # between the heights of two channels' dots, as a share of a row
 
 
 @in_style
@@ -65,20 +66,22 @@ def channel_dots(
 ) -> Figure:
     """Draw the channels' means and standard deviations, one row per set, one dot per channel.
 
-    statistics: {set: (means (3,), standard deviations (3,))}.
+    statistics: {set: (means (3,), standard deviations (3,))}. In each row red is drawn a little
+    above green, and blue a little below, so that no dot hides another.
     """
-    figure, axes = new_figure(1, 2, (8, 1.2 + 0.38 * len(statistics)))
-    rows = range(len(statistics))
+    figure, axes = new_figure(1, 2, (8, 1.4 + 0.42 * len(statistics)))
+    figure.suptitle(title)
+    rows = np.arange(len(statistics))
     for i, xlabel in enumerate(("mean", "standard deviation")):
         ax = axes[0, i]
         for channel, (colour, hexadecimal) in enumerate(CHANNEL_COLOURS.items()):
             dots = [pair[i][channel] for pair in statistics.values()]
-            ax.plot(dots, rows, CHANNEL_MARKERS[colour], color=hexadecimal, label=colour)
+            heights = rows + (channel - 1) * CHANNEL_STEP
+            ax.plot(dots, heights, CHANNEL_MARKERS[colour], color=hexadecimal, label=colour)
         ax.set_yticks(rows, statistics.keys() if i == 0 else [])
         ax.invert_yaxis()
         ax.margins(x=0.08, y=0.12)
         ax.set_xlabel(xlabel)
-    axes[0, 0].set_title(title)
     axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
     return figure
 
@@ -95,15 +98,24 @@ def frequencies(
     figure, axes = new_figure(size=(8, 3.6))
     ax, values = axes[0, 0], list(measured.values())
     low, high = expected - 2 * deviation, expected + 2 * deviation
-    ax.axhspan(low, high, color=LIGHT_BLUE, alpha=0.25, label="± 2 standard deviations")
-    ax.axhline(expected, color=RED, linestyle="--", label=f"expected {expected:.2%}")
+    ax.axhspan(low, high, color=LIGHT_BLUE, alpha=0.25)
+    ax.axhline(expected, color=RED, linestyle="--")
     ax.plot(range(len(measured)), values, "o", label="measured")
     ax.set_xticks(range(len(measured)), measured.keys(), rotation=35, ha="right")
-    ax.set_ylim(min(low - 2 * deviation, *values), max(high + 4 * deviation, *values))
+    ax.set_ylim(min(low - deviation, *values), max(high + deviation, *values))
     ax.locator_params(axis="y", nbins=8, steps=[1, 2, 5, 10])
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
-    ax.legend(loc="upper center", ncols=3)
+
+    # What the line and the edges of the band are, to the right of them.
+    names = {
+        high: ("+2 standard\ndeviations", BLUE),
+        expected: (f"expected\n{expected:.2%}", RED),
+        low: ("−2 standard\ndeviations", BLUE),
+    }
+    beside = {"xycoords": ax.get_yaxis_transform(), "xytext": (6, 0), "va": "center"}
+    for height, (name, colour) in names.items():
+        ax.annotate(name, (1, height), textcoords="offset points", color=colour, **beside)
     return figure
 
 
@@ -134,36 +146,104 @@ def curves(
 
 
 @in_style
-def epoch_curves(
-    series: Mapping[str, Sequence[float]],
-    ylabel: str,
-    title: str,
-    zoom: tuple[float, float] | None = None,
-) -> Figure:
+def epoch_curves(series: Mapping[str, Sequence[float]], ylabel: str, title: str) -> Figure:
     """Draw one line over the epochs per name, told apart by colour and dashes.
 
     series: {name: one value per epoch}; where `ylabel` is "accuracy", fractions, drawn in percent.
-    With `zoom`, an inset shows the second half of the epochs between these two values.
+    Epochs are numbered from 1.
     """
-    figure, axes = new_figure(size=(7.5, 5 if zoom else 4))
-    ax, longest = axes[0, 0], max(len(values) for values in series.values())
-    ax.set(xlabel="epoch, counted from 0", ylabel=ylabel, title=title)
-    panels = [ax]
-    if zoom:
-        # The inset goes where the lines are not: below those that rise, above those that fall.
-        first, *_, last = next(iter(series.values()))
-        bottom = 0.11 if first < last else 0.38
-        inset = ax.inset_axes((0.34, bottom, 0.64, 0.54), ylim=zoom, xlim=(longest / 2, longest))
-        panels.append(inset)
-    for panel in panels:
-        dashes = itertools.cycle(("-", "--", "-.", ":"))
-        for name, values in series.items():
-            panel.plot(range(len(values)), values, next(dashes), label=name, linewidth=1.6)
-        if ylabel == "accuracy":
-            panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if zoom:
-        ax.indicate_inset_zoom(inset, edgecolor="black")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    figure, axes = new_figure(size=(7.5, 3.6))
+    ax, dashes = axes[0, 0], itertools.cycle(("-", "--", "-.", ":"))
+    for name, values in series.items():
+        ax.plot(range(1, len(values) + 1), values, next(dashes), label=name, linewidth=1.6)
+    ax.set(xlabel="epoch", ylabel=ylabel, title=title)
+    if ylabel == "accuracy":
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.legend()
+    return figure
+
+
+@in_style
+def reproduction(
+    frames: Mapping[str, pd.DataFrame], quantity: str, title: str, last: int = 20
+) -> Figure:
+    """Draw a published curve through the band of a few runs, for each set of images.
+
+    frames: as `reference.sixty_epochs` gives them. quantity: what they hold, "accuracy" in
+    fractions, drawn in percent, or "loss". The panel on the right has the `last` epochs only, and
+    names the values after the last one.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    is_share = quantity == "accuracy"
+    colours = dict(zip(frames, (BLUE, RED), strict=True))
+    for name, frame in frames.items():
+        for ax, rows in ((left, frame), (right, frame.tail(last))):
+            band = {"color": colours[name], "alpha": 0.3, "linewidth": 0}
+            ax.fill_between(rows.index, rows.lowest, rows.highest, **band)
+            ax.plot(rows.index, rows.published, color=colours[name], linewidth=1.3)
+    for ax, name in ((left, "All epochs"), (right, f"The last {last} epochs")):
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if is_share:
+            ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    left.set_ylabel(quantity)
+
+    # Name the lines where they end.
+    form = "{:.2%}" if is_share else "{:.3f}"
+    texts, heights = {}, {}
+    for name, frame in frames.items():
+        published, lowest, highest = map(form.format, frame.iloc[-1])
+        texts[name] = f"{name}:\npublished {published}\nours {lowest} to {highest}"
+        heights[name] = frame.published.iloc[-1]
+    _label_ends(right, heights, texts, colours, apart=0.2)
+    return figure
+
+
+def _label_ends(
+    ax: Axes,
+    heights: Mapping[str, float],
+    texts: Mapping[str, str],
+    colours: Mapping[str, str],
+    apart: float,
+) -> None:
+    """Write texts to the right of the axes, at the heights of two lines' ends.
+
+    heights: in the units of the y axis. If they are closer than `apart`, a fraction of the axes,
+    the texts move away from each other.
+    """
+    low, high = ax.get_ylim()
+    at = {name: (height - low) / (high - low) for name, height in heights.items()}
+    upper, lower = sorted(at, key=lambda name: -at[name])
+    missing = max(apart - (at[upper] - at[lower]), 0)
+    at[upper] += missing / 2
+    at[lower] -= missing / 2
+    for name, height in at.items():
+        place = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
+        ax.annotate(texts[name], (1.02, height), fontsize=9, color=colours[name], **place)
+
+
+@in_style
+def smoothing_losses(p: np.ndarray, losses: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Draw the loss against the probability `p` of the true class, and mark where it is lowest.
+
+    p: (n,), rising. losses: {name: (n,)}; the name is written at the line's right end.
+    """
+    figure, axes = new_figure(size=(7.5, 3.8))
+    ax = axes[0, 0]
+    for (name, loss), colour in zip(losses.items(), (BLACK, BLUE, RED), strict=True):
+        ax.plot(p, loss, color=colour, linewidth=1.6)
+        look = {"textcoords": "offset points", "color": colour, "fontsize": 9}
+        ax.annotate(name, (p[-1], loss[-1]), xytext=(5, 0), va="center", **look)
+        i = loss.argmin()
+        if i < len(p) - 1:  # else the loss falls to the end
+            ax.plot(p[i], loss[i], "o", color=colour, markersize=5)
+            text = f"{loss[i]:.3f} at {p[i]:.0%}"
+            ax.annotate(text, (p[i], loss[i]), xytext=(0, -6), ha="center", va="top", **look)
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.set(xlabel="probability of the true class", ylabel="loss of one image", title=title)
     return figure
 
 
@@ -180,7 +260,7 @@ def live_run(history: pd.DataFrame, epochs: int, images: ImageSet, answers: np.n
 
     # A table: a row per image, with its picture, and a column for each of at most five epochs.
     shown = np.unique(np.linspace(0, epochs - 1, min(epochs, 5)).round().astype(int))
-    right.suptitle("its answers to test images (bold: correct)", size=11)
+    right.suptitle("Answers to eight test images (bold: correct)", size=11)
     axes = right.subplots(len(images), 1 + len(shown), width_ratios=(0.55, *[1] * len(shown)))
     pictures = images.images.permute(0, 2, 3, 1).cpu().numpy()  # (n, 32, 32, 3)
     for i, row in enumerate(axes):
@@ -199,7 +279,7 @@ def _draw_progress(ax: Axes, history: pd.DataFrame, epochs: int) -> None:
     names = {"train_accuracy": "training images", "test_accuracy": "test images"}
     for (column, name), look in zip(names.items(), ("o-", "s--"), strict=True):
         ax.plot(history.epoch + 1, history[column], look, label=name, markersize=4)
-    ax.set(xlim=(0.5, epochs + 0.5), ylim=(0, 1), xlabel="epoch", title="accuracy after each epoch")
+    ax.set(xlim=(0.5, epochs + 0.5), ylim=(0, 1), xlabel="epoch", title="Accuracy after each epoch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.axhline(0.1, color=RED, linestyle=":", label="guessing")

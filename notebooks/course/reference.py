@@ -16,6 +16,7 @@ from cifar_lib.evaluate import wilson_interval
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 REFERENCE = RESULTS / "reference"
 SHIPPED_RUN = RESULTS / "report-seed42"  # the records of the package's weights
+SEEDS = (42, 0, 1)  # of the runs of the recipe `report`, results/report-seed*
 SEARCH = RESULTS / "tuning" / "study.db"  # a search's trials
 SHIFT = RESULTS / "shift"  # every adaptation on every shift, with the package's weights
 LABEL_CHECKS = RESULTS / "label-errors" / "cifar10.csv"  # people's votes on test labels
@@ -53,6 +54,7 @@ def published_table_2() -> dict[str, str]:
     correct = int(published_confusion().to_numpy().trace())
     return {
         "parameters": "4,916,284",
+        "trainable parameters": "4,916,284",
         "multiply-adds (M)": "769.05",
         "estimated size (MB)": "34.01",
         "epochs": "60",
@@ -65,18 +67,27 @@ def published_table_2() -> dict[str, str]:
     }
 
 
-def sixty_epochs(quantity: str) -> dict[str, pd.Series]:
-    """Return `loss` or `accuracy` by epoch, of the published run and of the package's weights.
+def our_histories() -> dict[int, pd.DataFrame]:
+    """Return the 60 epochs of each run of the recipe `report` by its seed, as `history.csv` has
+    them: accuracies are fractions."""
+    return {seed: pd.read_csv(RESULTS / f"report-seed{seed}" / "history.csv") for seed in SEEDS}
 
-    There are four series, named by images and run: two runs, on training and on test images.
+
+def sixty_epochs(quantity: str) -> dict[str, pd.DataFrame]:
+    """Return `loss` or `accuracy` by epoch, on training and on test images.
+
+    There is one frame for each of the two sets of images. Its rows are the epochs, numbered from 1.
+    Its columns are the value of the published run, and the lowest and the highest value of this
+    repository's runs.
     """
-    published, ours = published_history(), pd.read_csv(SHIPPED_RUN / "history.csv")
-    return {
-        "training images (published)": published[f"train_{quantity}"],
-        "test images (published)": published[f"test_{quantity}"],
-        "training images (ours)": ours[f"train_{quantity}"],
-        "test images (ours)": ours[f"test_{quantity}"],
-    }
+    published, epochs = published_history(), pd.RangeIndex(1, 61, name="epoch")
+    frames = {}
+    for name, part in (("training images", "train"), ("test images", "test")):
+        column = f"{part}_{quantity}"
+        ours = pd.DataFrame({seed: run[column] for seed, run in our_histories().items()})
+        columns = {"published": published[column], "lowest": ours.min(1), "highest": ours.max(1)}
+        frames[name] = pd.DataFrame(columns).set_index(epochs)
+    return frames
 
 
 def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:

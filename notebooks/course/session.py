@@ -265,11 +265,13 @@ class Session:
     def specifications(self) -> pd.DataFrame:
         """Return the system specifications of the report, of the package's weights and of this run.
 
-        They are those of the machines that each was trained on.
+        They are those of the machines that each was trained on. Commits have seven digits.
         """
         columns = {"published": PUBLISHED_SYSTEM}
         for name, run in {"the package's weights": SHIPPED_RUN, "this run": self.run}.items():
-            columns[name] = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+            system = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+            commit, *changes = (system["commit"] or "").split("+")
+            columns[name] = system | {"commit": "+".join([commit[:7], *changes])}
         cells = {
             name: [str(system.get(key) or "–") for key in SYSTEM]
             for name, system in columns.items()
@@ -387,6 +389,7 @@ def _complexity(network: ResNet) -> dict[str, str]:
     megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
     return {
         "parameters": f"{size.total_params:,}",
+        "trainable parameters": f"{size.trainable_params:,}",
         "multiply-adds (M)": f"{size.total_mult_adds / 1e6:.2f}",
         "estimated size (MB)": f"{megabytes:.2f}",
     }

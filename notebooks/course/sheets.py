@@ -187,18 +187,62 @@ def inspection(
 
 
 @in_style
-def shift_pictures(pictures: np.ndarray, accuracy: pd.DataFrame, title: str) -> Figure:
-    """Draw one picture unshifted and at every severity, one row per family of shifts.
+def shift_pictures(
+    unshifted: np.ndarray,
+    shifted: np.ndarray,
+    unshifted_accuracy: float,
+    accuracy: pd.DataFrame,
+    title: str,
+) -> Figure:
+    """Draw one picture unshifted, and beside it at every severity, one row per family of shifts.
 
-    pictures: uint8 (families, 1 + severities, H, W, 3), the unshifted one first.
+    unshifted: uint8 (H, W, 3). shifted: uint8 (families, severities, H, W, 3).
     accuracy: families by severities, fractions, printed above the pictures in percent.
     """
-    rows, columns = pictures.shape[:2]
-    figure, axes = new_figure(rows, columns, (1 + 1.05 * columns, 0.7 + 1.2 * rows))
+    rows, columns = accuracy.shape
+    figure = Figure(figsize=(2.6 + 1.05 * columns, 0.8 + 1.2 * rows), layout="constrained")
     figure.suptitle(title)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1.2 + 1.05 * columns))
+    show_image(left.subplots(), unshifted, f"unshifted\n{unshifted_accuracy:.1%}", 9, smooth=True)
+
+    axes = right.subplots(rows, columns, squeeze=False)
     for i, (family, shares) in enumerate(accuracy.iterrows()):
-        titles = ["unshifted"] + [f"{severity}: {share:.1%}" for severity, share in shares.items()]
-        for ax, picture, text in zip(axes[i], pictures[i], titles, strict=True):
-            show_image(ax, picture, text, size=9, smooth=True)
+        for ax, picture, (severity, share) in zip(axes[i], shifted[i], shares.items(), strict=True):
+            heading = f"severity {severity}\n" if i == 0 else ""
+            show_image(ax, picture, f"{heading}{share:.1%}", size=9, smooth=True)
         axes[i, 0].set_ylabel(family, rotation=0, ha="right", va="center")
+    return figure
+
+
+@in_style
+def own_pictures(
+    pictures: Mapping[str, np.ndarray],
+    seen: np.ndarray,
+    heat: np.ndarray,
+    probabilities: Sequence[Mapping[str, float]],
+    title: str,
+) -> Figure:
+    """Draw pictures as they are, as the network sees them, and what it answers, one row for each.
+
+    pictures: {name: uint8 (H, W, 3)}, n of any size. seen: uint8 (n, 32, 32, 3), as it sees them.
+    heat: the evidence for its answer, float (n, 32, 32) in [0, 1].
+    probabilities: for each its likeliest classes, {class: probability}, the likeliest first.
+    """
+    shape = {"width_ratios": (1.4, 1, 1, 1.3), "squeeze": False}
+    figure = Figure(figsize=(8.5, 0.5 + 1.9 * len(pictures)), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.subplots(len(pictures), 4, **shape)
+    for row, (name, picture), small, hot, shares in zip(
+        grid, pictures.items(), seen, heat, probabilities, strict=True
+    ):
+        show_image(row[0], picture, name, size=9, smooth=len(picture) > 32)
+        show_image(row[1], small, "as 32×32 pixels", size=9)
+        show_image(row[2], small, f"evidence for {next(iter(shares))}", size=9)
+        show_heat(row[2], hot)
+        drawn = row[3].barh(list(shares), list(shares.values()))
+        row[3].bar_label(drawn, [f"{share:.1%}" for share in shares.values()], padding=2)
+        row[3].set(xlim=(0, 1.3), xticks=[])
+        row[3].set_title("probability", fontsize=9, loc="center")
+        row[3].invert_yaxis()
+        row[3].grid(False)
     return figure
