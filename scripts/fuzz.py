@@ -6,7 +6,6 @@ within 10 seconds and 1 GB. Anything else ends the campaign with the reader's na
 """
 
 import argparse
-import contextlib
 import faulthandler
 import functools
 import hashlib
@@ -17,7 +16,6 @@ import multiprocessing
 import pickle
 import random
 import resource
-import runpy
 import tempfile
 import time
 import warnings
@@ -31,17 +29,17 @@ import psutil
 import torch
 from PIL import Image
 
-from cifar_lib import cli
 from cifar_lib.checkpoint import DIGEST_SIZE, RunDirectory
 from cifar_lib.errors import InputError
+from cifar_lib.fit import fit
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import load_model
 from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, recipe
 from cifar_lib.train import State
 from notebooks.course.stand_in import generate_stand_in
+from tests.test_pickles import CORPUS, mutated
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS, ROOM = 10, 1 << 30  # how much time, and how many bytes of memory, one file may take
 NETWORK = {"blocks": "1", "channels": "16", "precision": "fp32"}
 # Values that nobody expects. The words are also used as names of fields.
@@ -49,17 +47,7 @@ WORDS = ["", "0", "0x10", "1_0", "1,2", "none", "name", "self", "\x00", "½", "x
 NASTY = [None, True, -1, 0, 1, 10**30, 1e308, -1e-300, float("nan"), [], {}, *WORDS]
 
 
-# Ways to change an honest file.
-
-
-def mutated(content: bytes) -> bytes:
-    """Change, drop or add a few bytes, mostly near the ends, because the middle is only pixels."""
-    changed = bytearray(content)
-    for _ in range(random.randint(1, 6)):
-        head, tail = random.randrange(400), max(len(changed) - random.randrange(300), 0)
-        at = random.choice([head, tail, random.randrange(len(changed) + 1)])
-        changed[at : at + random.randint(0, 4)] = random.randbytes(random.randint(0, 8))
-    return bytes(changed)
+# A nasty value, and a random file for each reader.
 
 
 def nasty(value: Any) -> Any:
@@ -84,17 +72,13 @@ def nasty_json(value: Any) -> bytes:
     return text.replace(b"[", b"[" * 200_000, 1) if random.random() < 0.02 else text
 
 
-# A random file for each reader.
-
-
 @functools.cache
 def honest_pickles() -> list[bytes]:
     """Return test files of every protocol, and the short ones of the tests' hostile files."""
     images = generate_stand_in(0, 2)[1].images.permute(0, 2, 3, 1)  # (2, 32, 32, 3)
     content = {b"data": images.numpy(), b"ids": [0, 1]}
-    hostile = runpy.run_path(str(ROOT / "tests" / "test_pickles.py"))["CORPUS"].values()
     honest = [pickle.dumps(content, protocol) for protocol in range(6)]
-    return honest + [file for file in hostile if 0 < len(file) < 10**5]
+    return honest + [file for file in CORPUS.values() if 0 < len(file) < 10**5]
 
 
 @functools.cache
@@ -111,16 +95,9 @@ def honest_pictures() -> list[bytes]:
 @functools.cache
 def honest_run() -> dict[str, bytes]:
     """Return the files of a run of one epoch, by name."""
-    cli.load_cifar10 = lambda *_: generate_stand_in(60, 20)
-    words = "train --recipe small --epochs 1 --train-size 60 --device cpu"
-    settings = [f"--set={field}={value}" for field, value in NETWORK.items()]
-    quiet = io.StringIO()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.redirect_stdout(quiet),
-        contextlib.redirect_stderr(quiet),
-    ):
-        assert cli.main([*words.split(), *settings, "--run", folder]) == 0
+    config, images = recipe("small", epochs=1, **NETWORK), generate_stand_in(60, 20)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(config, folder, *images, device="cpu", log=lambda line: None)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -128,7 +105,7 @@ def weights() -> bytes:
     """Return a file of weights with changed bytes or another header."""
     content = honest_run()["model.safetensors"]
     if random.random() < 0.3:
-        return mutated(content)
+        return mutated(content, random)
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     if random.random() < 0.5:
@@ -144,7 +121,7 @@ def checkpoint() -> bytes:
     """Return a changed checkpoint with the right digest, as a stranger could make it."""
     content = honest_run()["checkpoint.pt"][:-DIGEST_SIZE]
     if random.random() < 0.5:
-        content = mutated(content)
+        content = mutated(content, random)
     else:
         file = io.BytesIO()
         torch.save(nasty(torch.load(io.BytesIO(content), weights_only=True)), file)
@@ -164,7 +141,7 @@ def read_checkpoint(path: Path) -> None:
 
 def configuration() -> bytes:
     content = nasty_json(asdict(RECIPES["small"]))
-    return mutated(content) if random.random() < 0.3 else content
+    return mutated(content, random) if random.random() < 0.3 else content
 
 
 def read_configuration(path: Path) -> None:
@@ -172,8 +149,8 @@ def read_configuration(path: Path) -> None:
 
 
 READERS = {
-    "pickle": (lambda: mutated(random.choice(honest_pickles())), read_test_file),
-    "picture": (lambda: mutated(random.choice(honest_pictures())), read_picture),
+    "pickle": (lambda: mutated(random.choice(honest_pickles()), random), read_test_file),
+    "picture": (lambda: mutated(random.choice(honest_pictures()), random), read_picture),
     "weights": (weights, load_model),
     "checkpoint": (checkpoint, read_checkpoint),
     "configuration": (configuration, read_configuration),

@@ -14,11 +14,12 @@ script draws a sample by a seed, also tries changes written by hand, and imports
 
 import argparse
 import ast
-import concurrent.futures
 import hashlib
 import importlib
+import itertools
 import json
 import os
+import queue
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,24 +41,12 @@ JUDGED = ROOT / "scripts" / "judged_mutants.json"  # survivors (module, old, new
 HEAVY = "torch torchvision torchinfo pandas scipy.stats scipy.optimize sklearn.metrics pydantic"
 HEAVY += " matplotlib.pyplot optuna torch._dynamo PIL.Image"
 SLOWEST = 20.0  # seconds: slower tests decide nothing that a faster one doesn't, or too late
-COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "in": "not in"}
-COMPARISONS |= {"not in": "in", "is": "is not", "is not": "is"}
-SYMBOLS = {ast.Add: " + ", ast.Sub: " - ", ast.Mult: " * ", ast.Div: " / ", ast.FloorDiv: " // "}
-OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
-OPPOSITE |= {ast.FloorDiv: ast.Mult}
+# The operators that are mistaken for each other.
+OPPOSITE = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.In: ast.NotIn}
+OPPOSITE |= {ast.Is: ast.IsNot, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.And: ast.Or}
+OPPOSITE |= {other: one for one, other in OPPOSITE.items()} | {ast.FloorDiv: ast.Mult}
 # These change no result, only words for people, or speed. A line with one of them isn't changed.
-NO_MEANING = (
-    "help=",
-    "unit=",
-    "stacklevel",
-    ".log(",
-    "log(",
-    "print(",
-    "remedy",
-    "BATCHES_TOGETHER",
-    "LOOK_EVERY",
-    "set_desc",
-)
+NO_MEANING = "help= unit= stacklevel log( print( remedy BATCHES_TOGETHER LOOK_EVERY set_desc"
 # Keywords that say how fast or where, that repeat the default (the last one, on Linux), or that
 # state what always holds (strict).
 NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners", "strict")
@@ -88,27 +78,25 @@ class Mutant:
 def mutants_of(module: str, source: str) -> list[Mutant]:
     """Return all changes that this script can make to a module."""
     lines = source.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    found: list[Mutant] = []
+    starts = list(itertools.accumulate(map(len, lines), initial=0))
+    found: dict[Mutant, str] = {}
 
     def offset(line: int, column: int) -> int:
         # ast counts columns in bytes of UTF-8
         return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
-    def add(kind: str, node: ast.AST, new: str) -> None:
-        start = offset(node.lineno, node.col_offset)
-        old = source[start : offset(node.end_lineno, node.end_col_offset)]
-        text = "".join(lines[node.lineno - 1 : node.end_lineno])
-        if not any(word in text for word in NO_MEANING):
-            found.append(Mutant(module, node.lineno, kind, start, old, new))
-
     for node in _meaningful(ast.parse(source)):
-        for kind, new in _changes(node):
-            add(kind, node, new)
-    whole = {mutant: mutant.applied(source) for mutant in found}
-    return [mutant for mutant, text in whole.items() if text != source and _compiles(text)]
+        for kind, change in _changes(node):
+            begin, end = node.lineno, node.end_lineno
+            start = offset(begin, node.col_offset)
+            old = source[start : offset(end, node.end_col_offset)]
+            new = ast.unparse(change)
+            if isinstance(change, (ast.BinOp, ast.BoolOp)):
+                new = f"({new})"
+            mutant = Mutant(module, begin, kind, start, old, new)
+            if not any(word in "".join(lines[begin - 1 : end]) for word in NO_MEANING.split()):
+                found[mutant] = mutant.applied(source)
+    return [mutant for mutant, text in found.items() if text != source and _compiles(text)]
 
 
 def _compiles(source: str) -> bool:
@@ -133,41 +121,36 @@ def _meaningful(node: ast.AST):
 
 
 def _changes(node: ast.AST):
-    """Yield (kind, new text) for each way in which this node can be wrong."""
+    """Yield (kind, what takes its place) for each way in which this node can be wrong."""
     match node:
         case ast.Compare(ops=[operator]):
-            left, right = ast.unparse(node.left), ast.unparse(node.comparators[0])
-            symbol = ast.unparse(ast.Compare(ast.Name("a"), [operator], [ast.Name("b")]))[2:-2]
-            yield "comparison", f"{left} {COMPARISONS[symbol]} {right}"
-        case ast.Constant(value=bool()):
-            yield "constant", str(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield "constant", repr(node.value + 1 if node.value in (0, 1, -1) else node.value * 2)
+            yield "comparison", ast.Compare(node.left, [_opposite(operator)], node.comparators)
+        case ast.Constant(value=bool() as value):
+            yield "constant", ast.Constant(not value)
+        case ast.Constant(value=int() | float() as value):
+            yield "constant", ast.Constant(value + 1 if value in (0, 1, -1) else value * 2)
         case ast.BinOp(op=operator) if type(operator) in OPPOSITE:
-            symbol = SYMBOLS[OPPOSITE[type(operator)]]
-            yield "arithmetic", f"({ast.unparse(node.left)}{symbol}{ast.unparse(node.right)})"
+            yield "arithmetic", ast.BinOp(node.left, _opposite(operator), node.right)
         case ast.BoolOp(op=operator):
-            word = " and " if isinstance(operator, ast.Or) else " or "
-            yield "and/or", f"({word.join(f'({ast.unparse(part)})' for part in node.values)})"
+            yield "and/or", ast.BoolOp(_opposite(operator), node.values)
         case ast.UnaryOp(op=ast.Not()):
-            yield "not removed", f"bool({ast.unparse(node.operand)})"
+            yield "not removed", ast.Call(ast.Name("bool"), [node.operand], [])
         case ast.Expr(value=ast.Call()) | ast.AugAssign():
-            yield "statement dropped", "pass"
+            yield "statement dropped", ast.Pass()
         case ast.Subscript(slice=ast.Constant(value=str() as name)):
-            yield "key", f"{ast.unparse(node.value)}[{name + '_'!r}]"
-        case ast.Call():
-            yield from _call_changes(node)
-
-
-def _call_changes(node: ast.Call):
-    if len(node.args) >= 2 and all(isinstance(a, (ast.Name, ast.Attribute)) for a in node.args[:2]):
-        first, second, *rest = node.args
-        swapped = ast.Call(node.func, [second, first, *rest], node.keywords)
-        yield "arguments swapped", ast.unparse(swapped)
-    for dropped in node.keywords:
+            yield "key", ast.Subscript(node.value, ast.Constant(f"{name}_"))
+        case ast.Call(args=[ast.Name() | ast.Attribute() as first, second, *rest]) if isinstance(
+            second, (ast.Name, ast.Attribute)
+        ):
+            yield "arguments swapped", ast.Call(node.func, [second, first, *rest], node.keywords)
+    for dropped in node.keywords if isinstance(node, ast.Call) else []:
         if dropped.arg not in (None, "frozen", *NEUTRAL):
             kept = [keyword for keyword in node.keywords if keyword is not dropped]
-            yield "keyword dropped", ast.unparse(ast.Call(node.func, node.args, kept))
+            yield "keyword dropped", ast.Call(node.func, node.args, kept)
+
+
+def _opposite(operator: ast.AST) -> ast.AST:
+    return OPPOSITE[type(operator)]()
 
 
 def chosen(sources: dict[str, str], count: int, seed: int) -> list[Mutant]:
@@ -354,40 +337,36 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: dict[str, dict]) -> st
 
 def report(mutants: list[Mutant], verdicts: list[str], seed: int) -> str:
     """Return the table by module, and the survivors, with what JUDGED says of them."""
-    rows, survivors = [], []
-    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
-    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
     pairs = list(zip(mutants, verdicts, strict=True))
+    rows = []
     for module in sorted({mutant.module for mutant in mutants}):
         here = [verdict for mutant, verdict in pairs if mutant.module == module]
-        killed = sum(verdict != "survived" for verdict in here)
-        rows.append(f"| {module} | {len(here)} | {killed} |")
-    for mutant, verdict in pairs:
-        if verdict == "survived":
-            old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
-            where = f"cifar_lib/{mutant.module}.py:{mutant.line}"
-            why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
-            survivors.append(f"- {where} ({mutant.kind}): `{old}` became `{new}`: {why}")
-    return "\n".join(
-        [
-            "# Mutants",
-            "",
-            "Small changes to the package, and whether its tests notice; written by",
-            f"`python -m scripts.mutants --named scripts/named_mutants.json` (seed {seed}).",
-            "",
-            f"- Drawn: {_share(pairs, by_hand=False)}",
-            f"- Written by hand: {_share(pairs, by_hand=True)}",
-            "",
-            "| module | tried | killed |",
-            "| --- | ---: | ---: |",
-            *rows,
-            "",
-            "## Survivors",
-            "",
-            *(survivors or ["None."]),
-            "",
-        ]
-    )
+        rows.append(f"| {module} | {len(here)} | {len(here) - here.count('survived')} |")
+    entries = json.loads(JUDGED.read_text(encoding="utf-8"))
+    judged = {(entry["module"], entry["old"], entry["new"]): entry["why"] for entry in entries}
+    survivors = []
+    for mutant in (mutant for mutant, verdict in pairs if verdict == "survived"):
+        old, new = (" ".join(text.split()) for text in (mutant.old, mutant.new))
+        where = f"cifar_lib/{mutant.module}.py:{mutant.line} ({mutant.kind})"
+        why = judged.get((mutant.module, mutant.old, mutant.new), "not judged yet")
+        survivors.append(f"- {where}: `{old}` became `{new}`: {why}")
+    lines = "\n".join
+    return f"""# Mutants
+
+Small changes to the package, and whether its tests notice; written by
+`python -m scripts.mutants --named scripts/named_mutants.json` (seed {seed}).
+
+- Drawn: {_share(pairs, by_hand=False)}
+- Written by hand: {_share(pairs, by_hand=True)}
+
+| module | tried | killed |
+| --- | ---: | ---: |
+{lines(rows)}
+
+## Survivors
+
+{lines(survivors) or "None."}
+"""
 
 
 def _share(pairs: list[tuple[Mutant, str]], by_hand: bool) -> str:
@@ -423,33 +402,34 @@ def main() -> None:
     kept = STORE / "verdicts.jsonl"
     lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
     known = {entry["key"]: entry["verdict"] for entry in map(json.loads, lines)}
-    with tempfile.TemporaryDirectory() as folder:
-        trees = [copied(Path(folder, f"tree-{i}")) for i in range(options.workers)]
-        tests = reach(trees[0])
+    free, verdicts = queue.SimpleQueue(), []  # trees that nobody changes at the moment
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.workers) as pool:
+        for i in range(options.workers):
+            free.put(copied(Path(folder, f"tree-{i}")))
+        tree = free.get()
+        tests = reach(tree)
         control = ["--collect-only", *tests]
-        if forked(lambda: run_tests(trees[0], control, [], STORE / "control.log"), 300) != 0:
+        if forked(lambda: run_tests(tree, control, [], STORE / "control.log"), 300) != 0:
             sys.exit("the tests can't be named one by one: see runs/mutants/control.log")
-        lock = threading.Lock()
+        free.put(tree)
 
         def verdict_on(mutant: Mutant) -> str:
-            key = mutant.key(sources[mutant.module])
-            # A survivor is tried again: new tests may notice it.
-            if known.get(key, "survived") != "survived":
-                return known[key]
-            with lock:
-                tree = trees.pop()
-            verdict = judge(mutant, sources[mutant.module], tree, tests)
-            with lock:
-                trees.append(tree)
-                with kept.open("a", encoding="utf-8") as file:
-                    row = {"key": key, "verdict": verdict, **asdict(mutant)}
-                    file.write(json.dumps(row) + "\n")
-                old, new = mutant.old[:50], mutant.new[:50]
-                print(f"{verdict:9} {mutant.module}:{mutant.line} {old!r} -> {new!r}", flush=True)
+            source = sources[mutant.module]
+            before = known.get(mutant.key(source), "survived")
+            if before != "survived":  # a survivor is tried again: new tests may notice it
+                return before
+            tree = free.get()
+            verdict = judge(mutant, source, tree, tests)
+            free.put(tree)
             return verdict
 
-        with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-            verdicts = list(pool.map(verdict_on, mutants))
+        for mutant, verdict in zip(mutants, pool.map(verdict_on, mutants), strict=True):
+            verdicts.append(verdict)
+            row = {"key": mutant.key(sources[mutant.module]), "verdict": verdict, **asdict(mutant)}
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            old, new = mutant.old[:50], mutant.new[:50]
+            print(f"{verdict:9} {mutant.module}:{mutant.line} {old!r} -> {new!r}", flush=True)
     text = report(mutants, verdicts, options.seed)
     print(text)
     if not options.only and options.count >= 100:

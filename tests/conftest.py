@@ -1,4 +1,4 @@
-"""The data that several test files use."""
+"""What several test files use: data, a network, and what a folder holds."""
 
 from pathlib import Path
 
@@ -6,10 +6,28 @@ import pytest
 import torch
 
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
+from cifar_lib.model import ResNet
 from notebooks.course.stand_in import generate_stand_in
 
 # On tensors this small, threads only wait for each other: ten times slower on busy cores.
 torch.set_num_threads(1)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file in the folder and below it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def untrained_network(spread: float) -> ResNet:
+    """A tiny network whose batch-norm statistics are random ones, of no images in particular."""
+    torch.manual_seed(0)
+    network = ResNet((1, 1), (16, 32)).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-spread, spread)
+            module.running_var.uniform_(0.5, 2)
+            module.num_batches_tracked.fill_(23_460)  # as after 60 epochs of `report`
+    return network
 
 
 @pytest.fixture(scope="session")

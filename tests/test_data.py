@@ -96,7 +96,7 @@ def test_files_are_read_as_channels_first_images(tiny):
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(name: str, reason: str) -> None:
         where, remedy = re.escape(str(tiny / name)), "delete the folder to download it again"
-        with pytest.raises(InputError, match=f"^{where} [^\n]*{reason}[^\n]*: {remedy}"):
+        with pytest.raises(InputError, match=f"^{where} .*{reason}.*: {remedy}"):
             load_cifar10(tiny)
 
     with monkeypatch.context() as broken_disk:

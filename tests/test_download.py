@@ -119,7 +119,7 @@ def test_a_source_that_fails_is_named_and_left_for_the_next(
     answer, reason, archive, serve, fetch, tmp_path
 ):
     failing = serve(answer(archive)) if answer else CLOSED
-    message = rf"^CIFAR-10 could not be downloaded \(127.0.0.1:\d+: [^\n]*{reason}[^\n]*$"
+    message = rf"^CIFAR-10 could not be downloaded \(127.0.0.1:\d+: .*{reason}.*$"
     with pytest.raises(InputError, match=message):
         fetch(tmp_path / "data", failing)
     assert not (tmp_path / "data" / FOLDER).exists()
@@ -185,7 +185,7 @@ def test_two_at_once_download_once(archive, serve, tmp_path, monkeypatch):
 def test_a_mirror_that_is_no_address_is_refused_without_its_password(mirror, tmp_path, monkeypatch):
     monkeypatch.delenv("CIFAR10_ROOT", raising=False)
     monkeypatch.setenv("CIFAR10_MIRROR", mirror)
-    with pytest.raises(InputError, match="^CIFAR10_MIRROR: expected http[^\n]*$") as error:
+    with pytest.raises(InputError, match="^CIFAR10_MIRROR: expected http.*$") as error:
         load_cifar10(home=tmp_path / "data")
     assert "secret" not in str(error.value) and not (tmp_path / "data").exists()
 

@@ -12,9 +12,7 @@ from torch import nn
 
 from cifar_lib import evaluate
 from cifar_lib.data import CAT, CLASSES, DOG, Normalization
-from cifar_lib.errors import InputError
 from cifar_lib.explain import beside_heat, grad_cam
-from cifar_lib.hardware import choose_precision, describe
 from cifar_lib.model import ResNet
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
@@ -158,30 +156,6 @@ def test_mcnemar_counts_the_images_on_which_two_classifiers_differ():
     p = 2 * sum(math.comb(40, k) for k in range(11)) / 2**40  # 2 P(X <= 10 | 40, 1/2)
     assert evaluate.mcnemar(is_correct, reference) == (30, 10, pytest.approx(p))
     assert evaluate.mcnemar(*[torch.tensor(reference)] * 2) == (0, 0, 1.0)
-
-
-# The machine.
-
-
-def test_precision_is_what_the_hardware_is_good_for_or_is_taken_as_named(monkeypatch, tmp_path):
-    monkeypatch.setattr("cifar_lib.hardware.CPUINFO", tmp_path / "cpuinfo")
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for flags, chosen in (("avx2", "fp32"), ("avx512_bf16", "bf16"), ("amx_bf16", "bf16")):
-        (tmp_path / "cpuinfo").write_bytes(b"model name : \xff\n" + f"flags : {flags}\n".encode())
-        assert choose_precision("auto", cpu) == chosen
-    for capability, chosen in (((7, 5), "fp16"), ((8, 0), "bf16")):  # a T4, an A100
-        monkeypatch.setattr("torch.cuda.get_device_capability", lambda _, c=capability: c)
-        assert choose_precision("auto", gpu) == chosen
-    assert choose_precision("auto", torch.device("mps")) == "fp32"
-    assert [choose_precision("fp16", device) for device in (cpu, gpu)] == ["fp16", "fp16"]
-    with pytest.raises(InputError, match="fp8"):
-        choose_precision("fp8", cpu)
-
-
-def test_the_description_of_the_machine_goes_into_json():
-    described = json.loads(json.dumps(describe(torch.device("cpu"))))
-    assert described["gpu"] is None and described["cpu_cores"] >= 1
-    assert described["torch"] == torch.__version__ and 0.1 < described["memory_gb"] < 1e5
 
 
 # Where the network looks.

@@ -17,7 +17,6 @@ import torch
 from cifar_lib import kaggle
 from cifar_lib.data import ImageSet
 from cifar_lib.errors import InputError
-from cifar_lib.files import parse_object
 from cifar_lib.kaggle import PIXELS, PLANES, read_test_file, write_submission
 from notebooks.course.corruptions import FAMILIES, generate_test_file, shifted
 from notebooks.course.stand_in import generate_stand_in
@@ -56,29 +55,6 @@ def test_whatever_counts_or_names_the_images_is_carried(tmp_path, ids, expected)
         assert torch.equal(read.images, IMAGES)
 
 
-# As Python 2 wrote it: byte strings for keys and pixels, numpy.core instead of numpy._core.
-# Protocol 0 is text, with all bytes that aren't printable escaped inside of quotes.
-PYTHON_2 = {
-    0: b"(dp1\nS'data'\np2\ncnumpy.core.multiarray\n_reconstruct\np3\n(cnumpy\nndarray\np4\n(I0\n"
-    b"tp5\nS'b'\np6\ntp7\nRp8\n(I1\n(I4\nI32\nI32\nI3\ntp9\ncnumpy\ndtype\np10\n(S'u1'\np11\nI0\n"
-    b"I1\ntp12\nRp13\n(I3\nS'|'\np14\nNNNI-1\nI-1\nI0\ntp15\nbI00\nS"
-    + repr(HWC.tobytes())[1:].encode()
-    + b"\np16\ntp17\nbsS'ids'\np18\n(lp19\nI7\naI3\naL11L\naI0\nas.",
-    2: b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b"
-    b"\x87R(K\x01(K\x04K\x20K\x20K\x03tcnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff"
-    b"\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
-    + len(HWC.tobytes()).to_bytes(4, "little")
-    + HWC.tobytes()
-    + b"tbU\x03ids](K\x07K\x03K\x0bK\x00eu.",
-}
-
-
-@pytest.mark.parametrize("protocol", PYTHON_2)
-def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
-    read = read_test_file(written(tmp_path, PYTHON_2[protocol]))
-    assert torch.equal(read.images, IMAGES) and read.ids == tuple(IDS)
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -94,7 +70,6 @@ def test_files_of_python_2_and_older_numpy_are_read(tmp_path, protocol):
         ({"data": HWC, "ids": np.array(5)}, "a flat array, got ()"),
         ({"data": HWC, "ids": np.ones((4, 2))}, "a flat array, got (4, 2)"),
         ({"data": HWC, "ids": IDS[:3]}, "one for each of 4 images, got 3"),
-        ({"data": HWC, "ids": range(5)}, "one for each of 4 images, got 5"),
         ({"data": HWC, "ids": range(10**9)}, "it counts to over 1,000,000"),
         ({"data": HWC, "ids": [1, 2, 3, "1"]}, "'1' stands for several"),
         ({"data": HWC, "ids": np.array([1, 2, 3, None], object)}, "of 1 to 200 letters, got None"),
@@ -203,31 +178,6 @@ def test_a_file_that_is_something_else_is_called_what_it_is(tmp_path, content, k
         read_test_file(written(tmp_path, content))
 
 
-def test_what_is_no_file_is_named(tmp_path):
-    cases = {"absent": "No such file", ".": ""}
-    if hasattr(os, "mkfifo"):  # not on Windows
-        os.mkfifo(tmp_path / "fifo")
-        cases["fifo"] = "it isn't a regular file"
-    for name, reason in cases.items():
-        path = re.escape(str(tmp_path / name))
-        with pytest.raises(InputError, match=f"^test file: {path} can't[^\n]*{reason}"):
-            read_test_file(tmp_path / name)
-
-
-def test_what_is_no_json_object_within_bounds_is_refused():
-    for content, reason in (
-        (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deep"),
-        (b'{"a": 1' + b"0" * 99 + b"}", "a number of 100 digits"),
-        (b"{}", "or it is empty"),
-        (b"[1]", "isn't a JSON object"),
-        (b"{", "."),
-        (b"\xff", "."),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            parse_object(content)
-    assert parse_object(b'{"a": 1' + b"0" * 98 + b"}") == {"a": 10**98}
-
-
 def test_a_submission_has_the_files_ids_in_order(tmp_path, capfdbinary, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_submission("s.csv", IDS, [3, 5, 0, 9])
@@ -247,7 +197,6 @@ def test_a_submission_has_the_files_ids_in_order(tmp_path, capfdbinary, monkeypa
         ({"labels": [3, 2.9]}, "labels 0 to 9, got 2.9"),
         ({"labels": [3]}, "one for each of 1 images, got 2"),
         ({"ids": ["1", 1]}, "'1' stands for several"),
-        ({"ids": ["a\nb", 1]}, "names of 1 to 200 letters, got 'a\\nb'"),
         ({"label_column": ""}, "a column's name, got ''"),
         ({"label_column": "a\nb"}, "a column's name, got 'a\\nb'"),
         ({"inputs": ["other.csv", "s.csv"]}, "it is an input of this command"),

@@ -1,7 +1,6 @@
 """Pictures of one's own as CIFAR-10 images: of any size, depth and orientation."""
 
 import io
-import os
 import struct
 import zlib
 
@@ -85,6 +84,7 @@ IN_COLOUR = np.repeat(greys(65535)[..., None], 3, axis=2)
 # What a file says, how bright its brightest value comes out, and how far others may be from RAMP:
 # of 16 bits of a colour Pillow keeps the upper 8.
 DEPTHS = {
+    "TIFF, 8 bits, dark": (tiff_of(greys(50, np.uint8), 8), 50, 0.5),
     "TIFF, 12 bits packed": (tiff_of(greys(4095), 12), 255, 0.5),
     "TIFF, 12 bits in 16, maximum": (tiff_of(greys(4095), 16, maximum=4095), 255, 0.5),
     "TIFF, 16 bits": (tiff_of(greys(65535), 16), 255, 0.5),
@@ -150,21 +150,10 @@ REFUSED = {
 def test_what_is_no_picture_or_of_unknown_brightness_is_refused_in_one_line(tmp_path, name):
     content, reason, remedy = REFUSED[name]
     (tmp_path / "x.jpg").write_bytes(content)
-    message = (
-        rf"^picture: [^\n]*x.jpg can't be read \([^\n]*{reason}[^\n]*\): [^\n]*{remedy}[^\n]*$"
-    )
+    message = rf"^picture: .*x.jpg can't be read \(.*{reason}.*\): .*{remedy}.*$"
     with pytest.raises(InputError, match=message) as caught:
         read_picture(tmp_path / "x.jpg")
     assert "<_io" not in str(caught.value)  # the buffer that Pillow can't identify
-
-
-def test_what_is_no_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
-        read_picture(tmp_path / "x.jpg")
-    if hasattr(os, "mkfifo"):  # not on Windows
-        os.mkfifo(tmp_path / "x.jpg")
-        with pytest.raises(InputError, match="it isn't a regular file"):
-            read_picture(tmp_path / "x.jpg")
 
 
 def test_a_large_jpeg_is_decoded_scaled_down_within_limits(tmp_path, monkeypatch):
@@ -176,6 +165,7 @@ def test_a_large_jpeg_is_decoded_scaled_down_within_limits(tmp_path, monkeypatch
     whole = [read_picture(path).int() for path in (plain, progressive)]
     monkeypatch.setattr(pictures, "MAX_PIXELS", 10**5)
     for path, expected in zip((plain, progressive), whole, strict=True):
+        assert pictures._open_picture(path.read_bytes()).size == (150, 100)
         assert (read_picture(path).int() - expected).abs().max() <= 2
 
     scans = progressive.read_bytes().count(b"\xff\xda")

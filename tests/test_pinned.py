@@ -1,7 +1,7 @@
 """Values that a result depends on and that no other test would miss."""
 
 import json
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,16 +12,9 @@ from cifar_lib.recipes import recipe, with_defaults
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-def test_best_is_the_recipe_of_the_published_weights():
-    assert astuple(recipe("best")) == (
-        *("best", (3, 4, 3), (66, 132, 264)),
-        *(60, 128, 0.1, 5, "cosine"),
-        *(0.9, True, 5e-4, 0.09, 0, 0),
-        (4, 0.5, False, "none", 1, 2, 9, 0.0, 16),
-        *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        *((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        *(42, "auto", None, None, 0, False),
-    )
+def test_a_run_of_best_decides_by_itself_what_the_machine_is_good_for():
+    best = recipe("best")
+    assert (best.seed, best.precision, best.compile) == (42, "auto", None)
 
 
 def test_short_is_best_in_a_fifth_of_the_epochs():
@@ -42,8 +35,7 @@ def test_a_recorded_run_is_of_the_recipe_that_it_names(run):
     recorded = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))
     recorded = with_defaults(recorded)
     ours = json.loads(json.dumps(asdict(recipe(recorded["recipe"]))))
-    by_machine = {"seed", "precision", "compile"}  # decided for this run
-    fields = (ours.keys() & recorded.keys()) - by_machine
+    fields = ours.keys() - {"seed", "precision", "compile"}  # decided for this run
     assert {name: recorded[name] for name in fields} == {name: ours[name] for name in fields}
     metrics = json.loads((RESULTS / run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["recipe"] == recorded["recipe"] and metrics["seed"] == recorded["seed"]

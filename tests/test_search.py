@@ -221,7 +221,7 @@ def test_the_recorded_search_is_read_and_left_alone(tmp_path):
 )
 def test_a_study_that_cant_be_opened_is_one_line_without_secrets(tmp_path, where):
     (tmp_path / "file").write_bytes(b"a file")
-    with pytest.raises(InputError, match=r"^study: expected [^\n]*$") as error:
+    with pytest.raises(InputError, match=r"^study: expected .*$") as error:
         open_study(where.format(tmp=tmp_path), FIRST)
     assert "secret" not in str(error.value)
     assert (tmp_path / "file").read_bytes() == b"a file"

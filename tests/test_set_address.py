@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts import set_address as program
+from tests.conftest import contents
 
 ROOT = Path(__file__).parent.parent
 OTHERS = """
@@ -35,25 +36,22 @@ def copy(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def contents(copy: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_an_address_is_taken_as_a_browser_or_git_has_it():
+    for given in (
         "jane/resnet.2",
         "https://github.com/jane/resnet.2",
         "https://www.github.com/jane/resnet.2.git/",
         "git@github.com:jane/resnet.2.git",
-    ],
-)
-def test_whole_addresses_change_and_nothing_else_and_change_back(copy, given):
+    ):
+        assert program.parse_address(given) == "jane/resnet.2"
+
+
+def test_whole_addresses_change_and_nothing_else_and_change_back(copy):
     for path in (copy / "README.md", *(copy / "notebooks").iterdir()):
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))  # as on Windows
     before, others = contents(copy), OTHERS.replace("\n", "\r\n").encode()
     for _ in range(2):
-        assert program.main([given]) == 0
+        assert program.main(["jane/resnet.2"]) == 0
     for path, old in before.items():
         kept = old.replace(others, b"")
         for host in (b"https://github.com/", b"https://colab.research.google.com/github/"):
@@ -79,15 +77,14 @@ def test_an_address_that_was_written_wrongly_is_repaired_by_the_program_alone(co
         assert 'Path(\\"cifar-lib/cifar_lib\\")' in text  # the clone's folder, whatever its address
 
 
-@pytest.mark.parametrize(
-    "given",
-    ["", "cifar", "jane/", "a/b/c", "jane/cifar lib", "https://gitlab.com/a/b", "a/..", "x/y#z"],
-)
-def test_anything_else_is_one_line_and_changes_nothing(copy, given, capsys):
+def test_anything_else_is_one_line_and_changes_nothing(copy, capsys):
     before = contents(copy)
-    assert program.main(given.split()) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "expected owner/name" in said and contents(copy) == before
+    others = ["", "cifar", "jane/", "a/b/c", "jane/cifar lib", "a/..", "x/y#z"]
+    for given in [*others, "https://gitlab.com/a/b"]:
+        assert program.main(given.split()) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "expected owner/name" in said
+    assert contents(copy) == before
 
 
 def test_one_file_that_can_not_be_written_leaves_all_as_they_were(copy, monkeypatch):

@@ -19,6 +19,7 @@ from cifar_lib.model import SHIPPED, ResNet, load_model
 from notebooks.course import corruptions
 from notebooks.course.stand_in import generate_stand_in
 from scripts import ablation
+from tests.conftest import untrained_network
 
 NORMALIZATION = Normalization(data.CIFAR10_MEAN, data.CIFAR10_STD)
 
@@ -32,14 +33,8 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[ResNet]:
-    """A network whose batch-norm statistics are those of nothing in particular. No test here
-    changes it."""
-    torch.manual_seed(0)
-    network = ResNet((1, 1), (16, 32)).eval()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.5, 0.5)
-            module.running_var.uniform_(0.5, 2)
+    """No test here changes it."""
+    network = untrained_network(0.5)
     before = copy.deepcopy(network.state_dict())
     yield network
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
