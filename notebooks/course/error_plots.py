@@ -49,7 +49,8 @@ def confusion(
         is_first = ax is axes[0, 0]
         ax.tick_params(length=0, labelleft=is_first)
         ax.set(title=name, xlabel="predicted", ylabel="true" if is_first else "")
-    look = {"label": unit, "shrink": 0.75, "pad": 0.02, "ticks": MaxNLocator(integer=True)}
+    whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+    look = {"label": unit, "shrink": 0.75, "pad": 0.02, "ticks": whole}
     figure.colorbar(axes[0, 0].collections[0], ax=axes, **look)
     return figure
 

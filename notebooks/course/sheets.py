@@ -88,7 +88,7 @@ def image_pairs(
     rows = max(_rows_of(len(left), columns), 1)
     gap = np.full((len(left), 32, 2, 3), 255, dtype=np.uint8)
     both = np.concatenate([left, gap, right], axis=2)  # (n, 32, 66, 3)
-    figure, axes = new_figure(rows, columns, (2.3 * columns, 1.55 * rows + 0.4))
+    figure, axes = new_figure(rows, columns, (1.75 * columns, 1.25 * rows + 0.4))
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
         if i < len(both):
@@ -182,7 +182,7 @@ def inspection(
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
     neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
     """
-    figure = Figure(figsize=(8, 4.3), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1)
 
