@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 import nbformat
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from nbclient import NotebookClient
@@ -27,8 +28,15 @@ from cifar_lib.recipes import recipe
 from notebooks import conftest
 from notebooks.course import live_run, plots
 from notebooks.course.answers import Network, StoredAnswers
+from notebooks.course.duplicates import nearest_by_pixels
 from notebooks.course.inspector import Inspector
-from notebooks.course.reference import LABEL_CHECKS, published_confusion, published_history
+from notebooks.course.reference import (
+    CATS_BY_EYE,
+    LABEL_CHECKS,
+    SHIPPED_RUN,
+    published_confusion,
+    published_history,
+)
 from notebooks.course.session import Session, show_source
 from notebooks.course.stand_in import generate_stand_in
 from scripts import build_pages
@@ -387,6 +395,26 @@ def test_stored_numbers_are_the_reports_and_the_surveys():
     assert (checks.votes_label < 3).sum() == 54  # arXiv:2103.14749, Table 1
 
 
+def test_the_cats_looked_at_are_all_those_misclassified_as_dogs_and_a_hundred_others():
+    cats = pd.read_csv(CATS_BY_EYE)
+    assert set(cats.striped) == {"yes", "no", "unclear"} and cats["index"].is_unique
+    mistakes = safetensors.torch.load_file(SHIPPED_RUN / "answers.safetensors")["mistakes"]
+    as_dogs = cats.group == "misclassified as dog"
+    assert cats["index"].isin(mistakes.tolist()).equals(as_dogs)
+    matrix = json.loads((SHIPPED_RUN / "metrics.json").read_text(encoding="utf-8"))["test"]
+    assert as_dogs.sum() == matrix["confusion_matrix"][CAT][DOG] and (~as_dogs).sum() == 100
+
+
+def test_the_nearest_image_by_pixels_is_found_mirrored_and_at_another_brightness(stand_in):
+    known = stand_in[0].images
+    changed = known[[5, 17, 30]]
+    changed[1] = changed[1].flip(2)
+    changed[2] = changed[2] // 2
+    positions, correlations = nearest_by_pixels(changed, known)
+    assert positions.tolist() == [5, 17, 30]
+    assert correlations.tolist() == pytest.approx([1, 1, 1], abs=0.001)
+
+
 @pytest.fixture
 def tiny_session(monkeypatch, tmp_path, stand_in) -> Session:
     """A session on a few images that call themselves real, which trains a tiny network."""
@@ -461,7 +489,7 @@ def test_any_test_image_can_be_inspected(stand_in, network):
     assert [text.get_text() for text in bars.get_yticklabels()] == [CLASSES[c] for c in classes]
     asked = {CLASSES[classes[0]], CLASSES[test.labels[9]]}
     asked |= {CLASSES[classes[1]]} if len(asked) == 1 else set()
-    assert {ax.get_title() for ax in figure.axes[1:3]} == {f"speaks for {name}" for name in asked}
+    assert {ax.get_title() for ax in figure.axes[1:3]} == {f"Evidence for {name}" for name in asked}
     assert f"labelled {CLASSES[test.labels[9]]}" in figure.get_suptitle()
     with pytest.raises(InputError, match="expected 0 to"):
         inspector.figure(len(test))

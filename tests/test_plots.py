@@ -50,6 +50,12 @@ def test_sheets_show_every_picture_with_its_words():
     assert np.array_equal(layers[::2], PICTURES) and np.array_equal(layers[1::2], heat)
     assert "no such image" in texts(sheets.gallery(PICTURES[:0], [], "T").texts)
 
+    figure = sheets.image_pairs(PICTURES[:2], PICTURES[2:4], ["a\nb", "c\nd"], "T")
+    for i, both in enumerate(shown(figure)):
+        assert np.array_equal(both[:, :32], PICTURES[i])
+        assert np.array_equal(both[:, -32:], PICTURES[i + 2])
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["a\nb", "c\nd"]
+
     accuracy = pd.DataFrame([[0.1, 0.2], [0.3, 0.4]], index=["noise", "blur"], columns=[1, 2])
     rows = np.stack([PICTURES[:3], PICTURES[3:6]])
     figure = sheets.shift_pictures(PICTURES[6], rows[:, :2], 0.5, accuracy, "T")
@@ -115,9 +121,9 @@ def test_bars_are_as_long_as_the_counts():
 
     pairs = [("cat", "dog", 5), ("ship", "frog", 4)]
     figure = error_plots.confused_pairs(pairs, [3, 6], "T", "images")
-    assert bars(figure) == [[5, 4]] and lines(figure)["published run"] == ([3, 6], [0, 1])
-    names = ["cat taken for dog", "ship taken for frog"]
-    assert texts(figure.axes[0].get_yticklabels()) == names
+    assert bars(figure) == [[5], [4]] and lines(figure)["published run"] == ([3, 6], [0, 1])
+    assert texts(figure.axes[0].get_yticklabels()) == ["cat → dog", "ship → frog"]
+    assert texts(figure.axes[0].texts) == ["5 (published: 3)", "4 (published: 6)"]
     colours = [to_hex(bar.get_facecolor()).upper() for bar in figure.axes[0].patches]
     assert colours == [style.RED, style.BLUE]
 
@@ -220,30 +226,38 @@ def test_intervals_reach_from_low_to_high():
     assert np.allclose(reach, [[[0.4, 0], [0.7, 0]], [[0.1, 1], [0.3, 1]]])
     assert texts(figure.axes[0].texts) == ["50.00%", "20.00%"]
 
-    # Of a reliability diagram: Wilson's, of 1 in 2 and of 100 in 200; an empty bin has none.
+    # Of a reliability diagram: Wilson's, of 10 in 20 and of 100 in 200; a bin of 19 has none.
     bins = {
         "edges": np.linspace(0, 1, 4),
-        "count": np.array([0, 2, 200]),
-        "confidence": np.array([np.nan, 0.5, 0.9]),
-        "accuracy": np.array([np.nan, 0.5, 0.5]),
+        "count": np.array([19, 20, 200]),
+        "confidence": np.array([0.2, 0.5, 0.9]),
+        "accuracy": np.array([0.0, 0.5, 0.5]),
     }
     _, _, (drawn,) = error_plots.reliability_diagram({"a": bins}, "T").axes[0].containers[0]
     lengths = [high - low for (_, low), (_, high) in drawn.get_segments()]
-    assert lengths == pytest.approx([0.811, 0.137], abs=0.001)
+    assert lengths == pytest.approx([0.401, 0.137], abs=0.001)
 
 
 def test_two_histograms_count_every_image_on_both_sides_of_the_threshold():
     sets = {"a": np.arange(-3, 9), "b": np.arange(-5, 4)}
     ax = error_plots.two_histograms(sets, "T", "x", ("left", "right")).axes[0]
-    for patch, (name, values) in zip(ax.patches, sets.items(), strict=True):
-        assert patch.get_label() == f"{name} ({len(values)})"
+    for patch, values in zip(ax.patches, sets.values(), strict=True):
         x, y = patch.get_xy().T
         area = abs(np.sum(x * np.roll(y, 1) - y * np.roll(x, 1))) / 2
         assert area == pytest.approx(len(values) * 13 / 60)  # 60 bins from -5 to 8
     assert [(text.get_text(), text.get_ha()) for text in ax.texts] == [
+        ("a (12)", "center"),
+        ("b (9)", "center"),
         ("left", "right"),
         ("right", "left"),
     ]
+
+
+def test_a_coverage_curve_names_the_accuracy_at_some_shares():
+    coverage, accuracy = np.array([0.5, 0.75, 1]), np.array([1, 0.98, 0.9])
+    ax = error_plots.coverage_curve(coverage, accuracy, (0.75, 1), "T").axes[0]
+    assert [line.get_xdata()[0] for line in ax.lines] == [0.5, 0.75, 1]
+    assert texts(ax.texts) == ["98.00% at 75%", "90.00% at 100%"]
 
 
 def test_severity_maps_print_points_signed_and_bold_where_sure():

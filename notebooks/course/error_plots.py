@@ -9,11 +9,13 @@ import seaborn as sns
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cifar_lib.data import CLASSES
 from cifar_lib.evaluate import wilson_interval
 from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
+
+FEW = 20  # a bin of a reliability diagram with fewer images says nothing about its accuracy
 
 
 def per_thousand(matrix: np.ndarray) -> np.ndarray:
@@ -49,7 +51,9 @@ def confusion(
         is_first = ax is axes[0, 0]
         ax.tick_params(length=0, labelleft=is_first)
         ax.set(title=name, xlabel="predicted", ylabel="true" if is_first else "")
-    figure.colorbar(axes[0, 0].collections[0], ax=axes, label=unit, shrink=0.75, pad=0.02)
+    whole = MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+    look = {"label": unit, "shrink": 0.75, "pad": 0.02, "ticks": whole}
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, **look)
     return figure
 
 
@@ -79,25 +83,29 @@ def _draw_cells(
 def confused_pairs(
     pairs: Sequence[tuple[str, str, int]], published: Sequence[int], title: str, xlabel: str
 ) -> Figure:
-    """Draw the most frequent mistakes as bars, and the published run's numbers of the same ones.
+    """Draw the most frequent mistakes as bars, and the published run's numbers beside them.
 
     pairs: (true class, predicted class, images), most first; those of cat and dog are red.
     published: one number per pair.
     """
-    figure, axes = new_figure(size=(7.5, 1.2 + 0.3 * max(len(pairs), 3)))
-    ax, rows = axes[0, 0], range(len(pairs))
-    pets = {"cat", "dog"}
-    counts = [count for _, _, count in pairs]
-    colours = [RED if {true, guess} == pets else BLUE for true, guess, _ in pairs]
-    ax.barh(rows, counts, color=colours, label="this network")
-    look = {"color": "white", "va": "center", "fontsize": 9, "transform": ax.get_yaxis_transform()}
-    for i, count in enumerate(counts):
-        ax.text(0.008, i, str(count), **look)  # at the foot: at the tip the diamond may be
-    ax.plot(published, rows, "D", color=BLACK, label="published run")
-    ax.set_yticks(rows, [f"{true} taken for {guess}" for true, guess, _ in pairs])
+    figure, axes = new_figure(size=(7.5, 1.2 + 0.32 * max(len(pairs), 3)))
+    ax = axes[0, 0]
+    kinds = {"this network, cat and dog": RED, "this network, other pairs": BLUE}
+    for is_pets, (name, colour) in zip((True, False), kinds.items(), strict=True):
+        rows = [i for i, (*pair, _) in enumerate(pairs) if (set(pair) == {"cat", "dog"}) == is_pets]
+        ax.barh(rows, [pairs[i][2] for i in rows], color=colour, label=name)
+    look = {"color": BLACK, "markeredgecolor": "white", "markersize": 8}
+    ax.plot(published, range(len(pairs)), "D", label="published run", **look)
+
+    # Both numbers, to the right of the bar and of the diamond.
+    beside = {"textcoords": "offset points", "xytext": (8, 0), "va": "center", "fontsize": 9}
+    for i, ((_, _, count), theirs) in enumerate(zip(pairs, published, strict=True)):
+        ax.annotate(f"{count} (published: {theirs})", (max(count, theirs), i), **beside)
+    ax.set_yticks(range(len(pairs)), [f"{true} → {guess}" for true, guess, _ in pairs])
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
-    ax.set(title=title, xlabel=xlabel)
+    ax.margins(x=0.25)
+    ax.set(title=title, xlabel=xlabel, ylabel="true class → predicted class", xlim=(0, None))
     ax.legend(loc="lower right")
     return figure
 
@@ -118,7 +126,12 @@ def two_histograms(
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
     for (name, numbers), colour in zip(values.items(), (BLUE, RED), strict=True):
         look = {"histtype": "stepfilled", "alpha": 0.5, "edgecolor": colour}
-        ax.hist(numbers, edges, color=colour, label=f"{name} ({len(numbers):,})", **look)
+        counts, _, _ = ax.hist(numbers, edges, color=colour, **look)
+        if len(numbers):
+            top = counts.argmax()
+            look = {"color": colour, "ha": "center", "weight": "bold"}
+            above = {"textcoords": "offset points", "xytext": (0, 5)}
+            ax.annotate(f"{name} ({len(numbers):,})", (edges[top], counts[top]), **above, **look)
 
     # The threshold, and at its top what is answered on both sides.
     ax.axvline(0, color="black", linestyle="--", linewidth=1)
@@ -126,8 +139,8 @@ def two_histograms(
     left, right = sides
     ax.annotate(left, xytext=(-8, 0), textcoords="offset points", ha="right", **top)
     ax.annotate(right, xytext=(8, 0), textcoords="offset points", ha="left", **top)
+    ax.margins(y=0.12)
     ax.set(title=title, xlabel=xlabel, ylabel="images")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -136,22 +149,27 @@ def reliability_diagram(series: Mapping[str, Mapping[str, np.ndarray]], title: s
     """Draw accuracy against confidence, and below it how many images each bin holds.
 
     series: {name: the bins of `evaluate.reliability`}, two at most. The accuracy of each bin has
-    its 95 % Wilson interval.
+    its 95 % Wilson interval. Bins of fewer than FEW images aren't drawn above: their intervals
+    span half of the axis.
     """
-    figure = Figure(figsize=(7.5, 5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    figure = Figure(figsize=(7.5, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.3))
     top.plot([0, 1], [0, 1], "--", color="#444444", label="perfectly calibrated")
     looks = [{"color": RED, "marker": "o"}, {"color": BLUE, "marker": "s"}]
     for (name, bins), look in zip(series.items(), looks, strict=False):
-        filled = bins["count"] > 0
-        images = bins["count"][filled]
-        confidence, accuracy = bins["confidence"][filled], bins["accuracy"][filled]
+        shown = bins["count"] >= FEW
+        images = bins["count"][shown]
+        confidence, accuracy = bins["confidence"][shown], bins["accuracy"][shown]
         reach = np.abs(_wilson_intervals(accuracy, images) - accuracy)
         top.errorbar(confidence, accuracy, reach, label=name, capsize=3, linewidth=1.2, **look)
         bottom.stairs(bins["count"], bins["edges"], color=look["color"], linewidth=1.6)
     top.set(ylabel="accuracy, 95 % interval", title=title, ylim=(0, 1.02))
-    top.legend(loc="lower right")
+    top.legend(loc="upper left")
+    bottom.axhline(FEW, color="#444444", linestyle=":", linewidth=1)
+    few = f"fewer than {FEW}: not drawn above"
+    bottom.text(0.98, FEW * 0.8, few, fontsize=9, ha="right", va="top")
     bottom.set(xlabel="confidence (largest probability)", ylabel="images", xlim=(0, 1))
+    bottom.set(yscale="log", ylim=(0.7, None))
     for axis in (top.xaxis, top.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
     return figure
@@ -161,6 +179,31 @@ def _wilson_intervals(accuracy: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Return the lows and highs (2, bins) of the accuracies of so many images each."""
     pairs = zip(accuracy, images, strict=True)
     return np.array([wilson_interval(round(share * n), int(n)) for share, n in pairs]).T
+
+
+@in_style
+def coverage_curve(
+    coverage: np.ndarray, accuracy: np.ndarray, named: Sequence[float], title: str
+) -> Figure:
+    """Draw the accuracy on the most confident images against their share, both in percent.
+
+    coverage, accuracy: fractions (n,), in rising order of coverage.
+    named: the shares at which the accuracy is written beside the curve.
+    """
+    figure, axes = new_figure(size=(7.5, 4))
+    ax = axes[0, 0]
+    ax.plot(coverage, accuracy, linewidth=1.6)
+    look = {"textcoords": "offset points", "xytext": (-8, -3), "ha": "right", "va": "top"}
+    for share in named:
+        i = np.abs(coverage - share).argmin()
+        ax.plot(coverage[i], accuracy[i], "o", color=BLUE)
+        ax.annotate(f"{accuracy[i]:.2%} at {share:.0%}", (coverage[i], accuracy[i]), **look)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.margins(y=0.12)
+    ax.set(title=title, xlabel="coverage (share of images answered, the most confident first)")
+    ax.set(ylabel="accuracy on these images")
+    return figure
 
 
 def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -90,9 +90,9 @@ class Inspector:
         return inspection(
             image[0].permute(1, 2, 0).numpy(),  # (32, 32, 3)
             probabilities={CLASSES[c]: probability for c, probability in first_five},
-            maps={f"speaks for {CLASSES[asked[i]]}": heat[i].numpy() for i in (0, 1)},
+            maps={f"Evidence for {CLASSES[asked[i]]}": heat[i].numpy() for i in (0, 1)},
             neighbours=near.images.permute(0, 2, 3, 1).numpy(),  # (5, 32, 32, 3)
             captions=[f"{CLASSES[c]}, {cosine:.3f}" for c, cosine in neighbours],
             among=among,
-            title=f"Test image {index}: labelled {CLASSES[label]}, taken for {CLASSES[answer]}",
+            title=f"Test image {index}, labelled {CLASSES[label]}, predicted {CLASSES[answer]}",
         )

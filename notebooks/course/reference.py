@@ -3,9 +3,11 @@
 The report's are in results/reference: its run of sixty epochs is "the published run".
 """
 
+import json
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from cifar_lib import environment
@@ -20,6 +22,7 @@ SEEDS = (42, 0, 1)  # of the runs of the recipe `report`, results/report-seed*
 SEARCH = RESULTS / "tuning" / "study.db"  # a search's trials
 SHIFT = RESULTS / "shift"  # every adaptation on every shift, with the package's weights
 LABEL_CHECKS = RESULTS / "label-errors" / "cifar10.csv"  # people's votes on test labels
+CATS_BY_EYE = RESULTS / "cats-by-eye" / "stripes.csv"  # which of 144 test cats are striped
 
 # The machine of the published run, in the words of the report; the keys are environment.json's.
 PUBLISHED_SYSTEM = {
@@ -46,6 +49,15 @@ def published_history() -> pd.DataFrame:
 def published_confusion() -> pd.DataFrame:
     """Return the published confusion matrix: rows true, columns predicted, 1,000 images per row."""
     return pd.read_csv(REFERENCE / "confusion_matrix.csv", index_col=0)
+
+
+def recorded_confusion(run: str) -> np.ndarray:
+    """Return the test confusion matrix of a run under results/, such as `report-seed0`.
+
+    Rows are true, columns predicted classes: counts, int64 (10, 10).
+    """
+    metrics = json.loads((RESULTS / run / "metrics.json").read_text(encoding="utf-8"))
+    return np.array(metrics["test"]["confusion_matrix"])
 
 
 def published_table_2() -> dict[str, str]:

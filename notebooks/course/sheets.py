@@ -77,6 +77,27 @@ def gallery(
     return figure
 
 
+@in_style
+def image_pairs(
+    left: np.ndarray, right: np.ndarray, captions: Sequence[str], title: str, columns: int = 4
+) -> Figure:
+    """Draw pairs of pictures, uint8 (n, 32, 32, 3) each, side by side.
+
+    captions: one per pair, of two lines.
+    """
+    rows = max(_rows_of(len(left), columns), 1)
+    gap = np.full((len(left), 32, 2, 3), 255, dtype=np.uint8)
+    both = np.concatenate([left, gap, right], axis=2)  # (n, 32, 66, 3)
+    figure, axes = new_figure(rows, columns, (1.75 * columns, 1.25 * rows + 0.4))
+    figure.suptitle(title)
+    for i, ax in enumerate(axes.flat):
+        if i < len(both):
+            show_image(ax, both[i], captions[i], size=9, smooth=True)
+        else:
+            ax.set_axis_off()
+    return figure
+
+
 def _rows_of(pictures: int, columns: int) -> int:
     """Return how many rows hold the pictures."""
     return -(-pictures // columns)
@@ -161,25 +182,25 @@ def inspection(
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
     neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
     """
-    figure = Figure(figsize=(8, 4.3), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1)
 
     # Above: the picture, the heat maps, the probabilities.
     *shown, bars = upper.subplots(1, 4, width_ratios=(1, 1, 1, 1.4))
-    show_image(shown[0], picture, "test image", size=9, smooth=True)
+    show_image(shown[0], picture, "Test image", size=9, smooth=True)
     for ax, (name, heat) in zip(shown[1:], maps.items(), strict=True):
         show_image(ax, picture, name, size=9, smooth=True)
         show_heat(ax, heat)
     shares = list(probabilities.values())
     drawn = bars.barh(list(probabilities), shares)
     bars.bar_label(drawn, [f"{share:.0%}" for share in shares], padding=2)
-    bars.set(xlim=(0, 1.25), xticks=[], title="probability")
+    bars.set(xlim=(0, 1.25), xticks=[], title="Probability")
     bars.invert_yaxis()
     bars.grid(False)
 
     # Below: the neighbours.
-    lower.suptitle(f"nearest of {among:,} training images, and their cosine", size=10)
+    lower.suptitle(f"Nearest of {among:,} training images, with their cosine", size=10)
     places = lower.subplots(1, 5)
     for ax, neighbour, caption in zip(places, neighbours, captions, strict=True):
         show_image(ax, neighbour, caption, size=9, smooth=True)
