@@ -1136,6 +1136,14 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
+        "has seen each image only {} times, has {} times fewer parameters",
+        lambda: [
+            RECIPES["small"].epochs,
+            f"{count_parameters((3, 4, 3), (66, 132, 264)) / count_parameters(*SMALLEST):.0f}",
+        ],
+    ),
+    Claim(
+        TRAINING_BOOK,
         "reproduced: {} ± {} % over three seeds, {} % published",
         lambda: [*spread("report", [42, 0, 1])[:2], published("test_accuracy", -1)],
     ),
