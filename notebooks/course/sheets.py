@@ -182,7 +182,7 @@ def inspection(
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
     neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
     """
-    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(6.8, 3.7), layout="constrained")
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1)
 
