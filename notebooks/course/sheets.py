@@ -62,7 +62,7 @@ def gallery(
     """
     rows = max(_rows_of(len(images), columns), 1)
     lines = max([_line_count(caption) for caption in captions], default=1)
-    size = (1.45 * columns, rows * (1.25 + 0.17 * lines) + 0.5)
+    size = (1.25 * columns, rows * (1.05 + 0.17 * lines) + 0.5)
     figure, axes = new_figure(rows, columns, size)
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
@@ -182,7 +182,7 @@ def inspection(
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
     neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
     """
-    figure = Figure(figsize=(7.2, 3.9), layout="constrained")
+    figure = Figure(figsize=(6.8, 3.7), layout="constrained")
     figure.suptitle(title)
     upper, lower = figure.subfigures(2, 1)
 
