@@ -114,11 +114,6 @@ def test_a_notebook_stores_smooth_photographs_as_jpeg_and_all_else_exactly():
 
 
 def test_bars_are_as_long_as_the_counts():
-    counts = {"train": list(range(10)), "test": list(range(10, 20))}
-    figure = plots.class_counts(counts, "T")
-    assert bars(figure) == list(counts.values())
-    assert texts(figure.axes[0].get_xticklabels()) == list(CLASSES)
-
     pairs = [("cat", "dog", 5), ("ship", "frog", 4)]
     figure = error_plots.confused_pairs(pairs, [3, 6], "T", "images")
     assert bars(figure) == [[5], [4]] and lines(figure)["published run"] == ([3, 6], [0, 1])

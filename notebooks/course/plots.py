@@ -18,28 +18,6 @@ CHANNEL_STEP = 0.2  # between the heights of two channels' dots, as a share of a
 
 
 @in_style
-def class_counts(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
-    """Draw how many images each class has, as bars, one colour per set.
-
-    counts: {set: ten counts, in the order of CLASSES}.
-    """
-    figure, axes = new_figure(size=(8, 3.4))
-    ax, width = axes[0, 0], 0.86 / len(counts)
-    for i, (name, values) in enumerate(counts.items()):
-        places = np.arange(len(CLASSES)) + (i - (len(counts) - 1) / 2) * width
-        bars = ax.bar(places, values, width, label=name)
-        if len(counts) == 1:  # bars of several sets are too narrow for their numbers
-            ax.bar_label(bars, fontsize=9, padding=1)
-    ax.set_xticks(range(len(CLASSES)), CLASSES, rotation=30, ha="right")
-    ax.set(ylabel="images", title=title)
-    ax.grid(axis="x", visible=False)
-    ax.margins(y=0.12)
-    if len(counts) > 1:
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(counts), borderaxespad=0)
-    return figure
-
-
-@in_style
 def channel_histograms(histograms: Mapping[str, np.ndarray], title: str) -> Figure:
     """Draw how often each pixel value occurs in each channel, one panel per set.
 
