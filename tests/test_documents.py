@@ -1063,7 +1063,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "The last line leaves room for results from {} to {} %",
+        "95 % of further runs would end between {} and {} %, so a program",
         lambda: [percent(end, 1) for end in room_for_another_run()],
     ),
     Claim(
@@ -1088,7 +1088,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "seeds 42, 0 and 1 get {}, {} and {} %, and with the numbers of training {}, {} and {} %",
+        "seeds 42, 0 and 1 get {}, {} and {} % with it, and {}, {} and {} % with the normalisation",
         lambda: [
             percent(shipped(f"report-seed{seed}")[which]["accuracy"])
             for which in ("tta_none", "training_normalisation")
@@ -1174,9 +1174,9 @@ CLAIMS = [
     ),
     Claim(
         MISTAKES_BOOK,
-        "Of this network's {} mistakes only {} cross over, of the published run's {} only {}, most",
+        "Only {} of this network's {} mistakes cross over, and only {} of the published run's {}.",
         lambda: [
-            count(run) for run in ("report-seed42", "reference") for count in (mistakes, crossings)
+            count(run) for run in ("report-seed42", "reference") for count in (crossings, mistakes)
         ],
     ),
     Claim(
