@@ -1230,7 +1230,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "has seen each image only {} times, has {} times fewer parameters",
+        "has seen each image only {} times, has a {}rd of the parameters",
         lambda: [
             RECIPES["small"].epochs,
             f"{count_parameters((3, 4, 3), (66, 132, 264)) / count_parameters(*SMALLEST):.0f}",
