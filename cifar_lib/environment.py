@@ -48,7 +48,7 @@ OPTIONAL = {
 def prepare_for_torch() -> None:
     """Set the variables that PyTorch reads, unless the user has set them."""
     # Put large tensors in huge pages, if Linux grants them on request. A CPU then looks up fewer
-    # addresses, and trains about a tenth faster.
+    # addresses.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     # Importing torch asks for the user's name. That fails in a container whose user has a number

@@ -191,8 +191,8 @@ def prepare(device: torch.device, precision: str) -> None:
     if device.type == "cpu" and winograd_failure and choose_precision(precision, device) == "fp32":
         _say_that_winograd_is_not_used(winograd_failure)
 
-    # Let glibc's malloc keep the memory of large tensors for the next ones. Getting it from the
-    # system again, page by page, takes a quarter of a training step.
+    # Let glibc's malloc keep the memory of large tensors for the next ones. Otherwise each
+    # training step gets it from the system again, page by page.
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: a large tensor gets no mapping of its own

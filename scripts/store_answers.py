@@ -5,8 +5,8 @@
 It writes answers.json and answers.safetensors into results/<recipe>-seed42: the logits of all test
 images, of the same averaged with their mirror images, and of the synthetic copy of the custom test
 set; the nearest training images of every mistake; and the accuracy on the plain training images.
-notebooks/course/answers.py reads them. On two processor cores this takes half an hour. Run it again
-when weights have changed. Until then the notebooks compute everything anew.
+notebooks/course/answers.py reads them. Run it again when weights have changed. Until then the
+notebooks compute everything anew.
 """
 
 import argparse

@@ -37,14 +37,23 @@ def image_grid(
 
     figure, axes = new_figure(rows, columns, (max(width, 4), height))
     figure.suptitle(title)
-    for i, ax in enumerate(axes.flat):
-        if i < len(images):
-            show_image(ax, images[i], titles[i], size=9, smooth=smooth)
-        else:
-            ax.set_axis_off()
+    _show_in_turn(axes, images, titles, smooth)
     for ax, label in zip(axes[:, 0], row_labels, strict=False):
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     return figure
+
+
+def _show_in_turn(
+    axes: np.ndarray, images: np.ndarray, titles: Sequence[str], smooth: bool
+) -> None:
+    """Show one picture per axes, with its title; axes that are left over stay empty.
+
+    axes: (rows, columns). images: uint8 (n, height, width, 3).
+    """
+    for ax, image, title in zip(axes.flat, images, titles, strict=False):
+        show_image(ax, image, title, size=9, smooth=smooth)
+    for ax in axes.flat[len(images) :]:
+        ax.set_axis_off()
 
 
 @in_style
@@ -90,11 +99,7 @@ def image_pairs(
     both = np.concatenate([left, gap, right], axis=2)  # (n, 32, 66, 3)
     figure, axes = new_figure(rows, columns, (1.75 * columns, 1.25 * rows + 0.4))
     figure.suptitle(title)
-    for i, ax in enumerate(axes.flat):
-        if i < len(both):
-            show_image(ax, both[i], captions[i], size=9, smooth=True)
-        else:
-            ax.set_axis_off()
+    _show_in_turn(axes, both, captions, smooth=True)
     return figure
 
 
