@@ -10,12 +10,14 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from seaborn.utils import relative_luminance
 
 from cifar_lib.data import CLASSES
 from cifar_lib.evaluate import wilson_interval
 from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
 
 FEW = 20  # a bin of a reliability diagram with fewer images says nothing about its accuracy
+DARK = 0.2  # the relative luminance below which white has more contrast than black
 
 
 def per_thousand(matrix: np.ndarray) -> np.ndarray:
@@ -77,6 +79,15 @@ def _draw_cells(
         **scale,
     )
     ax.grid(False)
+
+    # White digits on dark cells only: seaborn also writes them on cells of medium darkness, where
+    # black ones have more contrast.
+    faces = ax.collections[0].get_facecolors()  # (rows * columns, 4)
+    columns = np.shape(values)[1]
+    for text in ax.texts:
+        x, y = text.get_position()
+        is_dark = relative_luminance(faces[int(y) * columns + int(x)]) < DARK
+        text.set_color("white" if is_dark else BLACK)
 
 
 @in_style

@@ -272,7 +272,7 @@ function tile(image) {
   }
   if (isDoubted(image)) {
     const { counts, label, guess } = image.votes;
-    const doubt = `label? ${counts[0]} of 5 say ${label}, ${counts[1]} say ${guess}`;
+    const doubt = `label? ${counts[0]} of 5 ${counts[0] === 1 ? "says" : "say"} ${label}, ${counts[1]} ${counts[1] === 1 ? "says" : "say"} ${guess}`;
     button.append(make("span", { className: "doubted" }, doubt));
   }
   button.image = image;
