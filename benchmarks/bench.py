@@ -3,13 +3,13 @@
 import argparse
 import json
 import re
-import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 
 from cifar_lib.data import ImageSet, find_cifar10, load_cifar10
@@ -105,7 +105,11 @@ def peak_memory(device: torch.device) -> float:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         kibibytes = int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # the peak of resident memory
         return kibibytes * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # Windows has no such module
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # on macOS in bytes
 
 
 def ratio(theirs: list[float], ours: list[float]) -> float:

@@ -1,5 +1,6 @@
 """The README, the Makefile and the code host's workflow give the same commands."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -34,3 +35,21 @@ def test_the_workflow_installs_and_tests_as_the_readme_says():
     assert steps == [f"python -m pip {INSTALL}", *make_target("test")]
     for pip in (".venv/bin/pip", r".venv\Scripts\pip"):
         assert f"    {pip} {INSTALL}\n" in README
+
+
+def test_nothing_but_the_campaigns_needs_a_module_that_windows_lacks():
+    posix = {"fcntl", "grp", "pwd", "resource", "termios"}
+    campaigns = {"faults.py", "fuzz.py"}  # they say that they need Linux
+    folders = ("cifar_lib", "benchmarks", "scripts", "notebooks", "tests", "extras")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    for path in files:
+        # What is imported while the module is, that is outside its functions.
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+        imported = {
+            alias.name
+            for statement in statements
+            if isinstance(statement, (ast.Import, ast.ImportFrom))
+            for alias in statement.names
+        }
+        assert path.name in campaigns or not imported & posix, path
