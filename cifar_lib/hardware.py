@@ -208,16 +208,26 @@ def prepare(device: torch.device, precision: str) -> None:
 
 @contextlib.contextmanager
 def background_thread() -> Iterator[ThreadPoolExecutor]:
-    """Yield a thread that works beside the training, on one core at most.
+    """Yield a thread that works beside the training, on one core; the caller keeps all its cores.
 
     Without that limit it would start OpenMP threads of its own, and there would be more threads
     than cores. Then all threads, including those of the training, sleep when they wait for each
     other. That happens many times in each step, and a small network trains a quarter slower.
     """
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+    with ThreadPoolExecutor(1) as thread:
+        # A thread that computes for the first time takes the number that was set last, in whatever
+        # thread. So the background thread takes 1, and then this one takes its own number again:
+        # otherwise it, too, might train on one core.
+        thread.submit(_compute_on_one_core).result()
+        torch.set_num_threads(threads)
         yield thread
-    torch.set_num_threads(threads)  # for threads that are started later
+
+
+def _compute_on_one_core() -> None:
+    """Give this thread one core from now on, and compute something, so that the limit is taken."""
+    torch.set_num_threads(1)
+    torch.ones(10**6).add_(1)
 
 
 def computing(device: torch.device, precision: str) -> contextlib.AbstractContextManager:

@@ -5,8 +5,11 @@ GPUs are stubs here.
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -112,6 +115,32 @@ def test_precision_is_what_the_hardware_is_good_for_or_is_taken_as_named(monkeyp
     assert [choose_precision("fp16", device) for device in (CPU, CUDA)] == ["fp16", "fp16"]
     with pytest.raises(InputError, match="fp8"):
         choose_precision("fp8", CPU)
+
+
+# The number of threads of training and of the background thread, in a process that computes for the
+# first time.
+EPOCH_BESIDE_A_BACKGROUND_THREAD = """
+import torch
+from cifar_lib.data import ImageSet
+from cifar_lib.hardware import background_thread
+from cifar_lib.recipes import recipe
+from cifar_lib.train import State, Step, plan_epoch, train_one_epoch
+
+config, cpu = recipe("small", precision="fp32"), torch.device("cpu")
+images = ImageSet(torch.zeros(128, 3, 32, 32, dtype=torch.uint8), torch.zeros(128).long())
+with background_thread() as background:
+    plan = background.submit(plan_epoch, config, len(images), 0).result()
+    train_one_epoch(Step(State(config, cpu), config), images, 0, plan)
+    print(torch.get_num_threads(), background.submit(torch.get_num_threads).result())
+"""
+
+
+def test_the_background_thread_has_one_core_and_training_keeps_all_of_its_own():
+    here = str(Path(__file__).parent.parent)
+    command = [sys.executable, "-c", EPOCH_BESIDE_A_BACKGROUND_THREAD]
+    environment = os.environ | {"PYTHONPATH": here, "OMP_NUM_THREADS": "2"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["2", "1"]
 
 
 def test_the_description_of_the_machine_goes_into_json():

@@ -18,7 +18,8 @@ def test_a_run_of_best_decides_by_itself_what_the_machine_is_good_for():
 
 
 def test_short_is_best_in_a_fifth_of_the_epochs():
-    changes = {"recipe": "short", "epochs": 12, "warmup_epochs": 2, "watch_test": True}
+    changes = {"recipe": "short", "epochs": 12, "warmup_epochs": 2, "half_size_epochs": 6}
+    changes |= {"watch_test": True}
     assert asdict(recipe("short")) == asdict(recipe("best")) | changes
 
 
