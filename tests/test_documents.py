@@ -799,7 +799,7 @@ CLAIMS = [
         )
         for text, name in {
             "augmentation and normalisation, one thread, AVX-512": AUGMENT_AVX512,
-            "the same, AVX2, by an earlier version whose pixels weren't yet exactly Pillow's": (
+            "augmentation and normalisation, one thread, the same machine limited to AVX2": (
                 "augment-amd-epyc-2-cores-avx2"
             ),
         }.items()
