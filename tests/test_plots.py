@@ -260,7 +260,7 @@ def test_severity_maps_print_points_signed_and_bold_where_sure():
     frame = pd.DataFrame(rows, columns=["family", "severity", "gain"])
     table = error_plots.by_severity(frame, "gain")
     signed = error_plots.severity_maps({"a": -table}, {"a": table > 0}, "T").axes[0]
-    assert texts(signed.texts) == ["-10.0", "-20.0", "-30.0", "+40.0"]
+    assert texts(signed.texts) == ["−10.0", "−20.0", "−30.0", "+40.0"]
     assert [text.get_weight() for text in signed.texts] == 3 * ["bold"] + ["normal"]
     assert signed.collections[0].get_array().ravel().tolist() == [-0.1, -0.2, -0.3, 0.4]
     assert texts(signed.get_yticklabels()) == ["noise", "blur"]

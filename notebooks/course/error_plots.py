@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from seaborn.utils import relative_luminance
@@ -18,6 +19,7 @@ from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
 
 FEW = 20  # a bin of a reliability diagram with fewer images says nothing about its accuracy
 DARK = 0.2  # the relative luminance below which white has more contrast than black
+MINUS = "\N{MINUS SIGN}"  # as wide as a plus; matplotlib's axes have it, too
 
 
 def per_thousand(matrix: np.ndarray) -> np.ndarray:
@@ -88,6 +90,7 @@ def _draw_cells(
         x, y = text.get_position()
         is_dark = relative_luminance(faces[int(y) * columns + int(x)]) < DARK
         text.set_color("white" if is_dark else BLACK)
+        text.set_text(text.get_text().replace("-", MINUS))
 
 
 @in_style
@@ -281,7 +284,7 @@ def accuracy_by_distance(
             textcoords="offset points",
             ha="left" if is_free else "right",
             va="center",
-            color=line.get_color(),
+            color=0.7 * np.array(to_rgb(line.get_color())),  # darker, as thin letters look paler
             path_effects=outline,
         )
     ax.set_xscale("log")

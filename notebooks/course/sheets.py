@@ -229,7 +229,9 @@ def shift_pictures(
     figure = Figure(figsize=(2.6 + 1.05 * columns, 0.8 + 1.2 * rows), layout="constrained")
     figure.suptitle(title)
     left, right = figure.subfigures(1, 2, width_ratios=(1.3, 1.2 + 1.05 * columns))
-    show_image(left.subplots(), unshifted, f"unshifted\n{unshifted_accuracy:.1%}", 9, smooth=True)
+    place = left.subplots()
+    place.set_anchor("N")  # level with the first row
+    show_image(place, unshifted, f"unshifted\n{unshifted_accuracy:.1%}", 9, smooth=True)
 
     axes = right.subplots(rows, columns, squeeze=False)
     for i, (family, shares) in enumerate(accuracy.iterrows()):
