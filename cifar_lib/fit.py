@@ -37,11 +37,13 @@ from cifar_lib.train import (
     train_one_epoch,
 )
 
-MANY_STEPS = 2000  # with as many, compiling for minutes pays off on a GPU
-REBASED_ON = 5000  # at most so many training images give the batch-norm statistics that are saved
-ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")  # what a result's last digits depend on
+MANY_STEPS = 2000  # from this number on, compiling for minutes pays off on a CUDA GPU
+REBASED_ON = 5000  # the batch-norm statistics that are saved are of at most this many images
+# Entries of environment.json that the last digits of a result depend on.
+ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")
+# Settings that were removed, each with the value that today's code behaves by.
+RETIRED = {"ranks": 1}
 AfterEpoch = Callable[[nn.Module, list[dict]], None]
-RETIRED = {"ranks": 1}  # settings that were removed, with the value that today's code has for them
 
 
 def fit(
@@ -54,18 +56,19 @@ def fit(
     after_epoch: AfterEpoch | None = None,
     channel_multiple: int | None = None,
 ) -> dict:
-    """Train into a run directory, or go on with what is there; then evaluate.
+    """Train in a run directory, or resume the run that is there; then evaluate.
 
     Returns the run's metrics, as metrics.json has them. A finished run isn't trained again.
 
     log: called with each line of progress.
     after_epoch: called after each epoch with the network and the history up to this epoch. If the
-    epoch's images had half size, it is a network that halves its images first.
+    epoch's images had half size, it gets a network that scales images down to half size first.
     channel_multiple: train with channels padded to a multiple of this, which gives the same network
-    (`padding`); None: what is fast on the device.
+    (see cifar_lib/padding.py); None: whatever is fast on the device.
 
     Raises InputError if the directory holds another run, if images have no labels, and for a
-    configuration that can't be trained on these images or this device.
+    configuration that can't be trained on these images or this device. A run that was begun in
+    another precision is another run, also if the device chose the precision.
     """
     if train.labels is None or test.labels is None:
         raise InputError("fit: expected labelled images, got some without labels: use CIFAR-10's")
@@ -74,18 +77,18 @@ def fit(
     config = resolve(config, device, len(part))
     if channel_multiple is None:
         channel_multiple = channel_multiple_for(device)
-    # The state comes before the directory is claimed: if it can't be made, that stays free.
+    # Make the state first: if that fails, the directory stays unclaimed.
     state = State(config, device, channel_multiple)
 
-    with RunDirectory(run_path) as run:
-        # Claim the directory for this run. If the run is finished, its metrics are all.
+    with RunDirectory(run_path) as run:  # locked until the end
+        # Claim the directory for this run. A finished run has metrics: return them.
         _claim(run, asdict(config) | {"data": train.source, "images": len(train)})
         metrics = run.read_json("metrics.json")
         if metrics is not None:
             return metrics
 
-        # Go on where the last checkpoint was written, or begin.
-        prepare(device, config.precision)  # torch's switches and the system's memory, for speed
+        # Resume at the last checkpoint, or begin.
+        prepare(device, config.precision)  # make PyTorch and the C library's malloc fast
         saved = run.load()
         if saved is not None:
             state.load(saved)
@@ -96,25 +99,27 @@ def fit(
         step = Step(state, config, log)
         watched = {"validation": validation, "test": test.to(device) if config.watch_test else None}
         _train_epochs(step, run, part, watched, log, after_epoch)
-        run.write_rows("history.csv", state.history)  # a kill right after a checkpoint lost a row
+        # Write this again: a run that was killed right after a checkpoint lacks a row there.
+        run.write_rows("history.csv", state.history)
 
-        # Evaluate.
+        # Evaluate the network, and calibrate it.
         network = state.network()
         info = _describe_weights(network, config, train.source, validation)
         score = summarize(_predict(network, config, test), test.labels)
 
-        # Save a network that computes the same, so that the score is its own; but its batch norms
-        # have the statistics of unaugmented images, which `shift.adapt` needs.
+        # Save a network with the same outputs, so that the score holds for it. Its batch norms have
+        # the statistics of unaugmented images, which `shift.adapt` needs, and scales and shifts
+        # that make up for the change.
         unaugmented = part.images[:REBASED_ON]
         model = rebase_batch_norm(network, unaugmented, config.test_normalization, config.precision)
         save_model(run.path / "model.safetensors", model, info)
         record = {**info.as_record(), "train_images": len(part), "test": score}
         run.write_json("metrics.json", record)
-        return run.read_json("metrics.json")  # as the next call will, lists instead of tuples
+        return run.read_json("metrics.json")  # what a later call returns: lists, not tuples
 
 
 def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
-    """Return the training images that are trained on, and the validation part or None.
+    """Return the images to train on, and the validation part or None.
 
     Raises InputError if there are fewer images than the configuration asks for.
     """
@@ -122,6 +127,7 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
     if size > len(train):
         raise InputError(f"train_size: expected at most {len(train)} images, got {size}")
     if size < len(train):
+        # The second part of the split has `size` images.
         _, chosen = stratified_split(train.labels, size, config.seed)
         train = train[chosen]
     if not config.validation_size:
@@ -131,7 +137,7 @@ def split(train: ImageSet, config: TrainConfig) -> tuple[ImageSet, ImageSet | No
 
 
 def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
-    """Return `config` with everything decided that it leaves open, for epochs of n images.
+    """Return `config` with its precision and `compile` decided, for epochs of n images.
 
     Raises InputError if the precision is unknown, or a batch is too small to be normalised.
     """
@@ -139,10 +145,10 @@ def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
     # case is the last batch in the last stage, whose side is 16 or 32, halved by each stage after
     # the first.
     batch = min(config.batch_size, n)
-    last_batch = n % batch or batch
+    last_batch_size = n % batch or batch  # a full batch, if they divide the images evenly
     side = math.ceil((16 if config.half_size_epochs else 32) / 2 ** (len(config.blocks) - 1))
-    if last_batch * side**2 < 2:
-        what = f"batch_size: batches of {batch} out of {n} images end with {last_batch}"
+    if last_batch_size * side**2 < 2:
+        what = f"batch_size: batches of {batch} out of {n} images end with {last_batch_size}"
         stages = f"{len(config.blocks)} stages"
         raise InputError(f"{what}, which isn't enough for {stages}: use another batch size")
 
@@ -157,7 +163,8 @@ def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
 def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     """Write what this run is into config.json, or check that the run there is this one.
 
-    A field that the file lacks counts as its default: versions without it behaved so.
+    A field that the file lacks has its default, because versions without the field behaved that
+    way. Raises InputError if the run there is another one.
     """
     ours = json.loads(json.dumps(ours))  # tuples become lists, as they are in the file
     stored = run.read_json("config.json")
@@ -175,11 +182,12 @@ def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
         raise InputError(f"{what}: choose another directory, or the same settings to go on")
 
 
-def _note_environment(run: RunDirectory, device: torch.device, log: Callable) -> None:
+def _note_environment(run: RunDirectory, device: torch.device, log: Callable[[str], None]) -> None:
     """Write environment.json, and say which of ROUNDING differ from the last start."""
     now, before = describe(device), run.read_json("environment.json") or {}
     known = [name for name in ROUNDING if name in before]
-    changes = [f"{k} {now[k]} (before: {before[k]})" for k in known if before[k] != now[k]]
+    changed = [name for name in known if before[name] != now[name]]
+    changes = [f"{name} {now[name]} (before: {before[name]})" for name in changed]
     if changes:
         log(f"the last digits may differ from those of an uninterrupted run: {', '.join(changes)}")
     run.write_json("environment.json", now)
@@ -196,7 +204,7 @@ def _train_epochs(
     """Train the epochs that are left; each ends with a log line, a history row and a checkpoint.
 
     While one trains, a background thread writes the checkpoint of the epoch before it, and draws
-    the random numbers of the epoch after it (after the last one, too, for nothing).
+    the random numbers of the epoch after it. Those drawn during the last epoch go unused.
     """
     state, config, n = step.state, step.config, len(train)
     begin = len(state.history)
@@ -215,38 +223,39 @@ def _train_epochs(
             loss, train_accuracy = train_one_epoch(step, train, epoch, plan, bar)
             images_per_second = n / (time.perf_counter() - began)
 
-            # Evaluate the network that the run would end with now, on images of the size that the
-            # epoch trained on: a network that has only seen small ones knows little about large
+            # Evaluate the network as the run would save it now, on images of the size that the
+            # epoch trained on: a network that has seen only small ones knows little about large
             # ones. The learning rate in the row is the one at the epoch's start.
             network = at_size(state.network(), has_half_size(config, epoch))
             row = {"epoch": epoch, "learning_rate": learning_rate(config, epoch)}
             row |= {"train_loss": loss, "train_accuracy": train_accuracy}
             for name, images in watched.items():
-                row[f"{name}_loss"], row[f"{name}_accuracy"] = _watch(network, config, images)
+                row[f"{name}_loss"], row[f"{name}_accuracy"] = _measure(network, config, images)
             state.history.append(row)
             seconds = time.perf_counter() - began
             timing = {"epoch": epoch, "seconds": seconds, "images_per_second": images_per_second}
 
-            # Write, once the checkpoint before is on disk; what went wrong there is raised here.
-            # The thread gets copies, as training goes on changing the state.
+            # Wait for the previous checkpoint; an exception in its thread is raised here. Then
+            # write this one. The thread gets copies, because training keeps changing the state.
             written.result()
             written = background.submit(_write, run, state.content(), state.history[:], timing)
-            log(_line(row, images_per_second, config.epochs))
+            log(_log_line(row, images_per_second, config.epochs))
             if after_epoch is not None:
                 after_epoch(network, state.history[:])
         written.result()
 
 
 def _write(run: RunDirectory, content: dict, history: list[dict], timing: dict) -> None:
+    """Write an epoch's files; the checkpoint first, because the history is also in it."""
     run.save(content)
     run.write_rows("history.csv", history)
     run.write_rows("timing.csv", [timing], append=True)
 
 
-def _watch(
+def _measure(
     network: nn.Module, config: TrainConfig, images: ImageSet | None
 ) -> tuple[float | None, float | None]:
-    """Loss and accuracy on a set that is evaluated each epoch; (None, None) without images."""
+    """Return the smoothed loss and the accuracy on a set, or (None, None) without images."""
     if images is None:
         return None, None
     logits, labels = _predict(network, config, images), images.labels.cpu()
@@ -255,12 +264,15 @@ def _watch(
 
 
 def _predict(network: nn.Module, config: TrainConfig, images: ImageSet) -> torch.Tensor:
-    """Logits float32 (N, 10) on the CPU, by the test normalisation and the run's precision."""
+    """Return logits float32 (N, 10) on the CPU, in the run's precision.
+
+    Images are normalised as in testing. In the published run that differs from training (recipes).
+    """
     return predict(network, images.images, config.test_normalization, config.precision)
 
 
-def _line(row: dict, images_per_second: float, epochs: int) -> str:
-    """The log line of an epoch."""
+def _log_line(row: dict, images_per_second: float, epochs: int) -> str:
+    """Return an epoch's losses, accuracies and speed in one line."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}  lr {row['learning_rate']:.4f}"]
     for name in ("train", "validation", "test"):
         loss, fraction = row[f"{name}_loss"], row[f"{name}_accuracy"]
@@ -272,10 +284,11 @@ def _line(row: dict, images_per_second: float, epochs: int) -> str:
 def _describe_weights(
     network: nn.Module, config: TrainConfig, source: str, validation: ImageSet | None
 ) -> WeightsInfo:
-    """All that is needed to use the weights.
+    """Return all that is needed to use the weights.
 
-    With a validation part this includes the temperature that calibrates the probabilities. It has
-    to be fitted on images that weren't trained on: of training images a network is too confident.
+    With a validation part this includes the temperature, the number that logits are divided by so
+    that the probabilities are calibrated. It has to be fitted on other images than those trained
+    on, about which the network is too confident.
     """
     temperature = None
     if validation is not None:

@@ -1,4 +1,4 @@
-"""Training, to be read from the top: the loss, what training changes, one step, one epoch."""
+"""Training, to be read from the top: the loss, the state, one step, one epoch."""
 
 import json
 import math
@@ -20,15 +20,16 @@ from cifar_lib.model import ResNet
 from cifar_lib.padding import Tensors, cut, pad, pad_network, shapes
 from cifar_lib.recipes import TrainConfig, learning_rate
 
-# How many batches are augmented in one call. Images with the same operation are changed together:
-# more batches make larger groups, but too many no longer fit into a CPU's cache.
+# How many batches are augmented in one call. Images with the same augmentation operation are
+# changed together: more batches make larger groups, but too many don't fit into a CPU's cache.
 BATCHES_TOGETHER = {"cpu": 16, "cuda": 128, "mps": 128}
-# Reading the running loss makes the program wait for the GPU, so it is read every so many steps.
+# Reading the running loss makes the program wait for the GPU. On CUDA, where steps are short, the
+# loss is read once in this many steps.
 LOOK_EVERY = 50
 
 
 def smooth_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return cross-entropy with the label smoothing of the report that this package reproduces.
+    """Return cross-entropy with label smoothing as the student report defines it (see README.md).
 
     logits (b, C), labels int64 (b,) -> a scalar tensor, the mean over the images. With s the
     smoothing, an image's loss is the sum of -w log p over the classes, where w is 1 - s for the
@@ -46,10 +47,11 @@ class State:
     def __init__(self, config: TrainConfig, device: torch.device, channel_multiple: int = 1):
         """Make the state before the first step. The configuration's seed fixes the weights.
 
-        channel_multiple: the network is trained with its channels padded to a multiple of this. The
-        weights and checkpoints that leave the state have the configuration's channels.
+        channel_multiple: the network is trained with its channels padded to a multiple of this,
+        which some hardware computes faster. What `network` and `content` return has the
+        configuration's own channels.
         """
-        # The network. The caller's own random numbers go on as if nothing had been drawn.
+        # Draw the weights. fork_rng gives the caller's random numbers back as they were.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = ResNet(config.blocks, config.channels, len(CLASSES))
@@ -57,11 +59,11 @@ class State:
             model = pad_network(model, channel_multiple)
         self.model = model.to(device, memory_format=memory_format(device))
 
-        # The average of its weights, if the run is to end with that.
+        # The moving average of the weights, if the run is to end with it.
         decay = config.ema_decay
         self.average = MovingAverage(self.model, decay) if decay else None
 
-        # The optimizer.
+        # The optimizer; `fused` updates all parameters in one kernel.
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.SGD(
             parameters,
@@ -71,8 +73,8 @@ class State:
             weight_decay=config.weight_decay,
             fused=device.type in ("cuda", "cpu"),
         )
-        # The momentum buffers exist from the start: a first fp16 step that overflows is skipped,
-        # and a checkpoint after it would lack them.
+        # Create the momentum buffers now: a first fp16 step that overflows is skipped, and a
+        # checkpoint after it would lack them. Zeros give the same first step, 0 plus the gradient.
         if config.momentum:
             for parameter in parameters:
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -81,13 +83,14 @@ class State:
         # are divided again. In other precisions the scaler does nothing.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-        # One row per epoch that is done.
+        # One row per finished epoch, with the columns of history.csv; `fit` adds them.
         self.history: list[dict] = []
 
     def network(self) -> ResNet:
         """Return a copy of the trained network, with the channels of the configuration.
 
-        It has the moving average of the weights, if the configuration asks for one.
+        It has the moving average of the weights, if the configuration asks for one. The copy is in
+        training mode.
         """
         trained = self.model if self.average is None else self.average.model
         tensors = cut(trained.state_dict(), self.shapes)
@@ -98,10 +101,10 @@ class State:
         return network
 
     def content(self) -> dict:
-        """Return a copy of everything, on the CPU.
+        """Return a copy of everything, on the CPU, for a checkpoint.
 
-        The history is stored as JSON. Pickle writes a repeated string in full or as a reference,
-        depending on which objects are the same one, and equal states should be equal bytes.
+        The history is stored as JSON, so that equal states give equal bytes: pickle writes a string
+        that occurs twice as a reference only if both are the same object.
         """
         content = {
             "model": self._copied(self.model.state_dict()),
@@ -114,12 +117,13 @@ class State:
         return content
 
     def load(self, saved: dict) -> None:
-        """Go on from what `content` returned, whether its network was padded or not.
+        """Restore what `content` returned, whatever padding the network had then.
 
         Raises InputError if `saved` belongs to another configuration.
         """
         what = "run directory: its checkpoint isn't of this run"
-        another_run = (
+        # A checkpoint of another configuration fails in one of these ways.
+        mismatches = (
             LookupError,
             TypeError,
             AttributeError,
@@ -127,7 +131,7 @@ class State:
             RuntimeError,
             OverflowError,
         )
-        with explained(what, "choose another directory", *another_run):
+        with explained(what, "choose another directory", *mismatches):
             self.model.load_state_dict(self._padded(saved["model"]))
             momenta = self._momenta()
             stored = self._padded(dict(zip(momenta, saved["momenta"], strict=True)))
@@ -142,8 +146,8 @@ class State:
         """Return each parameter's momentum buffer, by the parameter's name."""
         if not self.config.momentum:
             return {}
-        of = self.optimizer.state
-        return {name: of[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
+        buffers = self.optimizer.state
+        return {name: buffers[p]["momentum_buffer"] for name, p in self.model.named_parameters()}
 
     def _copied(self, tensors: Tensors) -> Tensors:
         """Return copies on the CPU, without the padding."""
@@ -156,38 +160,38 @@ class State:
 
 
 class Step:
-    """Updates the weights of a `State` by one batch after another."""
+    """Each call trains a `State` on one batch."""
 
     def __init__(self, state: State, config: TrainConfig, log: Callable[[str], None] = print):
-        """Prepare updates of `state`; `config` leaves neither precision nor `compile` open."""
+        """Prepare to train `state`. In `config`, `precision` and `compile` are decided already."""
         self.state, self.config = state, config
         self.device = state.model.conv1.weight.device
-        # Normalisation is x * scale - offset, float32 (1, 3, 1, 1) each.
+        # (x / 255 - mean) / std is written as x * scale - offset, float32 (1, 3, 1, 1) each.
         self.scale, self.offset = config.normalization.scale_and_offset(self.device)
         self.loss = self.plain_loss
         if config.compile:
-            # Full size, and half size if such epochs are still to come.
-            half_sizes = {len(state.history) < config.half_size_epochs, False}
+            # The values of `half_size` that are still to come: False, and perhaps True.
+            half_sizes = {False, has_half_size(config, len(state.history))}
             batch_size = config.batch_size
             self.loss = compile_loss(self.plain_loss, state.model, batch_size, half_sizes, log)
 
     def __call__(
         self, images: Tensor, labels: Tensor, rate: float, half_size: bool
     ) -> tuple[Tensor, Tensor]:
-        """Update the weights by one batch, at the learning rate `rate`.
+        """Update the weights with one batch, at the learning rate `rate`.
 
         images: uint8 (b, 3, 32, 32), augmented; labels: int64 (b,); both on the network's device.
         half_size: whether the images are averaged down to 16x16.
 
-        Returns the batch's mean loss and its number of correctly labelled images before the update,
-        two scalar tensors. They stay on the device: a GPU goes on without waiting for a reader.
+        Returns the batch's mean loss and its number of correctly classified images before the
+        update, two scalar tensors. They stay on the device, so that nothing waits for a GPU.
         """
         optimizer, scaler = self.state.optimizer, self.state.scaler
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
 
-        # Forward.
+        # Forward: `plain_loss`, or its compiled version.
         loss, correct = self.loss(images, labels, half_size)
 
         # Backward, and update the weights.
@@ -199,11 +203,11 @@ class Step:
         return loss.detach(), correct
 
     def plain_loss(self, images: Tensor, labels: Tensor, half_size: bool) -> tuple[Tensor, Tensor]:
-        """Return the mean loss of a batch, and its number of correctly labelled images."""
+        """Return the mean loss of a batch, and its number of correctly classified images."""
         inputs = rescale(images, self.scale, self.offset)  # float32 (b, 3, 32, 32)
         if half_size:
             inputs = F.avg_pool2d(inputs, 2)  # (b, 3, 16, 16)
-        with computing(self.device, self.config.precision):
+        with computing(self.device, self.config.precision):  # autocast, in bf16 and fp16
             logits = self.state.model(inputs)  # (b, 10)
             loss = smooth_cross_entropy(logits, labels, self.config.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).sum()
@@ -223,7 +227,7 @@ class EpochPlan(NamedTuple):
 
 
 def plan_epoch(config: TrainConfig, n: int, epoch: int) -> EpochPlan:
-    """Draw the random numbers of an epoch over n images, by the configuration's seed."""
+    """Draw the random numbers of an epoch over n images from the configuration's seed."""
     order = torch.randperm(n, generator=random_stream(config.seed, epoch, SHUFFLING))
     return EpochPlan(order, draw(n, config.policy, config.seed, epoch))
 
@@ -255,12 +259,14 @@ def train_one_epoch(
     `plan` holds the epoch's random numbers if they are drawn already; else they are drawn here.
     `bar` shows progress.
 
-    Returns the mean loss and the accuracy over the augmented images.
+    Returns the mean loss and the accuracy on the augmented images. Each batch is measured before
+    its own update, so with weights that change during the epoch.
 
-    Raises InputError when the loss isn't finite; on a CUDA GPU up to LOOK_EVERY steps later.
+    Raises InputError once the mean loss isn't finite. On a CUDA GPU this is noticed up to
+    LOOK_EVERY steps later.
     """
     config = step.config
-    plan = plan or plan_epoch(config, len(train), epoch)
+    plan = plan_epoch(config, len(train), epoch) if plan is None else plan
     bar = tqdm(disable=True) if bar is None else bar
     steps = math.ceil(len(train) / config.batch_size)
     half_size = has_half_size(config, epoch)
@@ -272,22 +278,22 @@ def train_one_epoch(
         loss, correct = step(images, labels, rate, half_size)
         totals.add(loss, correct, len(labels))
 
-        # Look at the running means; on a CUDA GPU only now and then.
+        # Read the running means; on CUDA only now and then (LOOK_EVERY).
         if step.device.type != "cuda" or i % LOOK_EVERY == 0:
             mean_loss, accuracy = totals.means()
-            _refuse_divergence(mean_loss, epoch, i)
+            _raise_if_diverged(mean_loss, epoch, i)
             bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", refresh=False)
         bar.update(len(labels))
 
     mean_loss, accuracy = totals.means()
-    _refuse_divergence(mean_loss, epoch, steps - 1)
+    _raise_if_diverged(mean_loss, epoch, steps - 1)
     return mean_loss, accuracy
 
 
 def has_half_size(config: TrainConfig, epoch: int) -> bool:
     """Return whether the epoch, counted from 0, sees images at half size.
 
-    The last epoch has the full size, whatever is configured: that is how images are predicted.
+    The last epoch is always at full size, because prediction is.
     """
     return epoch < min(config.half_size_epochs, config.epochs - 1)
 
@@ -298,25 +304,30 @@ def at_size(model: nn.Module, half_size: bool) -> nn.Module:
 
 
 class Totals:
-    """Loss and correctly labelled images, summed over an epoch on the device itself."""
+    """Loss and correctly classified images, summed over an epoch on the device itself."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(3, device=device)  # of the loss, of correct images, of images
+        # The sums of the loss, of correctly classified images, and of images.
+        self.sums = torch.zeros(3, device=device)
 
     def add(self, loss: Tensor, correct: Tensor, n: int) -> None:
-        """Add a batch of n images, its mean loss and how many of them are correct."""
-        images = torch.full_like(loss, n)
-        self.sums += torch.stack([loss * images, correct.to(loss.dtype), images])
+        """Add a batch of n images: its mean loss, and how many are classified correctly."""
+        count = torch.full_like(loss, n)
+        self.sums += torch.stack([loss * count, correct.to(loss.dtype), count])
 
     def means(self) -> tuple[float, float]:
-        """Return the mean loss and the accuracy of all images up to now."""
-        loss, correct, images = self.sums.tolist()
-        return loss / images, correct / images
+        """Return the mean loss and the accuracy over all images so far."""
+        loss, correct, count = self.sums.tolist()
+        return loss / count, correct / count
 
 
-def _refuse_divergence(mean_loss: float, epoch: int, i: int) -> None:
-    """Stop at step i of the epoch if there is nothing to be learnt any more."""
+def _raise_if_diverged(mean_loss: float, epoch: int, i: int) -> None:
+    """Raise InputError if the mean loss is infinite or NaN after step i of the epoch.
+
+    Both are counted from 0 here, and from 1 in the message, as in progress lines.
+    """
     if not math.isfinite(mean_loss):
-        what = f"the loss is not finite at epoch {epoch}, step {i}, and the last checkpoint stays"
+        where = f"epoch {epoch + 1}, step {i + 1}"
+        what = f"the loss is not finite at {where}; the last checkpoint is kept"
         remedy = "lower the learning rate (--set learning_rate=...) in a new run directory"
         raise InputError(f"training diverged: {what}: {remedy}")
