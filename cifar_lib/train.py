@@ -328,6 +328,6 @@ def _raise_if_diverged(mean_loss: float, epoch: int, i: int) -> None:
     """
     if not math.isfinite(mean_loss):
         where = f"epoch {epoch + 1}, step {i + 1}"
-        what = f"the loss is not finite at {where}; the last checkpoint is kept"
+        what = f"the loss is not finite at {where} (the last checkpoint is kept)"
         remedy = "lower the learning rate (--set learning_rate=...) in a new run directory"
         raise InputError(f"training diverged: {what}: {remedy}")

@@ -291,7 +291,7 @@ def test_a_run_with_an_average_goes_on_to_the_same_bytes_and_ends_with_the_avera
 
 def test_a_diverged_run_names_epoch_and_step_and_keeps_its_checkpoint(stand_in, tmp_path):
     config = tiny(learning_rate=1e30)  # the first epoch trains at rate 0
-    with pytest.raises(InputError, match=r"not finite at epoch 2, step [23], [^\n]*rate[^\n]*$"):
+    with pytest.raises(InputError, match=r"not finite at epoch 2, step [23] [^\n]*rate[^\n]*$"):
         fit_quietly(config, tmp_path, stand_in)
     saved = RunDirectory(tmp_path).load()
     assert len(json.loads(saved["history"])) == len(history(tmp_path)) == 1
