@@ -108,9 +108,9 @@ def _column(run: Path) -> dict[str, str]:
         "size": f"{halved['bytes'] / 1e6:.1f} MB, {parameters:,} parameters",
         "trained on": f"{metrics['train_images']:,} training images of {metrics['data']}, "
         "nothing else",
-        "how": f"recipe `{recipe}`, {epochs} epochs, seed {metrics['seed']}, {config['precision']}",
+        "recipe": f"`{recipe}`, {epochs} epochs, seed {metrics['seed']}, {config['precision']}",
         "command": f"`python -m cifar_lib train --recipe {recipe} --run runs/{recipe}`",
-        "on": f"{machine['gpu'] or machine['cpu']}, torch {machine['torch'].partition('+')[0]}",
+        "machine": f"{machine['gpu'] or machine['cpu']}, torch {machine['torch'].partition('+')[0]}",
         "time of the epochs": f"{minutes:.1f} minutes",
         "input": "RGB, 32x32, values in [0, 1]",
         "`mean` for prediction": _triple(metrics["mean"]),
@@ -126,7 +126,7 @@ def _column(run: Path) -> dict[str, str]:
         else f"{_percent(trained['accuracy'])} ({changed}; "
         f"McNemar's p = {trained['mcnemar_p']:.3f})",
         "at the end of the training, in its precision": _percent(metrics["test"]["accuracy"]),
-        "predictions changed by half precision": str(
+        "predictions changed by storing in half precision": str(
             halved["predictions_changed_by_half_precision"]
         ),
         "all seeds that were run": ", ".join(seeds),
