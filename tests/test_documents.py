@@ -1206,7 +1206,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "The published test accuracy after it is {} %",
+        "After this epoch, the published test accuracy is {} %",
         lambda: [published("test_accuracy", 0)],
     ),
     Claim(
@@ -1348,8 +1348,9 @@ CLAIMS = [
     ),
     Claim(
         SUBMISSION_BOOK,
-        "Of 300 unshifted ships, `normalize+batchnorm` recognises {} and no adaptation {}",
-        lambda: [one_file("ship", 300, 1.0, "none 0")[way] for way in (BOTH, "none")],
+        "of 300 unshifted ships and nothing else, the network recognises {} ships without "
+        "adapting, but only {} with `normalize+batchnorm`",
+        lambda: [one_file("ship", 300, 1.0, "none 0")[way] for way in ("none", BOTH)],
     ),
     Claim(
         SUBMISSION_BOOK,
