@@ -110,7 +110,8 @@ def _column(run: Path) -> dict[str, str]:
         "nothing else",
         "recipe": f"`{recipe}`, {epochs} epochs, seed {metrics['seed']}, {config['precision']}",
         "command": f"`python -m cifar_lib train --recipe {recipe} --run runs/{recipe}`",
-        "machine": f"{machine['gpu'] or machine['cpu']}, torch {machine['torch'].partition('+')[0]}",
+        "machine": f"{machine['gpu'] or machine['cpu']}, "
+        f"torch {machine['torch'].partition('+')[0]}",
         "time of the epochs": f"{minutes:.1f} minutes",
         "input": "RGB, 32x32, values in [0, 1]",
         "`mean` for prediction": _triple(metrics["mean"]),
