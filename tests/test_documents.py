@@ -523,8 +523,8 @@ CLAIMS = [
     # README.md
     Claim(
         README,
-        "claims {} % test accuracy on CIFAR-10 after 60 epochs. It is **reproducible: we get "
-        "{} ± {} %** (mean and sample standard deviation over seeds {}, {}, {}: {}, {}, {})",
+        "claims {} % test accuracy on CIFAR-10 after 60 epochs. This accuracy is **reproducible: "
+        "we get {} ± {} %** (mean and sample standard deviation over seeds {}, {}, {}: {}, {}, {})",
         lambda: [
             published("test_accuracy", -1),
             *spread("report", seeds("report"))[:2],
@@ -550,7 +550,7 @@ CLAIMS = [
     ),
     Claim(
         README,
-        "averaged with the mirror image) | – | {} % ({} to {}) |",
+        "averaged with the mirror image's) | – | {} % ({} to {}) |",
         lambda: with_interval(shipped("report-seed42")["tta_flip"]),
     ),
     Claim(
@@ -594,10 +594,10 @@ CLAIMS = [
     ),
     Claim(
         README,
-        "our training is {} times as fast in bf16, and {} times as fast in fp32 (by the fastest "
+        "our training is {} times as fast in bf16, and {} times as fast in fp32 (in the fastest "
         "epoch of the seed-42 run). On two cores of an AMD EPYC, it is {} times as fast in fp32 "
-        "(AVX2), and {} times as fast in bf16 (AVX-512). On one thread (AVX-512), augmentation "
-        "with normalisation is {} times as fast",
+        "(AVX2), and {} times as fast in bf16 (AVX-512). On one thread (AVX-512), our "
+        "augmentation with normalisation is {} times as fast",
         lambda: [
             f"{benchmark(H200)['ratio']:.1f}",
             f"{fp32_ratio():.1f}",
@@ -882,7 +882,8 @@ CLAIMS = [
     *BALANCE_TABLE,
     Claim(
         SHIFT,
-        "it gains {} points over `none` (95 % interval {} to {}), `normalize` {} ({} to {})",
+        "it gains {} points over `none` (95 % interval {} to {}). `normalize` alone gains {} "
+        "({} to {})",
         lambda: [
             *gain("confirmed_on", f"{BOTH} + flip"),
             *gain("confirmed_on", "normalize + none"),
@@ -890,7 +891,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "without `normalize`, it gains the same {} points there",
+        "without `normalize`, `batchnorm` gains the same {} points there",
         lambda: gain("confirmed_on", "batchnorm + flip")[:1],
     ),
     Claim(
@@ -909,7 +910,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "alone gains {} points. The two adaptations without flip TTA gain {} points: {} images "
+        "alone gains {} points. `normalize+batchnorm` without flip TTA gains {} points: {} images "
         "gained, {} lost (p = {})",
         lambda: [
             f"{verdict('custom', 'none + flip')['gain']:.2f}",
@@ -921,7 +922,8 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "at five times the custom set's distance it gains {} points",
+        "on images five times as far from CIFAR-10's statistics as the custom set, it gains {} "
+        "points",
         lambda: [points_by_normalizing("statistics", 5)],
     ),
     Claim(
@@ -965,7 +967,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "for half cats at severity 3 it gets {} %, `none`, which `auto` chooses, {} %",
+        "on half cats at severity 3, `normalize` gets {} %, and `none`, which `auto` chooses, {} %",
         lambda: shares("cat", 300, 0.5, "statistics 3", "normalize", "none"),
     ),
     Claim(
@@ -1330,9 +1332,8 @@ CLAIMS = [
     ),
     Claim(
         SUBMISSION_BOOK,
-        "noise 1 costs most: {} points. With three quarters of the light gone, the accuracy falls "
-        "by {} points, without colour by {}. Scaling to 24×24 pixels and back (pixelation 1) costs "
-        "{} points.",
+        "noise 1 costs most: {} points. Removing three quarters of the light costs {} points, "
+        "removing all colour {}. Scaling to 24×24 pixels and back (pixelation 1) costs {} points.",
         lambda: [
             points_lost(*shift)
             for shift in (("noise", 1), ("brightness", 5), ("saturation", 5), ("pixelate", 1))
@@ -1340,7 +1341,7 @@ CLAIMS = [
     ),
     Claim(
         SUBMISSION_BOOK,
-        "the network keeps {} % under blur and {} % under JPEG",
+        "the accuracy is {} % under blur and {} % under JPEG",
         lambda: [
             percent(shifted(family, severity=severity).accuracy, 1)
             for family, severity in (("blur", 3), ("jpeg", 5))
