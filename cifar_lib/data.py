@@ -24,17 +24,17 @@ REAL, STAND_IN = "CIFAR-10", "stand-in data"  # two values of `ImageSet.source`
 Channels = tuple[float, ...]  # three numbers: one each for red, green and blue
 
 # The means and standard deviations below belong to values in [0, 1].
-# Over all pixels of the 50,000 training images, as `channel_statistics` computes them.
+# The first two are taken over all pixels of the 50,000 training images, by `channel_statistics`.
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 # A widespread wrong value, which the published run used. It is each image's own standard deviation,
 # averaged over the images (notebook 1).
 PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
-# The published run normalised CIFAR-10's test images by these. Their origin is unknown. They match
-# no statistics of CIFAR-10 that we know of.
+# The published run normalised CIFAR-10's test images with these values. Their origin is unknown.
+# They match no statistics of CIFAR-10 that we know of.
 PUBLISHED_TEST_MEAN = (0.5303, 0.4737, 0.4658)
 PUBLISHED_TEST_STD = (0.2822, 0.2553, 0.2613)
-# It normalised the competition's images by these, which are those images' own statistics.
+# The published run normalised the competition's images with these values, their own statistics.
 KAGGLE_MEAN = (0.4765, 0.4808, 0.4958)
 KAGGLE_STD = (0.2303, 0.2267, 0.2268)
 
@@ -103,16 +103,16 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
 
     The search looks into `root`, or into the folder that the variable `CIFAR10_ROOT` names. If
     neither is given, it looks into `home` and Kaggle's input folder. A folder that lacks one of the
-    files is skipped. But if the user named it and there is no complete one, it is returned, and
-    reading it says which file is missing.
+    files is skipped. But if the user named the place, and it has no complete folder, the incomplete
+    one is returned, because reading it says which file is missing.
 
     Raises InputError if `root` or `CIFAR10_ROOT` is given, but doesn't contain such a folder.
     """
     named = root or environment.read("CIFAR10_ROOT")
     if not named:
         # Kaggle mounts data sets at different depths: <name>/ or datasets/<user>/<name>/.
-        found = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
-        return next(filter(_has_all_batches, found), None)
+        places = [home / FOLDER, *sorted(KAGGLE_INPUT.glob(f"**/{FOLDER}"))]
+        return next(filter(_has_all_batches, places), None)
 
     # The path may name the folder itself, or the folder that contains it.
     places = [Path(named, FOLDER), Path(named)]
@@ -136,11 +136,10 @@ def _has_all_batches(folder: Path) -> bool:
 def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     """Return the images and labels of `files`, which lists each file's name and md5.
 
-    torchvision.datasets.CIFAR10 could read them too. But if a file is damaged, its message doesn't
-    say which one, and it unpickles whatever a file contains. `pickles.read` accepts only arrays and
-    plain data.
+    torchvision.datasets.CIFAR10 could read them too. But it doesn't say which file is damaged, and
+    it unpickles whatever a file contains. `pickles.read` accepts only arrays and plain data.
 
-    Raises InputError if a file is missing or differs; the message names the file.
+    Raises InputError if a file is missing or has another md5; the message names the file.
     """
     images, labels = [], []
     for name, md5 in files:
@@ -185,7 +184,7 @@ def channel_histogram(images: Tensor) -> Tensor:
     uint8 (N, 3, H, W) -> int64 (3, 256) on the CPU.
     """
     counts = torch.zeros(3, 256, dtype=torch.int64, device=images.device)
-    for chunk in images.split(2000):  # in pieces, since `flatten` copies a channel's values
+    for chunk in images.split(2000):  # saves memory: `flatten` copies a channel's values
         for channel in range(3):
             counts[channel] += torch.bincount(chunk[:, channel].flatten(), minlength=256)
     return counts.cpu()
@@ -201,7 +200,7 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """
     counts = channel_histogram(images).numpy()  # (3, 256)
     values = np.arange(256)
-    n = counts.sum(1)  # (3,), as s1 and s2
+    n = counts.sum(1)  # (3,), like s1 and s2
     s1 = counts @ values
     s2 = counts @ values**2
     return s1 / n / 255, np.sqrt(s2 / n - (s1 / n) ** 2) / 255
@@ -212,10 +211,10 @@ def channel_statistics(images: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Normalization:
-    """The mean and standard deviation of each channel, in [0, 1], by which images are normalised.
+    """The mean and standard deviation of each channel, in [0, 1], to normalise images with.
 
-    A network predicts well only if images are normalised as its weights expect. The weights expect
-    both numbers, so the two are passed around together.
+    A network predicts well only if images are normalised as its weights expect. Normalising takes
+    both `mean` and `std`, so they are passed around together.
     """
 
     mean: Channels
@@ -223,7 +222,7 @@ class Normalization:
 
     @classmethod
     def of(cls, images: Tensor) -> "Normalization":
-        """Return the normalization by the statistics of `images`, uint8 (N, 3, H, W).
+        """Return the normalization with the statistics of `images`, uint8 (N, 3, H, W).
 
         Raises InputError if a channel is constant, because nothing can be divided by its standard
         deviation, 0.
@@ -242,10 +241,10 @@ class Normalization:
         return rescale(images, *self.scale_and_offset(images.device))
 
     def scale_and_offset(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the same normalization as x * scale - offset: float32 (1, 3, 1, 1) each.
+        """Return the scale and the offset with which x * scale - offset is the normalised image.
 
-        Both are on `device`. Training sends them there once, and then calls `rescale` on each
-        batch.
+        Both are float32 (1, 3, 1, 1), on `device`. Training sends them there once, and then calls
+        `rescale` on each batch.
         """
         scale = 1 / (255 * torch.tensor(self.std, dtype=torch.float32))  # (3,)
         offset = torch.tensor(self.mean, dtype=torch.float32) * 255 * scale  # (3,)

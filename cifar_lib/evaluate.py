@@ -50,7 +50,7 @@ def predict_views(
     precision: str = "fp32",
     tta: str = "flip",
 ) -> Tensor:
-    """Return the logits of each view by itself: float32 (views, N, 10) on the CPU.
+    """Return the logits of each view separately: float32 (views, N, 10) on the CPU.
 
     The first view is the unchanged image. With `flip`, the logits of the first view are therefore
     what `predict` gives for `none`, and the mean over both views is what it gives for `flip`.
@@ -183,7 +183,7 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
     edges = np.linspace(0, 1, bins + 1)
     which = np.searchsorted(edges[1:], confidence).clip(max=bins - 1)  # (N,)
 
-    # With weights, bincount gives each bin's sum of them.
+    # With weights as its second argument, bincount gives the sum of the weights in each bin.
     count = np.bincount(which, minlength=bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 in an empty bin
         means = [np.bincount(which, values, bins) / count for values in (confidence, is_correct)]
@@ -193,7 +193,8 @@ def reliability(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, np.
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error.
 
-    It is |accuracy - confidence| of each bin of `reliability`, averaged over the images in them.
+    It is the average of |accuracy - confidence| over the bins of `reliability`, each bin weighted
+    with its number of images.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
     """
@@ -219,7 +220,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def summarize(logits: Tensor, labels: Tensor) -> dict:
     """Return everything that is measured on labelled images, ready for JSON.
 
-    Accuracies and their like are fractions, not percentages.
+    Accuracy, precision and the like are fractions, not percentages.
     """
     matrix = confusion_matrix(logits, labels)
     correct, n = int(matrix.trace()), len(labels)

@@ -13,8 +13,9 @@ from cifar_lib.model import ResNet
 def grad_cam(
     model: ResNet, images: Tensor, classes: Tensor, normalization: Normalization
 ) -> Tensor:
-    """Return how much each place in an image is evidence for a class, for each image and its class.
+    """Return how much each place in each image is evidence for the image's class in `classes`.
 
+    model: a network in evaluation mode.
     images: uint8 (N, 3, 32, 32).
     classes: int64 (N,), one class number per image, such as its prediction.
 
@@ -33,12 +34,12 @@ def grad_cam(
     hook = model.stages[-1].register_forward_hook(lambda stage, args, output: kept.append(output))
     with torch.enable_grad():
         logits = model(inputs)  # (N, 10)
-        class_logits = logits.gather(1, classes[:, None]).sum()
+        logit_sum = logits.gather(1, classes[:, None]).sum()
     hook.remove()
 
     # A channel's weight is the gradient of the class's logit, averaged over all places.
     activations = kept[0]  # (N, 264, 8, 8)
-    gradients = torch.autograd.grad(class_logits, activations)[0]  # (N, 264, 8, 8)
+    gradients = torch.autograd.grad(logit_sum, activations)[0]  # (N, 264, 8, 8)
     weights = gradients.mean((2, 3), keepdim=True)  # (N, 264, 1, 1)
 
     # The heat is the weighted sum of the channels. Where it is negative, it is evidence against the
@@ -46,12 +47,12 @@ def grad_cam(
     heat = (weights * activations).sum(1, keepdim=True).relu().detach().cpu()  # (N, 1, 8, 8)
     heat = F.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
-    # Instead of by a maximum of 0, divide by the smallest normal number, which leaves 0.
+    # Where the maximum is 0, divide by the smallest normal number instead: the heat stays 0.
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=torch.finfo(heat.dtype).tiny)
 
 
 def beside_heat(image: Tensor, heat: Tensor, scale: int = 8) -> np.ndarray:
-    """Return a picture of an image, and to its right the same image coloured by its heat.
+    """Return a picture of an image, and to its right the same image overlaid with its heat.
 
     image: uint8 (3, H, W), on the CPU.
     heat: float32 (H, W), in [0, 1], on the CPU.

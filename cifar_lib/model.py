@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, in_channels, H, W)
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, channels, H / stride, W / stride)
-        out = self.bn2(self.conv2(out))  # the same shape, as the shortcut's
+        out = self.bn2(self.conv2(out))  # (N, channels, H / stride, W / stride), like shortcut(x)
         out += self.shortcut(x)
         return F.relu(out, inplace=True)
 
@@ -59,8 +59,8 @@ class ResNet(nn.Module):
     blocks: how many blocks each stage has.
     channels: how many channels each stage has. Each stage after the first halves height and width.
 
-    Normalised float images (N, 3, H, W) become logits (N, num_classes). `check_shape` checks
-    `blocks` and `channels`, where they come from outside.
+    Normalised float images (N, 3, H, W) become logits (N, num_classes). If `blocks` and `channels`
+    come from outside, call `check_shape` first.
     """
 
     def __init__(
@@ -77,13 +77,13 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels[0])
 
         # The stages layer1, layer2, and so on. The first block of each stage changes the number of
-        # channels (the width) and, from layer2 on, halves the image.
-        width_in = channels[0]
-        for i, (depth, width) in enumerate(zip(blocks, channels, strict=True)):
-            stage = [BasicBlock(width_in, width, stride=1 if i == 0 else 2)]
-            stage += [BasicBlock(width, width, stride=1) for _ in range(depth - 1)]
+        # channels and, from layer2 on, halves height and width.
+        in_channels = channels[0]
+        for i, (depth, out_channels) in enumerate(zip(blocks, channels, strict=True)):
+            stage = [BasicBlock(in_channels, out_channels, stride=1 if i == 0 else 2)]
+            stage += [BasicBlock(out_channels, out_channels, stride=1) for _ in range(depth - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
-            width_in = width
+            in_channels = out_channels
 
         # The head: the average over all places of the image, and from it one logit per class.
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
 def check_shape(
     blocks: Sequence[int], channels: Sequence[int], budget: int = PARAMETER_BUDGET
 ) -> None:
-    """Check a network's shape that comes from a configuration or a file.
+    """Check a network's shape, `blocks` and `channels` from a configuration or a file.
 
     Raises InputError if no network has this shape, or if its network would have more than `budget`
     parameters.
@@ -149,10 +149,10 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
     A network gives wrong labels to images that are normalised in another way.
 
     recipe, seed, data, epochs: how the weights were trained, for people to read.
-    mean, std: what images are normalised by before the network predicts their classes.
-    train_mean, train_std: what training images were normalised by; None in files of older versions.
+    mean, std: what images are normalised with before the network predicts their classes.
+    train_mean, train_std: what training images were normalised with; None in older files.
     temperature: what logits are divided by before they become probabilities; None if it wasn't
-    fitted, which takes validation images.
+    fitted, because fitting takes validation images.
     """
 
     recipe: str | None = None
@@ -180,9 +180,9 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
     def training_normalization(self) -> Normalization:
         """How images were normalised in training.
 
-        The recipe's name doesn't tell, as each run may change the recipe's fields.
+        The recipe's name doesn't say how, because each run may change the recipe's fields.
 
-        Raises InputError if the file doesn't say it, as files of older versions don't.
+        Raises InputError if the file doesn't say how either: files of older versions don't.
         """
         if self.train_mean is None or self.train_std is None:
             what = "expected the mean and std of the training (train_mean, train_std), found none"
@@ -208,8 +208,8 @@ def save_model(path: Path, model: ResNet, info: WeightsInfo) -> None:
     """
     shape = {"blocks": model.blocks, "channels": model.channels, "num_classes": model.num_classes}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    # All of it under one key: safetensors writes several keys in random order, and the file of
-    # equal weights should have equal bytes.
+    # Put everything under one key, because safetensors writes several keys in random order, and the
+    # files of equal weights should have equal bytes.
     metadata = {"cifar_lib": json.dumps({"model": shape, "info": info.as_record()})}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 

@@ -38,12 +38,14 @@ class Op(NamedTuple):
 
 
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
-    """Return the magnitude of the operation `name` in each bin, as torchvision defines it.
+    """Return the magnitudes of the operation `name`, one per bin, as torchvision defines them.
+
+    torchvision calls the levels of strength bins.
 
     ShearX and ShearY: the tangent of the angle.
     TranslateX and TranslateY: pixels.
     Rotate: degrees.
-    Brightness, Color, Contrast, Sharpness: how much the factor differs from 1.
+    Brightness, Color, Contrast, Sharpness: how much Pillow's enhancement factor differs from 1.
     Posterize: how many bits are kept.
     Solarize: the threshold.
     All others: 0, which they ignore.
@@ -53,12 +55,13 @@ def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
     """
     # torchvision's table: {name: (its magnitudes, whether their sign is drawn)}.
     if wide:
-        space = reference.TrivialAugmentWide()._augmentation_space(bins)
+        table = reference.TrivialAugmentWide()._augmentation_space(bins)
     else:
-        space = reference.RandAugment()._augmentation_space(bins, (SIZE, SIZE))
+        table = reference.RandAugment()._augmentation_space(bins, (SIZE, SIZE))
 
-    # Invert isn't in it. An operation without magnitudes has a single 0 there: repeat it.
-    values, _ = space.get(name, (torch.zeros(1), False))
+    # Invert isn't in the table. An operation without magnitudes has a single 0 there. `expand`
+    # repeats a single 0 for each bin.
+    values, _ = table.get(name, (torch.zeros(1), False))
     return values.float().expand(bins).tolist()
 
 
@@ -80,14 +83,15 @@ def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[T
     """Return where a move takes each of the 1024 pixels of its result from.
 
     The first tensor, int64 (1024,), is the source pixel's position in the flattened image. The
-    second, uint8 (1024,), is 1 where that lies inside the image, and 0 where the result is black.
+    second, uint8 (1024,), is 1 where the source pixel lies inside the image, and 0 where the result
+    is black.
     """
     # Let Pillow move a picture whose pixels are numbered from 1, and fill it with 0.
     numbers = np.arange(1, SIZE * SIZE + 1, dtype=np.int32).reshape(SIZE, SIZE)
     picture = Image.fromarray(numbers)
     moved = np.array(reference._apply_op(picture, name, magnitude, NEAREST, fill=None))
-    source = torch.from_numpy(moved).long().flatten().to(device)  # (1024,)
-    return (source - 1).clamp_(min=0), (source > 0).to(torch.uint8)
+    source_numbers = torch.from_numpy(moved).long().flatten().to(device)  # (1024,), 0 for black
+    return (source_numbers - 1).clamp_(min=0), (source_numbers > 0).to(torch.uint8)
 
 
 # Operations that blend each image with a plainer one, the base. They return
@@ -121,7 +125,7 @@ def sharpness(images: Tensor, change: float) -> Tensor:
 
 def _blend(base: Tensor, images: Tensor, change: float) -> Tensor:
     """Blend as Pillow does. The base consists of whole levels, in float32."""
-    # Pillow rounds the product and the sum. lerp and addcmul would round only once.
+    # Pillow rounds the product and the sum to float32. lerp and addcmul would round only once.
     blended = images.float().sub_(base).mul_(1 + change).add_(base)
     return to_uint8(blended.clamp_(0, 255))
 
@@ -133,7 +137,7 @@ def to_uint8(levels: Tensor) -> Tensor:
 
 
 def _round(levels: Tensor) -> Tensor:
-    """Round non-negative levels in place, half a level upwards."""
+    """Round non-negative levels to whole ones, in place. A half is rounded up."""
     return levels.add_(0.5).floor_()
 
 
@@ -143,13 +147,13 @@ def _grey(images: Tensor) -> Tensor:
     Below 2**24 float32 is exact for whole numbers, and no sum here reaches that.
     """
     red, green, blue = images.float().split(1, dim=1)  # (n, 1, 32, 32) each
-    # The weights' sum is 65536.
+    # These are Pillow's weights, whose sum is 65536.
     total = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
     return _round(total.div_(65536))
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Average each pixel that has eight neighbours with them, and round to whole levels.
+    """Return each inner pixel averaged with its eight neighbours, rounded to whole levels.
 
     uint8 (n, 3, 32, 32) -> float32 (n, 3, 30, 30). The weights are (1 1 1, 1 5 1, 1 1 1) / 13.
     """
@@ -187,7 +191,7 @@ def posterize(images: Tensor, bits: float) -> Tensor:
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert the values that are at the threshold or above it."""
-    # Values are whole numbers, so they reach the threshold where they reach the next whole one.
+    # Values are whole numbers, so they reach the threshold where they reach it rounded up.
     is_inverted = (images >= math.ceil(threshold)).view(torch.uint8)  # 1 or 0
     # 255 - x is x with all its bits flipped, that is x ^ 255, and x ^ 0 is x. This is three times
     # as fast on a CPU as torch.where.
@@ -219,9 +223,9 @@ def equalize(images: Tensor, _: float) -> Tensor:
     """Spread each channel's values so that all of them occur about equally often.
 
     A value becomes the number of pixels that are darker, divided by `step` and rounded. The step is
-    1/255 of all pixels that are darker than the brightest value, rounded down; where that is 0, the
-    channel stays as it is. torchvision's `equalize` gives the same, but takes 1.5 times as long on
-    a CPU.
+    1/255 of all pixels that are darker than the brightest value, rounded down. Where the step is 0,
+    the channel stays as it is. torchvision's `equalize` gives the same values, but takes 1.5 times
+    as long on a CPU.
     """
     # Count how often each value occurs in each channel, and how many pixels are darker than it.
     values = images.flatten(2).long()  # (n, 3, 1024)
@@ -254,8 +258,8 @@ OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def apply_op(images: Tensor, name: str, magnitude: float) -> Tensor:
-    """Apply the operation `name` to all images: uint8 (n, 3, 32, 32) -> the same shape and dtype.
+    """Apply the operation `name` to all images: uint8 (n, 3, 32, 32) -> uint8 (n, 3, 32, 32).
 
-    The given tensor isn't changed; Identity returns that tensor.
+    The given tensor isn't changed. Identity returns the given tensor itself.
     """
     return OPERATIONS[name](images, magnitude)

@@ -49,19 +49,20 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 2e-4
     # s in the report's definition: each of the nine wrong classes gets s / 9
     label_smoothing: Annotated[float, Field(ge=0, lt=1 - 1 / len(data.CLASSES))] = 0.05
-    # how many epochs at the start, never the last one, see 16x16 images at a quarter of the cost
+    # how many epochs at the start see 16x16 images, at a quarter of the cost; the last epoch always
+    # sees 32x32 images
     half_size_epochs: Count = 0
-    # d: after each step the average of the weights becomes d * average + (1 - d) * weights, and the
-    # run ends with the average in their place; 0: with the weights themselves
+    # d in the moving average of the weights: after each step the average becomes
+    # d * average + (1 - d) * weights, and the run ends with the average as its weights; 0: none
     ema_decay: Fraction = 0.0
     policy: Policy = Policy()  # the augmentation
-    mean: Mean = data.CIFAR10_MEAN  # what training images are normalised by
+    mean: Mean = data.CIFAR10_MEAN  # what training images are normalised with
     std: Std = data.PUBLISHED_STD
-    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # what images to be predicted are normalised by
+    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # what images to be predicted are normalised with
     test_std: Std = data.PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     precision: Literal[PRECISIONS] = "fp32"  # auto: bf16 or fp16, where the hardware is fast at it
-    # whether to use torch.compile; None: on a GPU, for runs that are long enough to gain by it
+    # whether to use torch.compile; None: on a GPU, for runs that are long enough to gain from it
     compile: Annotated[bool | None, OrNone] = None
     # how many training images to take, each class in its share; None: all
     train_size: Annotated[Positive | None, OrNone] = None
@@ -70,7 +71,7 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _fields_go_together(self) -> "TrainConfig":
-        """Check fields against each other; pydantic has checked each by itself.
+        """Check fields against each other, after pydantic has checked each one alone.
 
         Raises InputError if they don't go together.
         """
@@ -93,8 +94,9 @@ class TrainConfig:
 REPORT = TrainConfig()
 # These values are taken from davdcharizard/autoresearch-cifar10, whose search chose them by the
 # accuracy on CIFAR-10's test images. There, one run of 65 epochs at a learning rate of 0.2 reached
-# 96.05 % with a nearly identical network (blocks 3, 3, 3; channels 64, 128, 256). That is the test
-# accuracy of its best epoch; the runs of this package are scored after their last one.
+# 96.05 % with a nearly identical network (blocks 3, 3, 3; channels 64, 128, 256). This number
+# is the test accuracy of that run's best epoch. The runs of this package are scored after their
+# last epoch.
 BEST = replace(
     REPORT,
     recipe="best",
@@ -110,14 +112,14 @@ BEST = replace(
     precision="auto",
     watch_test=False,
 )
-# The same network in a fifth of the epochs, for GPUs that would take hours for sixty. Like `small`,
-# it sees half-size images in the first half of its epochs.
+# The network of `best` in a fifth of the epochs, for GPUs on which sixty epochs would take hours.
+# Like `small`, it sees half-size images in the first half of its epochs.
 SHORT = replace(
     BEST, recipe="short", epochs=12, warmup_epochs=2, half_size_epochs=6, watch_test=True
 )
 # A network with one block per stage, for a CPU: all images in a minute or two. Its values were
-# chosen on a validation split, by accuracy per second (results/LOG.md, 2026-11-29). In so short a
-# training all augmentation but mirroring costs accuracy.
+# chosen on a validation split, by accuracy per second (results/LOG.md, 2026-11-29). In such a
+# short training, all augmentation except mirroring costs accuracy.
 SMALL = replace(
     SHORT,
     recipe="small",
@@ -134,7 +136,7 @@ RECIPES = {config.recipe: config for config in (REPORT, BEST, SHORT, SMALL)}
 
 
 def recipe(name: str, /, **changes: object) -> TrainConfig:
-    """Return the recipe of that name with some fields changed.
+    """Return the recipe called `name`, with some fields changed.
 
     `policy.<field>` changes a field of the augmentation. A value has the field's type, or is text
     that stands for such a value ("0.1", "true", "3,4,3", "none").
@@ -144,17 +146,18 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
     if name not in RECIPES:
         raise InputError(f"recipe: expected one of {', '.join(RECIPES)}; got {name!r}")
 
-    # Take the changes of the augmentation out of the others.
-    inner = {field for field in changes if field.startswith("policy.")}
-    policy = {field.removeprefix("policy."): changes.pop(field) for field in inner}
+    # Separate the changes of the augmentation from the others.
+    prefixed = {field for field in changes if field.startswith("policy.")}
+    policy_changes = {field.removeprefix("policy."): changes.pop(field) for field in prefixed}
 
-    # pydantic checks the values. The first error that it finds is reported, in one line.
+    # pydantic checks the values, and makes a Policy from the dict. The first error that it finds is
+    # reported, in one line.
     try:
         config = replace(RECIPES[name], **changes)
-        return replace(config, policy=asdict(config.policy) | policy)
+        return replace(config, policy=asdict(config.policy) | policy_changes)
     except ValidationError as error:
         wrong = error.errors()[0]
-        if not wrong["loc"]:  # it is about no single field: `_fields_go_together` has raised it
+        if not wrong["loc"]:  # no single field is wrong: `_fields_go_together` has raised it
             raise wrong["ctx"]["error"] from None
         field = ".".join(map(str, wrong["loc"]))
         reason = wrong["msg"].replace("Input should be", "expected")
@@ -164,10 +167,10 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
 
 
 def with_defaults(stored: dict) -> dict:
-    """Return a run's config.json with the fields that it lacks, because its version had none.
+    """Return a run's config.json, completed with the fields that its version didn't have yet.
 
-    They get their defaults, which leave a run as it was without them. Fields that are there stay,
-    also those that no version has.
+    The missing fields get their defaults, which don't change what the run does. All other fields
+    stay, even those that no version has.
     """
     defaults = json.loads(json.dumps(asdict(REPORT)))  # tuples become lists, as in the file
     complete = defaults | stored
@@ -192,7 +195,7 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
     """
     peak, warmup, total = config.learning_rate, config.warmup_epochs, config.epochs
 
-    # Where the cosine starts.
+    # Find the epoch at which the cosine starts.
     if config.schedule == "published":
         epoch = math.floor(epoch)
         start = warmup / 2
@@ -202,7 +205,7 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
     # A straight line up, then half a cosine down.
     if epoch < warmup:
         return peak * epoch / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - start) / max(total - start, 1)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (epoch - start) / (total - start)))
 
 
 def learning_rates(config: TrainConfig) -> list[float]:

@@ -2,7 +2,8 @@
 
 A file of images to predict may differ in two ways. Its pixels may be shifted: darker, noisier,
 blurred. Its class mix may also differ: half of the images may be cats. Adapting removes a shift,
-but mistakes another class mix for one. `predict_adapted` tells the two apart by the predictions.
+but mistakes another class mix for a shift. `predict_adapted` tells the two apart from the
+predictions.
 """
 
 import copy
@@ -18,14 +19,14 @@ from cifar_lib.hardware import computing
 
 ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
 PRIOR = 16  # the training statistics count as this many images; Schneider et al. found 8 to 32 best
-# The adaptation if the classes are about equally frequent, as results/shift/verdict.json chose it.
+# The adaptation if the classes are about equally frequent, chosen in results/shift/verdict.json.
 BALANCED = "normalize+batchnorm"
 # The adaptation if they aren't: batch-norm statistics would contain the class mix.
 UNBALANCED = "none"
-# The imbalance of n predicted classes that is allowed: CHANCE / sqrt(n) + MARGIN. If n images are
-# drawn from equally frequent classes, their imbalance is 5 sqrt(2 * 0.1 * 0.9 / (pi n)) =
-# 1.2 / sqrt(n) on average. The margin is for a strong shift, which makes the network favour some
-# classes.
+# The allowed imbalance of the classes that are predicted for n images: CHANCE / sqrt(n) + MARGIN.
+# If n images are drawn from equally frequent classes, their imbalance is
+# 5 sqrt(2 * 0.1 * 0.9 / (pi n)) = 1.2 / sqrt(n) on average. The margin is for a strong shift, which
+# makes the network favour some classes.
 CHANCE = 1.2
 MARGIN = 0.05
 # How much mean confidence adapting may cost. The value was chosen on unbalanced files of 300 images
@@ -33,10 +34,10 @@ MARGIN = 0.05
 # 0.410 of confidence. If it gains accuracy, it costs at most 0.018, except on two files: 0.073 on
 # pixelated images of which half are cats, and 0.133 on ships with noise, where it gains one image.
 DOUBT = 0.03
-# If their `agreement` is at least this, the adapted and the unadapted network see the same class
-# mix. On the same files, it is 0.59 or more if adapting loses accuracy. On balanced images with the
-# strongest pixelation it is below 0, and adapting gains about 20 points of accuracy, although it
-# costs confidence (tests/test_shift.py).
+# If the `agreement` of the adapted and the unadapted network is at least this value, they see the
+# same class mix. On the unbalanced files above, it is 0.59 or more if adapting loses accuracy. On
+# balanced images with the strongest pixelation it is below 0, and adapting gains about 20 points of
+# accuracy, although it costs confidence (tests/test_shift.py).
 AGREEMENT = 0.5
 # Images per batch when batch-norm statistics are measured. The measured variance is the average of
 # the variances within the batches, and doesn't include the variance between batches.
@@ -57,7 +58,7 @@ def adapt(
 
     method:
     none changes nothing.
-    normalize returns the normalization by the images' own channel statistics, as the report does.
+    normalize returns the normalization with the images' own channel statistics, as in the report.
     batchnorm returns a copy of the network, whose batch norms have the statistics of these images
     mixed with those of training (Schneider et al. 2020, arXiv:2006.16971; Li et al. 2016,
     arXiv:1603.04779).
@@ -83,10 +84,10 @@ def _with_statistics_of(
     adapted = copy.deepcopy(model).eval()
 
     # Forget the training statistics, and measure those of these images. A batch norm in training
-    # mode does that while the images pass through it.
+    # mode measures them while the images pass through it.
     for layer in _batch_norms(adapted):
         layer.reset_running_stats()
-        layer.momentum = None  # every batch counts the same
+        layer.momentum = None  # the plain average over all batches
         layer.train()
     _forward(adapted, images, normalization, precision)
 
@@ -124,61 +125,61 @@ def predict_adapted(
     Raises InputError if a channel is constant.
     """
     # Predict with the adapted network. If its classes are balanced, that is the answer.
-    network, own_normalization = adapt(BALANCED, model, images, normalization, precision)
-    adapted = predict(network, images, own_normalization, precision, tta)
-    counts = class_counts(adapted)
+    adapted_model, own_normalization = adapt(BALANCED, model, images, normalization, precision)
+    adapted_logits = predict(adapted_model, images, own_normalization, precision, tta)
+    counts = class_counts(adapted_logits)
     if is_balanced(counts):
-        return Adapted(adapted, BALANCED, "the predicted classes are balanced")
+        return Adapted(adapted_logits, BALANCED, "the predicted classes are balanced")
 
     # They aren't balanced, because of the file's class mix or of a strong shift. Predict without
     # adapting, to compare.
-    unadapted = predict(model, images, normalization, precision, tta)
-    unadapted_counts = class_counts(unadapted)
-    sure, adapted_sure = confidence(unadapted), confidence(adapted)
+    unadapted_logits = predict(model, images, normalization, precision, tta)
+    unadapted_counts = class_counts(unadapted_logits)
+    sure, adapted_sure = confidence(unadapted_logits), confidence(adapted_logits)
     allowed = allowed_imbalance(len(images))
 
     # Choose, and say why.
     why = f"classes are unbalanced ({imbalance(counts):.2f} from equal, {allowed:.2f} allowed)"
     if is_misled(counts, unadapted_counts, sure - adapted_sure):
         why = f"{why}, and adapting lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
-        return Adapted(unadapted, UNBALANCED, why)
+        return Adapted(unadapted_logits, UNBALANCED, why)
     if agreement(counts, unadapted_counts) < AGREEMENT:
         why = f"{why}, but without adapting they would be very different, as on a strong shift"
     else:
         why = f"{why}, but adapting hardly lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
-    return Adapted(adapted, BALANCED, why)
+    return Adapted(adapted_logits, BALANCED, why)
 
 
 def is_misled(counts: Tensor, unadapted_counts: Tensor, confidence_lost: float) -> bool:
     """Return whether adapting to a file has removed its class mix, and not a shift.
 
     counts: int64 (10,), how many images the adapted network predicts to be of each class.
-    unadapted_counts: the same for the unadapted network.
+    unadapted_counts: int64 (10,), how many the unadapted network predicts to be of each class.
     confidence_lost: by how much adapting lowers the mean confidence.
 
     If the file's class mix isn't balanced, both networks predict a similar mix, and adapting costs
     confidence. If there is a strong shift, adapting costs little confidence or none, or the
     unadapted network predicts quite another mix.
     """
-    both_see_it = agreement(counts, unadapted_counts) >= AGREEMENT
-    return not is_balanced(counts) and both_see_it and confidence_lost > DOUBT
+    networks_agree = agreement(counts, unadapted_counts) >= AGREEMENT
+    return not is_balanced(counts) and networks_agree and confidence_lost > DOUBT
 
 
 def is_balanced(counts: Tensor) -> bool:
-    """Return whether class counts, int64 (10,), are as nearly equal as `allowed_imbalance` asks."""
+    """Return whether the imbalance of class counts, int64 (10,), is at most the allowed one."""
     return imbalance(counts) <= allowed_imbalance(int(counts.sum()))
 
 
 def allowed_imbalance(n: int) -> float:
-    """Return the imbalance of n predicted classes that chance and a strong shift may cause."""
+    """Return the imbalance that chance and a strong shift may cause if n images are predicted."""
     return MARGIN + CHANCE / math.sqrt(n)
 
 
 def imbalance(counts: Tensor) -> float:
-    """Return how far class counts, int64 (10,), are from equal: 0 if they are, 0.9 for one class.
+    """Return how far class counts, int64 (10,), are from equal.
 
-    It is the fraction of the images that would have to change class to make them equal (the total
-    variation distance from equal shares).
+    It is the fraction of the images that would have to change class to make the counts equal (the
+    total variation distance from equal shares): 0 if they are equal, 0.9 if only one class occurs.
     """
     shares = counts / counts.sum()  # (10,)
     return (shares - 1 / len(CLASSES)).abs().sum().item() / 2
@@ -206,14 +207,15 @@ def confidence(logits: Tensor) -> float:
 def rebase_batch_norm(
     model: nn.Module, images: Tensor, normalization: Normalization, precision: str = "fp32"
 ) -> nn.Module:
-    """Return a copy of `model` that computes the same from other batch-norm statistics.
+    """Return a copy of `model` that gives the same logits with other batch-norm statistics.
 
     images: uint8 (N, 3, 32, 32), training images without augmentation. The copy's batch norms have
-    their statistics.
+    the statistics of these images.
 
     Training leaves the statistics of augmented images. Plain images deviate from them, and the
     weights have learnt to expect that deviation. If `adapt` got such a model, it would remove the
-    deviation together with the shift. From statistics of plain images, only the shift deviates.
+    deviation together with the shift. From the statistics of plain images, other images deviate
+    only by their shift.
     """
     model = copy.deepcopy(model).eval()
 

@@ -534,8 +534,8 @@ CLAIMS = [
     ),
     Claim(
         README,
-        "The 96.05 % that this search reports is the test accuracy of its best epoch. Our {} and "
-        "{} % are therefore probably",
+        "Our {} and {} % are therefore probably a little too high. (The search itself reports "
+        "96.05 %, the test accuracy of its best epoch.)",
         lambda: [percent(shipped(run)["tta_none"]["accuracy"]) for run in runs("best")],
     ),
     Claim(
@@ -596,8 +596,8 @@ CLAIMS = [
         README,
         "our training is {} times as fast in bf16, and {} times as fast in fp32 (in the fastest "
         "epoch of the seed-42 run). On two cores of an AMD EPYC, it is {} times as fast in fp32 "
-        "(AVX2), and {} times as fast in bf16 (AVX-512). On one thread (AVX-512), our "
-        "augmentation with normalisation is {} times as fast",
+        "if both use AVX2 instructions, and {} times as fast in bf16 if both use AVX-512. On one "
+        "thread (AVX-512), our augmentation with normalisation is {} times as fast",
         lambda: [
             f"{benchmark(H200)['ratio']:.1f}",
             f"{fp32_ratio():.1f}",
@@ -776,8 +776,8 @@ CLAIMS = [
     ),
     Claim(
         PERFORMANCE,
-        "Its fastest epoch made {} images/s, {} times the published loop's rate. At that rate 60 "
-        "epochs take {} minutes. The run `results/best-seed0`, in bf16 and alone on the GPU, took "
+        "Its fastest epoch made {} images/s, {} times the published loop's rate. Sixty such epochs "
+        "would take {} minutes. The run `results/best-seed0`, in bf16 and alone on the GPU, took "
         "{} minutes",
         lambda: [
             rounded(timing("report-seed42").images_per_second.max()),
@@ -857,9 +857,9 @@ CLAIMS = [
     ),
     Claim(
         PERFORMANCE,
-        "used {} GB at its peak. On the same machine (`benchmarks/scaling.py`), time grows with "
-        "the number of images to the power {}, with the epochs to the power {}, and with the width "
-        "to the power {}.",
+        "used {} GB at its peak. On the same machine (`benchmarks/scaling.py`), training time "
+        "grows with the number of images to the power {}, with the epochs to the power {}, and "
+        "with the width (the number of channels) to the power {}.",
         lambda: [
             f"{loop(AVX2, 'published')['peak_memory_gb']:.1f}",
             *(
@@ -922,8 +922,8 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "on images five times as far from CIFAR-10's statistics as the custom set, it gains {} "
-        "points",
+        "on images five times as far from CIFAR-10's statistics as the custom set, this "
+        "normalisation gains {} points",
         lambda: [points_by_normalizing("statistics", 5)],
     ),
     Claim(
@@ -954,7 +954,7 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "predict different classes: {} images are correct instead of {}",
+        "On fifty pixelated cats, `auto` adapts, and {} images are correct instead of {}",
         lambda: [
             one_file("cat", 50, 1.0, "pixelate 3")["default"],
             one_file("cat", 50, 1.0, "pixelate 3")["none"],
@@ -1196,7 +1196,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "the test loss rises from one epoch to the next {} of {} times",
+        "from one epoch to the next, the test loss rises {} of {} times",
         lambda: [int((published_curve("test_loss").diff() > 0).sum()), 59],
     ),
     Claim(
@@ -1232,7 +1232,7 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "Another {} points take {} times the parameters and {} times the epochs. Two CPU cores "
+        "gains another {} points, with {} times the parameters and {} times the epochs of `small`. Two CPU cores "
         "would need about {} hours",
         lambda: [
             f"{100 * (accuracy('report-seed42') - accuracy('small-seed42')):.2f}",

@@ -161,3 +161,6 @@ def test_cosine_rises_over_the_warm_up_and_falls_to_nothing_step_by_step():
     assert learning_rate(config, 9.999) < 1e-6
     short = replace(config, epochs=2)  # a warm-up as long as the run takes half of it
     assert [learning_rate(short, e) for e in (0.5, 1, 1.5)] == pytest.approx([0.2, 0.4, 0.2])
+    single = replace(config, epochs=1)  # so does half of the only epoch
+    assert [learning_rate(single, e) for e in (0.25, 0.5, 0.75)] == pytest.approx([0.2, 0.4, 0.2])
+    assert learning_rate(single, 0.9999) < 1e-6
