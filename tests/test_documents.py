@@ -1214,7 +1214,8 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "People checked {} suspicious labels of its test set, and {} of them weren't confirmed",
+        "People checked {} suspicious labels among its 10,000 test labels, and {} of them weren't "
+        "confirmed",
         lambda: [
             len(votes := pd.read_csv(RESULTS / "label-errors" / "cifar10.csv").votes_label),
             (votes < 3).sum(),
@@ -1232,8 +1233,8 @@ CLAIMS = [
     ),
     Claim(
         TRAINING_BOOK,
-        "gains another {} points, with {} times the parameters and {} times the epochs of `small`. Two CPU cores "
-        "would need about {} hours",
+        "gains another {} points, with {} times the parameters and {} times the epochs of "
+        "`small`. Two CPU cores would need about {} hours",
         lambda: [
             f"{100 * (accuracy('report-seed42') - accuracy('small-seed42')):.2f}",
             f"{count_parameters((3, 4, 3), (66, 132, 264)) / count_parameters(*SMALLEST):.0f}",
