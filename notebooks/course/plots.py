@@ -238,8 +238,7 @@ def live_run(history: pd.DataFrame, epochs: int, images: ImageSet, answers: np.n
 
     # A table: a row per image, with its picture, and a column for each of at most five epochs.
     shown = np.unique(np.linspace(0, epochs - 1, min(epochs, 5)).round().astype(int))
-    heading = f"Answers to {len(images)} test images with their probabilities (bold: correct)"
-    right.suptitle(heading, size=11)
+    right.suptitle(f"Answers to {len(images)} test images (bold: correct)", size=11)
     axes = right.subplots(len(images), 1 + len(shown), width_ratios=(0.55, *[1] * len(shown)))
     pictures = images.images.permute(0, 2, 3, 1).cpu().numpy()  # (n, 32, 32, 3)
     for i, row in enumerate(axes):
