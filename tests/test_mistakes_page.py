@@ -373,8 +373,8 @@ def test_the_keyboard_reaches_everything(visit, one):
     page.keyboard.press("ArrowLeft")
     assert f"image {FIRST_ID + 13}" in page.locator("#closer-title").inner_text()
     page.keyboard.press("Escape")
-    assert page.locator("#closer").is_hidden()
-    assert f"image {FIRST_ID + 13}" in page.evaluate(f"{focused}.ariaLabel")
+    page.wait_for_selector("#closer", state="hidden")
+    page.wait_for_function(f"({focused}.ariaLabel ?? '').includes('image {FIRST_ID + 13}')")
     outline = f"getComputedStyle({focused}).outlineStyle"
     assert page.evaluate(outline) == "solid"
     stops = page.locator("#matrix button[tabindex='0'], .tiles button[tabindex='0']")
