@@ -1305,8 +1305,9 @@ CLAIMS = [
     ),
     Claim(
         MISTAKES_BOOK,
-        "gives {} and {} (seed 0) and {} and {} (seed 1); the recipe `best` gives {} and {} "
-        "(seed 42) and {} and {} (seed 0)",
+        "misclassifies {} cats as dogs and {} dogs as cats (seed 0), and {} cats and {} dogs "
+        "(seed 1). With the recipe `best`, it is {} cats and {} dogs (seed 42), and {} cats and "
+        "{} dogs (seed 0)",
         lambda: [
             matrix(run)[pair]
             for run in ("report-seed0", "report-seed1", "best-seed42", "best-seed0")
