@@ -20,8 +20,8 @@ def _stop(*_: object) -> None:
 if sys.stdout is not None:
     sys.stdout.reconfigure(errors="backslashreplace")
 
-# Importing torch takes seconds. Until that is done, Ctrl-C ends the process with one line. A job
-# that a shell runs in the background ignores Ctrl-C. It has another handler, which we keep.
+# Importing torch takes seconds. Until torch is imported, Ctrl-C ends the process with one line. A
+# job that a shell runs in the background ignores Ctrl-C: its handler is another one, which we keep.
 handler = signal.getsignal(signal.SIGINT)
 if handler is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)
@@ -35,8 +35,8 @@ try:
 except KeyboardInterrupt:
     raise SystemExit(130) from None
 finally:
-    # If the output can't be written, `main` has dealt with that. Python would try again at exit and
-    # complain, so what is left goes to the null device.
+    # If the output can't be written, `main` has dealt with the error. Python would try again at
+    # exit and complain, so the rest of the output goes to the null device.
     try:
         print(end="", flush=True)
     except OSError:

@@ -12,17 +12,17 @@ class MovingAverage:
     model: a network with the averages. They begin with the values of the network that is averaged.
 
     `torch.optim.swa_utils.AveragedModel` does the same, but sends the number of its updates to the
-    device in each step and waits for that. Here a GPU is never waited for.
+    device in each step and waits until it is there. This class never waits for a GPU.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """Average `model`, which must change in place from now on, as optimizers do it."""
+        """Average `model`, whose values must be changed in place, as optimizers change them."""
         self.model = copy.deepcopy(model)
         self._averages, self._current = _floats(self.model), _floats(model)
         self._move = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """Make each average decay * average + (1 - decay) * current value."""
+        """Set each average to decay * average + (1 - decay) * current value."""
         self._move(self._averages, self._current, None)  # None: the number of updates isn't used
 
 

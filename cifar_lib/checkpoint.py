@@ -2,9 +2,9 @@
 
 config.json             what is trained, on which data; a run with another config is refused
 environment.json        the hardware and the versions of the last start
-history.csv             one row per epoch, accuracies as fractions; the same bytes after any kill
+history.csv             one row per epoch, accuracies as fractions; a kill doesn't change its bytes
 timing.csv              one row each time an epoch is trained: seconds and images per second
-checkpoint.pt           the newest checkpoint: all that is needed to go on, and its sha256
+checkpoint.pt           the newest checkpoint: all that is needed to resume, and its sha256
 checkpoint.previous.pt  the checkpoint before it
 checkpoint.damaged.pt   a checkpoint that couldn't be read, if there was one
 model.safetensors       the final weights
@@ -27,7 +27,7 @@ import torch
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import SCRATCH, open_lock, parse_object, read_regular, write_atomically
 
-FORMAT = 3  # the version of what a checkpoint holds; other versions are refused
+FORMAT = 3  # the version of a checkpoint's content; other versions are refused
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes; a checkpoint ends with its digest
 
 
@@ -55,7 +55,7 @@ class RunDirectory:
 
     @property
     def _where(self) -> str:
-        """How error messages name this directory."""
+        """Return the name of this directory in error messages."""
         return f"run directory: {self.path}"
 
     def _refuse_other_folders(self) -> None:
@@ -126,14 +126,14 @@ class RunDirectory:
         content = buffer.getvalue()
         content += hashlib.sha256(content).digest()
 
-        # Two renames: the old checkpoint becomes the previous one, the new file the checkpoint. A
-        # kill between them leaves no checkpoint.pt, and `load` takes the previous one. So there is
-        # a whole checkpoint at every moment, and no file is copied.
+        # Two renames: the old checkpoint becomes the previous one, and the new file becomes the
+        # checkpoint. A kill between them leaves no checkpoint.pt, and `load` takes the previous
+        # one. So there is a whole checkpoint at every moment, and no file is copied.
         previous = self.path / "checkpoint.previous.pt"
         write_atomically(self.path / "checkpoint.pt", content, keep=previous)
 
     def load(self) -> dict | None:
-        """Return the newest undamaged checkpoint with its tensors on the CPU, or None without one.
+        """Return the newest undamaged checkpoint, its tensors on the CPU, or None if there is none.
 
         If the newest one is damaged, it is renamed to checkpoint.damaged.pt, a warning says so, and
         the one before it is returned.
@@ -160,7 +160,7 @@ class RunDirectory:
 
 
 def _read_checkpoint(path: Path) -> dict:
-    """Return what `save` wrote to `path`.
+    """Return the state that `save` wrote to `path`.
 
     Raises OSError if the file can't be read, ValueError if it isn't a checkpoint of this FORMAT.
     """

@@ -24,7 +24,7 @@ from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
 from cifar_lib.pictures import read_picture
 from cifar_lib.recipes import RECIPES, TrainConfig, learning_rates, recipe
 
-# The exit code of a process that SIGPIPE ends. Windows has no such signal.
+# The exit code that a shell reports for a process killed by SIGPIPE. Windows has no such signal.
 CLOSED_PIPE = 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
 
 # The fields of TrainConfig that have an option of their own: `--train-size 100` means the same as
@@ -35,13 +35,14 @@ OWN_OPTIONS = ("epochs", "train_size", "seed", "precision")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    The code is 0 for success, 2 for a wrong input, and 130 for an interrupt.
+    The code is 0 for success, 2 for a mistake that the user can correct, 130 for an interrupt, and
+    CLOSED_PIPE if nobody reads the output any more.
     """
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; same as Ctrl-C
     try:
         options.command(options)
-        print(end="", flush=True)  # so that a closed pipe is noticed here
+        print(end="", flush=True)  # notice a closed pipe here, not at exit
     except (InputError, OSError) as error:
         if _is_closed_pipe(error):  # whoever read our output has gone away, as `head` does
             return CLOSED_PIPE
@@ -61,20 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_closed_pipe(error: Exception) -> bool:
     """Return whether the error means that nobody reads our output any more.
 
-    Windows reports a closed pipe as an invalid argument. It does so for a wrong file name, too, but
-    that error has the name in it.
+    Windows reports a closed pipe as an invalid argument. It reports a wrong file name in the same
+    way, but that error contains the name.
     """
     invalid = os.name == "nt" and getattr(error, "errno", None) == errno.EINVAL
     return isinstance(error, BrokenPipeError) or (invalid and error.filename is None)
 
 
 def _mistake(message: str) -> int:
-    """Print one line on standard error, and return the exit code of a wrong input."""
+    """Print one line on standard error, and return the exit code for a mistake."""
     print(f"error: {printable(message)}", file=sys.stderr)
     return 2
 
 
-# What can be typed.
+# The parser: the commands and their options.
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +144,8 @@ def _command(
 ) -> argparse.ArgumentParser:
     """Add the command that the function `run` carries out, and return its parser.
 
-    The command has the function's name, without the underscore.
+    The command has the function's name, without the underscore. The parser's default `go_on` ends
+    the message after an interrupt, which says what the same command will do.
     """
     name = run.__name__.removeprefix("_")
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -193,7 +195,7 @@ def _output(text: str) -> str:
     return text
 
 
-# What the commands do.
+# The functions that carry out the commands.
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -260,7 +262,8 @@ def _predict(options: argparse.Namespace) -> None:
         guesses = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         print(f"{path}: {', '.join(f'{CLASSES[i]} {p:.1%}' for p, i in guesses)}{note}")
 
-    # Show where the network looks: each picture beside its heat map, in a file of its own.
+    # With --grad-cam, show where the network looks: write one file for each picture, with the heat
+    # map beside it.
     if options.grad_cam is None:
         return
     heat = grad_cam(model, images, logits.argmax(1), info.normalization)
@@ -304,7 +307,7 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
-    """Return the network on the chosen device, its weights' stored information, the precision."""
+    """Return the network on the chosen device, its weights' information, and the precision."""
     device = hardware.choose_device(options.device)
     precision = hardware.choose_precision(options.precision, device)
     hardware.prepare(device, precision)
@@ -314,7 +317,7 @@ def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
 
 
 def _print_score(score: dict, details: str) -> None:
-    """Print the test accuracy of `evaluate.summarize` with its interval, in one line."""
+    """Print the test accuracy that `evaluate.summarize` found, with its interval, in one line."""
     low, high = score["interval"]
     interval = f"95 % interval {low:.2%} to {high:.2%}, n = {score['n']}"
     print(f"test accuracy {score['accuracy']:.2%} ({interval}); {details}")

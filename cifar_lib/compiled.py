@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 # A function of images uint8 (b, 3, 32, 32), labels int64 (b,) and whether to halve the images'
-# size. It returns the mean loss and the number of correctly labelled images.
+# size. It returns the mean loss and the number of correctly classified images.
 Loss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 # PyTorch captures a CUDA graph in the second call and replays it from the third on.
 DRY_RUNS = 3
@@ -37,8 +37,8 @@ def compile_loss(
     mode = "reduce-overhead" if on_gpu else "default"
     fast = torch.compile(plain, mode=mode, dynamic=False, fullgraph=True)
 
-    # Compiling happens in the first calls, so call it now. That changes the statistics of the
-    # model's batch norms: put them back.
+    # Compiling happens in the first calls, so make them now. The calls change the statistics of the
+    # model's batch norms, so put the old ones back afterwards.
     before = copy.deepcopy(model.state_dict())
     try:
         for half_size in half_sizes:

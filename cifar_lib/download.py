@@ -41,12 +41,13 @@ def download_cifar10(
 ) -> Path:
     """Put CIFAR-10's files into `root`, all of them or none, and return the folder they are in.
 
-    The archive comes from `mirror`, the address of a folder that holds it, or otherwise from one of
-    SOURCES. If only a part of it arrives, the next call resumes from there. Once it is unpacked it
-    is deleted, unless `archives` names a folder to keep it in.
+    The archive comes from `mirror`, the address of a folder that holds it. If `mirror` is None or
+    fails, the archive comes from one of SOURCES. If only a part of it arrives, the next call
+    resumes from there. Once it is unpacked it is deleted, unless `archives` names a folder to keep
+    it in.
 
-    Raises InputError if no source sends it within `give_up_after` seconds, or if `root` can't be
-    written.
+    Raises InputError if `mirror` isn't an address, if no source sends the archive within
+    `give_up_after` seconds, or if `root` can't be written.
     """
     urls = _sources(mirror)
     deadline = time.monotonic() + give_up_after
@@ -58,11 +59,11 @@ def download_cifar10(
         root.mkdir(parents=True, exist_ok=True)
         archive.parent.mkdir(parents=True, exist_ok=True)
 
-        # One process at a time does this. Others wait for the lock, and then find the work done.
-        # Therefore the lock's file can be removed after the lock is released.
+        # Only one process downloads at a time. The others wait for the lock, and then find the data
+        # in place. Therefore the lock's file can be removed after the lock is released.
         lock = open_lock(archive.with_name(f".{archive.name}.lock"))
         stack.callback(_remove_if_done, Path(lock.lock_file), folder)
-        with contextlib.suppress(OSError, NotImplementedError):  # a mounted Drive has no locks
+        with contextlib.suppress(OSError, NotImplementedError):  # Google Drive has no locks
             stack.enter_context(lock)
         if folder.is_dir():  # another process has just put it there
             return folder
@@ -85,8 +86,8 @@ def download_cifar10(
 def _sources(mirror: str | None) -> tuple[str, ...]:
     """Return the archive's addresses, in the order in which they are tried.
 
-    Raises InputError if `mirror` isn't an address. The message doesn't show it: it may hold a
-    password.
+    Raises InputError if `mirror` isn't an address, or has a password in it. The message doesn't
+    show the address, because it may contain that password.
     """
     if mirror is None:
         return SOURCES
@@ -106,13 +107,14 @@ def _remove_if_done(lock_file: Path, folder: Path) -> None:
 def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
     """Complete `file` from one of the sources. Only the last one may be slow.
 
-    Raises InputError if no source sends the right archive before `deadline`, a time.monotonic().
+    Raises InputError if no source sends the right archive before `deadline`, which is compared
+    with time.monotonic().
     """
     reasons: list[str] = []
     for url in urls:
         try:
             # If a part was there already and the result is wrong, that part may come from another
-            # archive. Then the same source is asked once for the whole archive.
+            # archive. Then the same source is asked once more, for the whole archive.
             for _ in range(2 if file.seek(0, os.SEEK_END) else 1):
                 _append(url, file, deadline, patient=url == urls[-1])
                 if check_integrity(file.name, CIFAR10.tgz_md5):

@@ -29,16 +29,16 @@ WORDS = {
     "CIFAR_RECIPE": ("auto", "small", "short", "report", "best"),
     "CIFAR_WEIGHTS": ("pretrained", "trained"),
 }
-# Variables of older versions, and what to set instead. Setting one is an error, because it would
-# silently do nothing.
+# Variables of older versions, and what to do instead. Setting one is an error, because otherwise it
+# would silently have no effect.
 RETIRED = {
     "CIFAR_PROFILE": "notebooks look at all images now; CIFAR_RECIPE says what notebook 3 trains"
 }
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
 # Packages that only some sections of the notebooks need, and what pip has to install for each: the
-# package itself and those of its dependencies that may be missing. pip must not add any on its own,
-# because it would replace the numpy or torch that Colab and Kaggle come with.
+# package itself and those of its dependencies that may be missing. pip must not add dependencies on
+# its own, because it would replace the numpy or torch that Colab and Kaggle come with.
 OPTIONAL = {
     "cleanlab": "cleanlab termcolor",
     "optuna": "optuna colorlog alembic mako sqlalchemy",
@@ -51,8 +51,9 @@ def prepare_for_torch() -> None:
     # addresses.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-    # Importing torch asks for the user's name. That fails in a container whose user has a number
-    # but no name, and on Windows, which has no such numbers, if USERNAME isn't set.
+    # Importing torch asks for the user's name. The request fails in a container whose user has a
+    # number but no name. It also fails on Windows, where users have no such number, if USERNAME
+    # isn't set.
     try:
         getpass.getuser()
     except (KeyError, OSError, ImportError):
@@ -65,7 +66,7 @@ def read(name: str, base: Path | None = None) -> str | None:
     A path is returned as an absolute one, with `~` replaced. A relative path is taken from `base`,
     which is the working directory by default.
 
-    Raises InputError if the value isn't of the kind that VARIABLES says.
+    Raises InputError if the value isn't of the variable's kind in VARIABLES.
     """
     # On Windows, `set X=a && ...` leaves a space at the end of the value.
     value = os.environ.get(name, "").strip()
@@ -85,7 +86,7 @@ def read(name: str, base: Path | None = None) -> str | None:
             raise _wrong(name, value, "a whole number from 1 to 9999", "correct it, or unset it")
         return value
 
-    # What is left is the path of a file or a folder. Only a file must exist already.
+    # The remaining kinds are paths of files and folders. Only a file must exist already.
     path = _absolute(name, value, base or Path.cwd())
     if kind == "file" and not path.is_file():
         expected = "a file that exists" + "".join(f", or {word}" for word in words)
@@ -98,7 +99,7 @@ def make_absolute(base: Path) -> None:
 
     Relative paths are taken from `base`. Empty variables are unset.
 
-    Raises InputError if a variable has a wrong value, or is one that no longer exists.
+    Raises InputError if a variable has a wrong value, or if one of the RETIRED variables is set.
     """
     for name, instead in RETIRED.items():
         if os.environ.get(name, "").strip():
@@ -112,7 +113,7 @@ def make_absolute(base: Path) -> None:
 
 
 def require(package: str, purpose: str) -> None:
-    """Check that one of the OPTIONAL packages is installed, right before `purpose` imports it.
+    """Check that `package`, one of OPTIONAL, is installed, right before `purpose` imports it.
 
     Raises InputError if it isn't; the message says which command installs it.
     """
@@ -122,7 +123,7 @@ def require(package: str, purpose: str) -> None:
 
 
 def _absolute(name: str, value: str, base: Path) -> Path:
-    """Return the absolute path that the variable's value means.
+    """Return the value of the variable `name` as an absolute path.
 
     Raises InputError if `~` can't be replaced, or if the path is on a Drive that isn't mounted.
     """
@@ -133,8 +134,8 @@ def _absolute(name: str, value: str, base: Path) -> Path:
     # abspath resolves `..` in the text alone, so "notebooks/../runs" works without "notebooks".
     path = Path(os.path.abspath(base / expanded))
 
-    # On Colab the user is root, so the folder could be created on the local disk, and would be lost
-    # with the machine.
+    # If Drive isn't mounted, its folder can still be created, because the user is root on Colab.
+    # But the folder would be on the local disk, and would be lost with the machine.
     below_drive = DRIVE in (path, *path.parents)
     if below_drive and not os.path.ismount(DRIVE):
         mount = f'from google.colab import drive; drive.mount("{DRIVE}")'

@@ -24,8 +24,8 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
     """Turn errors of these `kinds`, raised in a `with` block, into an InputError.
 
     Its message is `what` (what is wrong), the error's own text in brackets, and the `remedy` (what
-    to do). If the error has an attribute `remedy`, that is used instead. Without `kinds`, OSError
-    and ValueError are turned.
+    to do). If the error has an attribute `remedy`, its value is used instead. Without `kinds`,
+    OSError and ValueError are turned into InputErrors.
 
     Raises InputError in place of such an error.
     """

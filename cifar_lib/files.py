@@ -25,7 +25,7 @@ SCRATCH = ".cifar_lib-*.tmp"  # the name of a file while it is being written; * 
 def output_file(path: str | os.PathLike) -> Path:
     """Return the path of a file that is going to be written.
 
-    Raises InputError if it is a folder, or if it ends with a slash, which `Path` would drop.
+    Raises InputError if `path` is a folder, or if it ends with a slash, which `Path` would drop.
     """
     text = os.fspath(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(text):
@@ -39,8 +39,8 @@ def write_atomically(
     """Write `content` to `path` so that every reader finds either the old or the new content.
 
     Only a regular file is replaced, and never one of `inputs`, the files that the same command has
-    read. With `keep` the old file isn't replaced, but renamed to `keep`. In the moment between the
-    two renames there is no file at `path`.
+    read. With `keep`, the old file isn't replaced: it is first renamed to `keep`, and then the new
+    file is renamed to `path`. In the moment between these two renames, `path` doesn't exist.
 
     Raises InputError if the file can't be written; nothing is lost then.
     """
@@ -54,7 +54,8 @@ def write_atomically(
             _check_replaceable(replaced, inputs)
         stack.callback(scratch.unlink, missing_ok=True)
         with open(scratch, "xb") as file:
-            # The new file gets the old one's permissions, if there is one and the disk has any.
+            # The new file gets the permissions of the old one, if there is an old file and the disk
+            # stores permissions at all.
             with contextlib.suppress(OSError):
                 shutil.copymode(path, scratch)
             file.write(content)
@@ -74,7 +75,7 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
     mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
         reason = "it is a link, a folder or a device, not a regular file"
-    elif not mode & stat.S_IWUSR:  # root could replace it all the same
+    elif not mode & stat.S_IWUSR:  # on Linux and macOS, a rename would replace it all the same
         reason = "it is read-only"
     elif any(os.path.exists(read) and os.path.samefile(path, read) for read in inputs):
         reason = "it is an input of this command"
@@ -86,7 +87,7 @@ def _check_replaceable(path: Path, inputs: Iterable[str | os.PathLike]) -> None:
 def open_lock(path: Path) -> FileLock:
     """Return a lock on the file `path`, which is created if it doesn't exist.
 
-    The lock isn't taken yet: its method `acquire` does that. The operating system releases it when
+    The lock isn't taken yet: its method `acquire` takes it. The operating system releases it when
     the process that holds it dies.
 
     Raises OSError if the file can't be written, or is a link: some versions of filelock would empty
@@ -96,9 +97,9 @@ def open_lock(path: Path) -> FileLock:
         raise OSError(f"{path.name} is a link")
     open(path, "ab").close()
 
-    # On a file system without locks, filelock would fall back on whether the file exists. The file
-    # of a killed process would then block everybody for ever. Colab's filelock may be too old to
-    # have this option.
+    # On a file system without locks, filelock would fall back to counting the lock as taken while
+    # the file exists. The file of a killed process would then block everybody for ever, so we
+    # forbid the fallback. Colab's filelock may be too old to have the option for this.
     options = {"fallback_to_soft": False} if hasattr(FileLock, "fallback_to_soft") else {}
     return FileLock(path, **options)
 
@@ -122,7 +123,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     Raises ValueError if `content` is anything else, or the object is empty.
     """
     if re.search(rb"\d{100}", content):
-        raise ValueError("it has a number of 100 digits or more")  # floats end at 309 digits
+        raise ValueError("it has a number of 100 digits or more")  # the largest float has 309
     try:
         value = json.loads(content)
     except RecursionError as error:

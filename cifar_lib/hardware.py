@@ -27,7 +27,7 @@ DEVICE_TYPES = ("cpu", "cuda", APPLE_GPU)
 CPUINFO = Path("/proc/cpuinfo")  # Linux's description of the CPU; other systems have no such file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PRECISIONS = ("auto", *DTYPES)
-# Builds the extension with the torch that is installed, instead of downloading another one.
+# This command builds extras/winograd with the installed torch, instead of downloading another one.
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall ./extras/winograd"
 
 
@@ -74,11 +74,11 @@ def _first_that_computes() -> torch.device:
 
 @functools.cache
 def _failure(device: torch.device) -> str | None:
-    """Return why nothing can be computed on `device`, in one line, or None if it can.
+    """Return one line that says why `device` can't compute, or None if it can.
 
     Only a computation can tell. `torch.cuda.is_available` finds Kaggle's P100, and memory can be
-    allocated on it, but torch is no longer compiled for it. That fails only when a kernel starts,
-    or when its result is read.
+    allocated on it, but torch is no longer compiled for it. The error comes only when a kernel
+    starts, or when its result is read.
     """
     try:
         with warnings.catch_warnings():
@@ -90,7 +90,7 @@ def _failure(device: torch.device) -> str | None:
 
 
 def _small_computation(device: torch.device) -> float:
-    """Convolve nine ones with nine ones and add 1, which gives 10 if kernels run."""
+    """Return the sum of 1 and the convolution of nine ones with nine ones: 10.0 if kernels run."""
     ones = torch.ones(1, 1, 3, 3, device=device)  # one image of one channel, and also its kernel
     return (F.conv2d(ones, ones) + 1).item()
 
@@ -102,20 +102,21 @@ def _first_line(error: Exception) -> str:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Return the order in memory that images and weights should have on `device`.
 
-    Channels-last is the faster one on CPUs and CUDA GPUs. On an Apple GPU the backward pass of
-    batch normalisation doesn't support it: it silently gives wrong gradients on macOS 14, and
-    raises an error on macOS 26 (pytorch/pytorch#175189 and #181411, fixed by #188371 after torch
-    2.12).
+    Channels-last is the faster order on CPUs and CUDA GPUs. On an Apple GPU, the backward pass of
+    batch normalisation doesn't support this order: it silently gives wrong gradients on macOS 14,
+    and raises an error on macOS 26 (pytorch/pytorch#175189 and #181411, fixed by #188371 after
+    torch 2.12).
     """
     return torch.contiguous_format if device.type == APPLE_GPU else torch.channels_last
 
 
 def channel_multiple_for(device: torch.device) -> int:
-    """Return the number of which a network's channels should be multiples in training on `device`.
+    """Return the number to whose multiples channels should be padded for training on `device`.
 
-    Zeros fill them up (`cifar_lib.padding`). It is 1, no padding, on every device, until a
-    measurement shows that another multiple is at least 10 % faster: `benchmarks/step_variants.py`
-    compares them, and no GPU has run it yet. NVIDIA's half-precision kernels are said to want 8.
+    The added channels hold zeros (`cifar_lib.padding`). The number is 1 (no padding) on every
+    device, until a measurement shows that another number is at least 10 % faster.
+    `benchmarks/step_variants.py` compares several, but hasn't been run on a GPU yet. NVIDIA's
+    half-precision kernels are said to need multiples of 8 to be fast.
     """
     return 1
 
@@ -196,7 +197,7 @@ def prepare(device: torch.device, precision: str) -> None:
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: a large tensor gets no mapping of its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give memory back only if so many bytes are free
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: return memory only if this many bytes are free
 
     # Let cuDNN search for its fastest kernels, and let fp32 matrix products use TF32, as cuDNN's
     # convolutions already do. Setting NVIDIA_TF32_OVERRIDE=0 forbids TF32 in both.
@@ -210,22 +211,22 @@ def prepare(device: torch.device, precision: str) -> None:
 def background_thread() -> Iterator[ThreadPoolExecutor]:
     """Yield a thread that works beside the training, on one core; the caller keeps all its cores.
 
-    Without that limit it would start OpenMP threads of its own, and there would be more threads
-    than cores. Then all threads, including those of the training, sleep when they wait for each
-    other. That happens many times in each step, and a small network trains a quarter slower.
+    Without this limit, the thread would start OpenMP threads of its own, and there would be more
+    threads than cores. Then all threads, including the training's, sleep when they wait for each
+    other. They wait many times in each step, so a small network trains a quarter slower.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1) as thread:
-        # A thread that computes for the first time takes the number that was set last, in whatever
-        # thread. So the background thread takes 1, and then this one takes its own number again:
-        # otherwise it, too, might train on one core.
+        # A thread that computes for the first time takes the number of cores that was set last, by
+        # whichever thread. So the background thread sets 1 and computes. Then this thread sets its
+        # own number again, because otherwise the training, too, might run on one core.
         thread.submit(_compute_on_one_core).result()
         torch.set_num_threads(threads)
         yield thread
 
 
 def _compute_on_one_core() -> None:
-    """Give this thread one core from now on, and compute something, so that the limit is taken."""
+    """Limit this thread to one core, and compute something, so that the limit takes effect."""
     torch.set_num_threads(1)
     torch.ones(10**6).add_(1)
 
@@ -233,8 +234,8 @@ def _compute_on_one_core() -> None:
 def computing(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Return the context manager that every forward pass runs in.
 
-    It sets the precision. For fp32 on a CPU it sets the fast convolutions of extras/winograd, if
-    they can be used and torch.compile isn't at work.
+    It sets the precision. For fp32 on a CPU, it switches on the fast convolutions of
+    extras/winograd, if they can be used and torch.compile isn't at work.
     """
     if precision != "fp32":
         # Each weight is used once in a pass, so caching converted weights is of no use.
@@ -268,7 +269,7 @@ def describe(device: torch.device) -> dict[str, str | float | int | None]:
 
 
 def _cpuinfo(field: str) -> str:
-    """Return what Linux says about this field of the first core, or "" if it says nothing."""
+    """Return Linux's value of this field for the first core, or "" if there is none."""
     if not CPUINFO.exists():
         return ""
     lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()

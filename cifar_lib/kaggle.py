@@ -1,4 +1,4 @@
-"""The competition: an untrusted pickle in, a checked submission out."""
+"""Reads the competition's untrusted pickle, and writes a checked submission."""
 
 import os
 import sys
@@ -22,28 +22,29 @@ LONGEST = 200  # characters of an id
 # the blue one; or red, green and blue of the first pixel, then of the second, and so on.
 PLANES, PIXELS = "plane after plane", "pixel after pixel"
 
-# The shapes that an image may have, and the order that each shape promises.
+# The shapes that an image may have, and the order that each shape promises, if any.
 SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}
 
-# Images are smoother in their right order, so the values can contradict the order that the shape
-# promises. Roughness is the mean step to the next pixel, across or down, whichever is larger. The
-# right order's roughness, divided by the wrong order's, is
-#   0.45 (planes) and 0.29 (pixels) for CIFAR-10's test images, and
+# Images are smoother if their values are read in the right order, so the values can contradict the
+# order that the shape promises. Roughness is the mean step to the next pixel, across or down,
+# whichever is larger. The right order's roughness, divided by the wrong order's, is
+#   0.45 (if planes are right) and 0.29 (if pixels are right) for CIFAR-10's test images, and
 #   at most 0.71 for any family of notebooks/course/corruptions.py at its highest severity.
 # Each of these 90,000 images, clean and in eight families, was also read as a file of its own. The
-# wrong order's roughness was never less than 0.9 of the right order's, so a shape is contradicted
-# only below 0.9. If the shape promises nothing, the smoother order is taken. That would be the
-# wrong one for 6 of the images, all of them grey.
+# wrong order's roughness was never less than 0.9 times the right order's. So the promised order is
+# given up only if the other one's roughness is less than 0.9 times its own. If the shape promises
+# no order, the smoother one is taken. It would be the wrong one for 6 of the 90,000 images, all of
+# them grey.
 CONTRADICTION = 0.9
 
-# Images are noise in either order if the mean step to the next pixel, divided by the mean step to a
-# random pixel of the same image, is above GARBLED. This ratio is
+# Images count as noise if, in the order taken, the mean step to the next pixel, divided by the mean
+# step to a random pixel of the same image, is above GARBLED. This ratio is
 #   0.26 for CIFAR-10's test images,
-#   at most 0.51 for a family as above, and at most 0.60 for 20 of its images ("noise"),
+#   at most 0.51 for a family as above, and at most 0.60 for 20 images of one (the family "noise"),
 #   1.00 for pure noise, and at least 0.99 for 20 images of pure noise.
-# One image alone tells less. The ratio of a single image from a family is up to 0.98, that of pure
-# noise 1.00 with a standard deviation of 0.014. Therefore files of fewer than FEW images have
-# another limit.
+# One image alone tells less. The ratio of a single image from a family is up to 0.98, that of a
+# single image of pure noise 1.00 with a standard deviation of 0.014. Therefore files of fewer than
+# FEW images have another limit, GARBLED_ALONE.
 GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20
 
 # Files that are mistaken for a pickle: how each begins, what it is, and what to do with it.
@@ -71,12 +72,13 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     ids: N different whole numbers or names.
 
     Some programs reshape when they should transpose, and then the shape is wrong about the order of
-    the values. Therefore the smoothness of the images can overrule the shape, and the set's
-    `source` says which order was read. Smoothness can't tell whether rows and columns are
-    exchanged, whether images are rotated or mirrored, or whether blue comes before red. All of this
-    is accepted unchanged.
+    the values. Therefore the smoothness of the images can overrule the shape, and the returned
+    set's `source` says which order was read. Smoothness can't tell whether rows and columns are
+    exchanged, whether images are rotated or mirrored, or whether blue comes before red. Such images
+    are returned as they are in the file.
 
-    Raises InputError for anything else, and for images that are noise in either order.
+    Raises InputError if the file can't be read or doesn't hold such a dict, or if the images are
+    noise in the order taken.
     """
     path = Path(path)
     remedy = "give the competition's .pkl, a dict with data (N, 32, 32, 3) and ids"
@@ -90,7 +92,8 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
                 raise
             raise InputError(stranger) from None
 
-        # Keys may be bytes, if a program has read Python 2's file as bytes and stored it again.
+        # Keys are bytes if a program has read a pickle from Python 2 with encoding="bytes" and
+        # stored it again.
         found = {key.decode() if isinstance(key, bytes) else key: found[key] for key in found}
         if not {"data", "ids"} <= found.keys():
             raise InputError(f"expected the keys data and ids, found {str([*found][:5])[:99]}")
@@ -100,7 +103,9 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
 
 
 def _stranger(content: bytes) -> str | None:
-    """Say what kind of file this is, if not a pickle, and what to do with it; None if unknown."""
+    """Return a text that names the kind of file and the remedy, or None if the kind is unknown."""
+    if not content:
+        return "it is empty: download it again"
     for beginning, kind, remedy in STRANGERS:
         if content.startswith(beginning):
             return f"it is {kind}: {remedy}"
@@ -112,10 +117,10 @@ def _stranger(content: bytes) -> str | None:
     if head.startswith(("{", "[")):
         return "it is JSON: pickle its data and ids in a dict"
 
-    # A table: the first two lines have equally many commas.
-    first, *others = head.splitlines()[:3]
-    commas = [line.count(",") for line in (first, *others)]
-    if first.isprintable() and commas[0] > 0 and len(commas) > 1 and commas[1] == commas[0]:
+    # In a CSV table, the first two lines have the same number of commas.
+    lines = head.splitlines()[:2]
+    commas = [line.count(",") for line in lines]
+    if len(lines) == 2 and lines[0].isprintable() and commas[0] == commas[1] > 0:
         return "it is a CSV table: pickle the images and ids in a dict"
     return None
 
@@ -134,7 +139,7 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
     values = torch.from_numpy(np.array(data, order="C"))  # N x 3,072 values, in the file's shape
     orders = {
         PLANES: values.view(-1, 3, 32, 32),  # (N, 3, 32, 32)
-        PIXELS: values.view(-1, 32, 32, 3).permute(0, 3, 1, 2),  # the same, from (N, 32, 32, 3)
+        PIXELS: values.view(-1, 32, 32, 3).permute(0, 3, 1, 2),  # (N, 3, 32, 32)
     }
 
     # Take the promised order, unless the other one is much smoother. Without a promise, take the
@@ -146,7 +151,7 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
     if roughness[other] < roughness[order] * (CONTRADICTION if promised else 1):
         order = other
 
-    # Refuse what isn't smooth in this order either.
+    # Refuse images that are noise even in the order taken.
     across, down, anywhere = steps[order]
     limit = GARBLED if len(values) >= FEW else GARBLED_ALONE
     if (across + down) / 2 > limit * anywhere:
@@ -178,10 +183,10 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 
 
 def _ids(values: Any, count: int) -> tuple[int | str, ...]:
-    """Return the ids, checked.
+    """Return the ids of `count` images, checked.
 
-    They are counted before they become Python objects, which can take a gigabyte even if the array
-    is small.
+    They are counted before they become Python objects, because these objects can take a gigabyte
+    even if the array is small.
     """
     is_array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
     if not is_array and not isinstance(values, (list, tuple, range)):
@@ -197,7 +202,7 @@ def _ids(values: Any, count: int) -> tuple[int | str, ...]:
 
 
 def _id(value: Any) -> int | str:
-    """Return one id: an int, whatever type the whole number had in the file, or a name."""
+    """Return one id: a name, or a whole number as an int, whatever type it had in the file."""
     value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)  # pandas may store whole numbers as doubles, exact up to 2^53
@@ -222,7 +227,8 @@ def write_submission(
     labels: class numbers, 0 to 9.
     inputs: files that must not be written over.
 
-    Raises InputError if the rows aren't a valid submission; an older file stays as it was.
+    Raises InputError if the rows aren't a valid submission or the file can't be written. An older
+    file then stays as it was.
     """
     if not label_column or not label_column.isprintable():
         raise InputError(f"submission: expected a column's name, got {label_column!r:.20}")

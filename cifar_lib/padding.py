@@ -1,11 +1,11 @@
-"""Channels of zeros that make a network as wide as it is fast on a GPU.
+"""Channels of zeros that widen a network to channel counts with which a GPU is fast.
 
 Training can be understood without this module: the padded network computes what the network itself
-computes, and stays equal to it while both are trained. The matrix units of a GPU work on multiples
-of 8 channels or more in half precision, and the report's network has 66, 132 and 264.
+computes, and stays equal to it while both are trained. In half precision, the matrix units of a GPU
+work on multiples of 8 channels, or of a larger number. The report's network has 66, 132 and 264.
 
-A channel that is added is 0 at every place of every image, because the weights that lead to it and
-the scale and bias of its batch norm are 0. ReLU passes no gradient back where it gives 0. So all
+An added channel is 0 at every position in every image, because the weights that lead to it and the
+scale and bias of its batch norm are 0. ReLU passes no gradient back where it gives 0. So all
 gradients that belong to the channel are 0, and momentum and weight decay leave its weights at 0.
 Only sums over a convolution's input channels change: they have more terms, which are 0.
 """
@@ -25,10 +25,10 @@ Shapes = Mapping[str, torch.Size]
 
 
 def pad_network(model: ResNet, multiple: int) -> ResNet:
-    """Return a network that computes what `model` does, its channels padded to a multiple.
+    """Return a network that computes what `model` does, with channels in multiples of `multiple`.
 
-    If nothing has to be added, `model` itself is returned. Otherwise the new network takes random
-    numbers while it is built, like any other, before it gets the weights of `model`.
+    If nothing has to be added, `model` itself is returned. Otherwise the new network draws random
+    weights while it is built, like any other, before it gets the weights of `model`.
     """
     channels = [multiple * math.ceil(width / multiple) for width in model.channels]
     if tuple(channels) == model.channels:
@@ -44,21 +44,22 @@ def shapes(model: nn.Module) -> Shapes:
 
 
 def pad(tensors: Tensors, narrow: Shapes, wide: Shapes) -> Tensors:
-    """Return the tensors of a network as those of the padded one: zeros are put behind them.
+    """Return the tensors of a network with zeros appended, as the padded network has them.
 
-    A tensor that hasn't its shape in `narrow` doesn't get the one in `wide` either, and is refused
-    where it is loaded.
+    If a tensor's shape isn't the one in `narrow`, the result's shape isn't the one in `wide`
+    either, and loading it is refused.
     """
     result = {}
     for name, tensor in tensors.items():
         added = [after - before for before, after in zip(narrow[name], wide[name], strict=True)]
-        # F.pad begins with the last dimension, and wants how much to add before it and behind it.
+        # F.pad takes two numbers for each dimension, the last dimension first: how many zeros to
+        # add at its beginning and at its end.
         result[name] = F.pad(tensor, [n for extra in reversed(added) for n in (0, extra)])
     return result
 
 
 def cut(tensors: Tensors, narrow: Shapes) -> Tensors:
-    """Return the tensors of a padded network as those of the network itself, as views."""
+    """Return the tensors of a padded network without the padding, as views."""
     return {
         name: tensor[tuple(slice(size) for size in narrow[name])]
         for name, tensor in tensors.items()

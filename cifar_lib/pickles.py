@@ -8,13 +8,15 @@ arrays need:
 - Only the instructions in `INSTRUCTIONS` are followed. Any other one ends the reading.
 - A name is never imported. It only chooses one of the harmless functions in `_FUNCTIONS`.
 - A short file can't cause long work or fill the memory. The instructions are counted. The keys of a
-  dict must be short, because tuples within tuples can take for ever to hash. Only small values can
-  be used twice, because a tuple that holds one tuple twice, sixty levels deep, has 2^60 members.
+  dict must be short names or small numbers, because tuples within tuples can take for ever to hash.
+  Only small values can be used twice: if each of sixty tuples held the one before it twice, the
+  last would have 2^60 members.
 
 The last point needs control over single instructions. Python's public unpickler is written in C: it
 takes as much memory as an index or a length in the file asks for, and hashes a key before anybody
-can check it. The standard library also has one in Python, `pickle._Unpickler`, which calls a method
-`load_...` for each instruction. `_Reader` is a subclass of it, and overrides some of these methods.
+can check it. The standard library also has an unpickler in Python, `pickle._Unpickler`, which calls
+a method `load_...` for each instruction. `_Reader` is a subclass of it, and overrides some of these
+methods.
 """
 
 import io
@@ -44,15 +46,15 @@ PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE
 def read(content: bytes) -> dict[str | bytes | int, Any]:
     """Return the dict that a pickle holds.
 
-    The pickle may have any protocol from 0 to 5, and be written by Python 2 or 3 and numpy 1 or 2.
-    The dict's values are plain data, and read-only arrays of numbers, truth values or strings. A
-    few things change their type:
+    The pickle may have any protocol from 0 to 5, and come from Python 2 or 3 with numpy 1 or 2. The
+    dict's values are plain data, and read-only arrays of numbers, booleans or strings. A few things
+    change their type:
 
     - numpy's scalars become Python's numbers and strings,
     - a flat array of objects becomes a list of them,
     - bytearrays, which only protocol 5 has, become bytes,
     - Python 2's strings are decoded as latin-1, and
-    - arrays inside lists or inner dicts stay objects of this module.
+    - arrays inside lists or inner dicts stay `_Array` objects.
 
     Raises InputError if the file is broken, too long, or needs anything that isn't allowed.
     """
@@ -71,11 +73,11 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
 
 
 class _Reader(pickle._Unpickler):
-    """The standard library's unpickler, with a few instructions changed and most forbidden.
+    """The standard library's unpickler, with some instructions changed and others forbidden.
 
-    What it inherits: `stack` has the values pushed so far, `memo` those stored for later, `append`
-    pushes a value, `read` returns the next bytes of the file, and `pop_mark` takes everything off
-    the stack that was pushed since the last mark.
+    It inherits these attributes and methods: `stack` has the values pushed so far, `memo` those
+    stored for later, `append` pushes a value, `read` returns the next bytes of the file, and
+    `pop_mark` removes and returns everything that was pushed since the last mark.
     """
 
     def __init__(self, content: bytes):
@@ -91,12 +93,12 @@ class _Reader(pickle._Unpickler):
             code = getattr(pickle, name)[0]
             self.dispatch[code] = getattr(_Reader, original[code].__name__)
 
-    # Functions: find them, call them, fill what they return.
+    # Functions: find one, call it, and fill the object that it returns.
 
     def find_class(self, module: str, name: str) -> Callable | None:
         """Return the function that stands for a name; the name itself is never imported.
 
-        numpy 2 calls `numpy._core` what numpy 1 called `numpy.core`.
+        The module `numpy.core` of numpy 1 is called `numpy._core` in numpy 2.
         """
         place = module.replace("numpy._core", "numpy.core"), name
         if place not in _FUNCTIONS:
@@ -105,17 +107,17 @@ class _Reader(pickle._Unpickler):
         return _FUNCTIONS[place]
 
     def load_reduce(self) -> None:
-        """Call one of `_FUNCTIONS`, since no other function gets on the stack."""
+        """Call the function on the stack. Only those in `_FUNCTIONS` can get there."""
         if not isinstance(self.stack[-1], tuple):
             raise InputError("it calls a function otherwise than numpy does; nothing was run")
         super().load_reduce()
 
     def load_build(self) -> None:
-        """Fill what a call returned. Only `_DType` and `_Array` have a method `build`."""
+        """Fill the object that a call returned. Only `_DType` and `_Array` have a `build`."""
         state = self.stack.pop()
         self.stack[-1].build(state)
 
-    # Values: their work and memory stay in proportion to the length of the file.
+    # Values: reading them takes time and memory in proportion to the length of the file.
 
     def load_empty_dictionary(self) -> None:
         self.append(_Dict())
@@ -136,24 +138,27 @@ class _Reader(pickle._Unpickler):
         self._load_text(8)
 
     def _load_text(self, digits: int) -> None:
-        """Push a text: its length is stored in `digits` bytes, and UTF-8 follows.
+        """Push a text. The file has its length in `digits` bytes, and then the text in UTF-8.
 
-        The original also accepts lone surrogates. No honest file has them, and 21 million of them
-        take 7 s.
+        The original methods also accept lone surrogates. No honest file has them, and 21 million of
+        them take 7 s.
         """
         size = int.from_bytes(self.read(digits), "little")
         self.append(self.read(size).decode("utf-8"))
 
     def load_bytearray8(self) -> None:
-        """Push bytes instead. The original reserves as much memory as the file says, then reads."""
+        """Push bytes instead of a bytearray.
+
+        The original method reserves as much memory as the file says before it reads anything.
+        """
         self.load_binbytes8()
 
 
 class _Dispatch(dict):
-    """A dict {byte of an instruction: method} that counts how often it is asked.
+    """A dict {byte of an instruction: method} that counts the look-ups.
 
-    The unpickler looks up each instruction here right before it follows it, so this is the place to
-    stop it.
+    The unpickler looks up each instruction here right before following it, so an error raised here
+    stops the reading in time.
     """
 
     followed = 0
@@ -194,13 +199,15 @@ class _Memo(_Dict):
         return value
 
 
-# What the pickle of an array calls: harmless functions that take the place of numpy's.
+# Harmless functions, which take the place of those that the pickle of an array calls.
 
 
 class _DType:
-    """The type of an array. The call gives its kind and size, the instruction BUILD its byte order.
+    """The type of an array.
 
-    Raises InputError if it is anything but truth values, numbers, strings or objects.
+    The constructor gets its kind and size. The instruction BUILD sets its byte order.
+
+    Raises InputError if the array's values aren't booleans, numbers, strings or objects.
     """
 
     def __init__(self, code: str, align: Any, copy: Any):
@@ -228,11 +235,11 @@ class _Array:
 def _values(
     content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
 ) -> np.ndarray | list:
-    """Return an array that shows the bytes `content`, read-only. Its shape must fit them exactly.
+    """Return a read-only view of the bytes `content` as an array. Its shape must fit them exactly.
 
     An array of objects must be flat. Its content is a list of the objects, and that list is
-    returned. The order K, which numpy writes since 2.3, means that the bytes are in order C and
-    that the axes are then permuted by `axes`.
+    returned. The order K, which numpy has written since version 2.3, means that the bytes are in
+    order C and that the array's axes are then permuted as `axes` says.
 
     Raises InputError or ValueError if the shape, type and bytes don't fit each other.
     """
@@ -242,22 +249,23 @@ def _values(
             raise InputError("it holds an array of objects that isn't a plain list of them")
         return content
 
-    # Python 2's bytes were read as latin-1 text. numpy itself refuses a shape that needs more bytes
-    # than there are. A shape that needs fewer is refused here.
+    # Turn Python 2's bytes, which were read as latin-1 text, back into bytes. numpy itself refuses
+    # a shape that needs more bytes than there are. A shape that needs fewer is refused here.
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
     array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)
     if array.nbytes != len(content):
         raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
 
-    # numpy accepts any number as a character, and fails when it is used. Decoding it fails now.
+    # numpy accepts any number as a character, and fails only when the character is used. Decode the
+    # bytes once, so that a wrong one is refused now.
     if kind.dtype.kind == "U":
         content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
     return array.transpose(axes) if order == "K" else array
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    """Begin an array; BUILD fills it later."""
+    """Return an array without values. BUILD fills it later."""
     return _Array()
 
 
@@ -272,7 +280,7 @@ def _frombuffer(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = 
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Return bytes. Python 3 writes them as encoded text in protocols 0 to 2."""
+    """Return `text` as bytes. In protocols 0 to 2, Python 3 stores bytes as latin-1 text."""
     if encoding != "latin1":
         raise InputError("it encodes text otherwise than pickle does")
     return text.encode("latin1")

@@ -1,4 +1,4 @@
-"""A picture file of any kind as a CIFAR-10 image."""
+"""Reads a picture file of any common format as a CIFAR-10 image."""
 
 import io
 import os
@@ -23,9 +23,9 @@ MAX_JPEG_PIXELS = 150_000_000
 # is held in memory, at 6 bytes per pixel, and each scan is a pass over all of it.
 MAX_BUFFERED_PIXELS = 64_000_000
 MAX_SCANS = 20
-# The brightest value in a picture of 16 bits must be at least this, a quarter of the range. If it
-# is less, the 8, 10, 12 or 14 bits of a camera or scanner were probably stored in 16 bits without
-# scaling them up.
+# The brightest value in a picture of 16 bits must be at least this high, a quarter of the range. If
+# it is lower, the 8, 10, 12 or 14 bits of a camera or scanner were probably stored in 16 bits
+# without being scaled up.
 DIMMEST_16_BIT_WHITE = 1 << 14
 
 
@@ -137,7 +137,7 @@ def _depth(file: Image.Image, content: bytes) -> tuple[int, int | None]:
             kind = "floating-point" if 3 in kinds else "signed"
             raise _Unusable(f"its values are {kind} numbers", "save it with 8 bits per value")
         stated = max(tags.get(281, (0,)))  # MaxSampleValue
-        # Values of 12 bits aren't scaled up in the file, so 12 ones are white.
+        # Values of 12 bits aren't scaled up in the file, so white is the largest of them, 2^12 - 1.
         return bits, stated or (4095 if bits == 12 else None)
     return 8, None
 
@@ -160,9 +160,9 @@ def _white_of_significant_bits(content: bytes) -> int | None:
 def _in_8_bits(
     picture: Image.Image, file: Image.Image, bits: int, white: int | None
 ) -> Image.Image:
-    """Scale a `picture` of more than 8 bits per value so that `white` becomes 255.
+    """Return a `picture` of more than 8 bits per value, scaled so that `white` becomes 255.
 
-    `file` is the file that it was read from. `bits` and `white` are what `_depth` says of it.
+    `file` is the file that it was read from. `bits` and `white` are the results of `_depth` for it.
 
     Raises _Unusable if it isn't clear which value is white.
     """
@@ -177,10 +177,11 @@ def _in_8_bits(
         largest = 256 * max(picture.getchannel(c).getextrema()[1] for c in _colours(picture))
 
     # Find out which value is white. The values of a PNG with an sBIT chunk should be scaled up to
-    # all bits, but some programs don't do that. If a value is above sBIT's white, they are scaled.
+    # all bits, but some programs don't scale them. If a value is above sBIT's white, they must have
+    # been scaled, so sBIT's white doesn't count.
     if file.format == "PNG" and white is not None and largest > white:
         white = None
-    # If the file doesn't say it, the full range of 16 bits is taken, if that is plausible.
+    # If the white value is unknown, take the full range of 16 bits, unless that isn't plausible.
     if white is None:
         white = 65535
         if bits > 16:
@@ -191,8 +192,8 @@ def _in_8_bits(
     if largest > white or (grey and values.min() < 0):
         raise _Unusable(f"it has values outside of 0 to {white:,}, its maximum", remedy)
 
-    # The upper 8 bits of colours are right as they are if white has 16. Otherwise Pillow has
-    # dropped bits that count.
+    # Of colours, Pillow has kept the upper 8 bits. They are right as they are if white is 65535.
+    # If white is less, Pillow has dropped bits that count.
     if not grey:
         if white < 65535:
             raise _Unusable(f"its colours have {bits} bits, and white is {white:,}", remedy)

@@ -1,4 +1,4 @@
-"""`pytest --nbmake notebooks`, as typed: this environment's kernel, and outputs that are right."""
+"""Makes `pytest --nbmake notebooks` use this environment's kernel and check the outputs."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from nbmake.nb_run import NotebookRun
 from cifar_lib import environment
 from cifar_lib.errors import InputError
 
-# Kernels inherit these. JUPYTER_PATH comes before every other place for kernels: without it the
-# "python3" of another interpreter in the user's folder would run the notebooks (jupyter_client#35).
+# Kernels inherit these. Jupyter looks for kernels in JUPYTER_PATH first. Without it, a kernel named
+# "python3" in the user's folder would run the notebooks in another interpreter (jupyter_client#35).
 os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")
 os.environ.setdefault("TQDM_DISABLE", "1")
 # Variables that make notebooks print other numbers than those that are stored.
@@ -22,7 +22,10 @@ OTHER_OUTPUTS = ("CIFAR_RECIPE", "CIFAR_EPOCHS", "CIFAR_WEIGHTS", "CIFAR_TEST_FI
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels start in notebooks/, but a relative path means relative to where this was typed."""
+    """Make the paths in the variables absolute, because kernels start in notebooks/.
+
+    Relative paths are taken from the folder where pytest was started.
+    """
     try:
         environment.make_absolute(config.invocation_params.dir)
     except InputError as error:
@@ -33,7 +36,7 @@ _execute = NotebookRun.execute
 
 
 def _execute_and_look(self):
-    """Run the notebook; then look whether its pictures came out, and its text still holds."""
+    """Run the notebook, then check that its pictures came out and that its numbers still hold."""
     result = _execute(self)
     if result.error is None:
         _check_pictures(result.nb, self.filename.name)
@@ -42,7 +45,7 @@ def _execute_and_look(self):
 
 
 def _check_pictures(notebook: NotebookNode, name: str) -> None:
-    """A notebook can be green and show nothing: each call of session.show must give a picture."""
+    """Check that each call of session.show gave a picture. A notebook can pass without any."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     asked = sum(cell.source.count("session.show(") for cell in code)
     shown = sum(_is_picture(output) for cell in code for output in cell.outputs)
@@ -54,10 +57,10 @@ def _is_picture(output: NotebookNode) -> bool:
 
 
 def _check_numbers(executed: NotebookNode, path: Path) -> None:
-    """The text describes the outputs that are stored: whoever runs a notebook must see the same.
+    """Check that the cells print the stored numbers, because the notebook's text describes these.
 
-    Cells with the tag `varies` are left out: times, and what depends on the machine's training. On
-    stand-in data, and where a variable asks for something else, nothing is compared.
+    Cells with the tag `varies` are left out. They print times, or depend on the training on this
+    machine. Nothing is compared on stand-in data, or if a variable in OTHER_OUTPUTS is set.
     """
     printed = [
         output.get("text", "") for cell in executed.cells for output in cell.get("outputs", [])

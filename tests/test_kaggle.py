@@ -168,7 +168,9 @@ STRANGERS = [
     (safetensors.torch.save({"weight": torch.zeros(3)}), "it is a safetensors file"),
     (file_of(np.save, HWC), "it is a NumPy .npy file"),
     (b"ID,Labels\n0,3\n1,5\n", "it is a CSV table"),
+    (b"", "it is empty: download it again"),
     *((text, "no pickle") for text in (b"a,b\n", b"words\nonly\n", b"a, b\nc\n", b"\0,1\n2,3\n")),
+    (b" \n\n", "no pickle"),
 ]
 
 

@@ -351,6 +351,11 @@ def test_a_read_only_repository_needs_one_line_or_kaggles_folder(opened, monkeyp
     assert kaggle in Session.open().folder.parents and opened["home"] == kaggle / "data"
     monkeypatch.setenv("CIFAR_RUNS", str(tmp_path / "named"))
     assert tmp_path / "named" in Session.open().folder.parents
+    # The repository's folder can't be written, but its runs/ can.
+    monkeypatch.delenv("CIFAR_RUNS")
+    (tmp_path / "runs").mkdir()
+    assert tmp_path / "runs" in Session.open().folder.parents
+    assert opened["home"] == tmp_path / "runs" / "data"
 
 
 def test_relative_paths_mean_the_repository_in_a_kernel(opened, monkeypatch, tmp_path):

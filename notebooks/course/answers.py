@@ -40,7 +40,7 @@ class Network:
     def __init__(self, weights: str | Path, device: torch.device, precision: str):
         """Load a file of weights, or the package's own for `pretrained`.
 
-        Raises InputError if the file isn't weights of this package.
+        Raises InputError if the file doesn't hold weights of this package.
         """
         model, self.info = load_model(weights)
         self.model = model.to(device, memory_format=memory_format(device))
@@ -54,7 +54,7 @@ class Network:
         """Return the logits of images, uint8 (N, 3, 32, 32): float32 (N, 10), on the CPU.
 
         normalization: the weights' own for testing, unless another one is given.
-        tta: the test-time views, as `evaluate.predict` has them.
+        tta: the test-time views, as in `evaluate.predict`.
         """
         normalization = normalization or self.info.normalization
         if self.stored is not None:
@@ -76,7 +76,7 @@ class Network:
         return torch.cat(logits)
 
     def predict_adapted(self, images: Tensor, tta: str = "none") -> Adapted:
-        """Return what `shift.predict_adapted` gives for images, uint8 (N, 3, 32, 32)."""
+        """Return the result of `shift.predict_adapted` for images, uint8 (N, 3, 32, 32)."""
         if self.stored is not None:
             found = self.stored.find(question(images, self.info.normalization, AUTO, tta))
             if found is not None:
@@ -86,19 +86,19 @@ class Network:
         )
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the last layer sees of each image: float32 (N, channels), on the CPU."""
+        """Return the last layer's inputs for each image: float32 (N, channels), on the CPU."""
         return evaluate.features(self.model, images, self.info.normalization, self.precision)
 
 
 @dataclass(frozen=True)
 class StoredAnswers:
-    """What is stored for one file of weights, in the folder of its run under results/.
+    """The stored answers of one file of weights, from the folder of its run under results/.
 
     record: answers.json. It says which question each tensor of logits answers, how many of the
-    plain training images are classified correctly, and on which machine this was computed.
+    plain training images are classified correctly, and on which machine the answers were computed.
 
     tensors: answers.safetensors.
-    - Logits, float16 (N, 10), by the names that are in the record.
+    - Logits, float16 (N, 10), under the names that are in the record.
     - `mistakes`, int64 (m,): the misclassified test images, in ascending order.
     - `nearest`, int64 (m, 5): for each mistake the five training images, of all 50,000, with the
       most similar features, the most similar first.
@@ -109,7 +109,7 @@ class StoredAnswers:
     tensors: dict[str, Tensor]
 
     def find(self, asked: dict) -> Adapted | None:
-        """Return the logits, float32 (N, 10), that answer this question, or None."""
+        """Return the stored answer to this question, with logits float32 (N, 10), or None."""
         for name, answered in self.record["logits"].items():
             if answered["question"] == asked:
                 logits = self.tensors[name].float()
@@ -137,7 +137,7 @@ def stored_answers(weights_digest: str) -> StoredAnswers | None:
 
 
 def question(images: Tensor, normalization: Normalization, adapt: str, tta: str) -> dict:
-    """Return what logits depend on besides the weights, as it is stored in JSON.
+    """Return everything that logits depend on besides the weights, in the record's form.
 
     images: uint8 (N, 3, 32, 32).
     adapt: `none`, or AUTO.

@@ -19,14 +19,20 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 
 def _statistics(images: Tensor, distance: int) -> Tensor:
-    """Move `distance` times as far from CIFAR-10's statistics as the report's custom set is."""
+    """Return the images with channel statistics that differ from CIFAR-10's.
+
+    The difference is `distance` times that of the report's custom set.
+    """
     mean = np.add(data.CIFAR10_MEAN, distance * np.subtract(data.KAGGLE_MEAN, data.CIFAR10_MEAN))
     std = np.add(data.CIFAR10_STD, distance * np.subtract(data.KAGGLE_STD, data.CIFAR10_STD))
     return match_statistics(images, mean, std)
 
 
 def _noise(images: Tensor, sigma: float) -> Tensor:
-    """Add normal noise, always the same; `sigma` is its standard deviation, of values in [0, 1]."""
+    """Return the images with normal noise, which is the same in every call.
+
+    sigma: the noise's standard deviation, for pixel values in [0, 1].
+    """
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     moved = images + (255 * sigma * noise).to(images.device)
     return moved.round().clamp(0, 255).to(torch.uint8)
@@ -41,7 +47,7 @@ def _jpeg(images: Tensor, quality: int) -> Tensor:
 
 
 def _pixelate(images: Tensor, side: int) -> Tensor:
-    """Shrink to `side` pixels and enlarge again without smoothing."""
+    """Return the images shrunk to `side` x `side` pixels, and enlarged again without smoothing."""
     small = kernels.resize(images, [side, side], kernels.InterpolationMode.BILINEAR, antialias=True)
     return kernels.resize(small, [32, 32], kernels.InterpolationMode.NEAREST_EXACT)
 
@@ -80,7 +86,7 @@ def shifted(images: Tensor, family: str, severity: int) -> Tensor:
 def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     """Return the images with this mean and standard deviation per channel, in [0, 1].
 
-    uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), by one gain and one offset per channel for the whole
+    uint8 (N, 3, H, W) -> uint8 (N, 3, H, W), with one gain and one offset per channel for the whole
     set. Values are cut off at 0 and 255, which moves the statistics again, so gain and offset are
     corrected up to 20 times.
 
@@ -98,13 +104,13 @@ def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
         table = np.arange(256) * gain[:, None] + 255 * offset[:, None]
         table = table.round().clip(0, 255)
 
-        # The statistics that this gives.
+        # The statistics of the images with these values.
         now_mean = np.average(table, 1, counts) / 255
         now_std = np.sqrt(np.average(table**2, 1, counts) / 255**2 - now_mean**2)
         if max(np.abs(now_mean - mean).max(), np.abs(now_std - std).max()) < 5e-5:
             break
 
-        # Correct what is missing.
+        # Correct gain and offset for the difference that remains.
         gain *= std / now_std
         offset += mean - now_mean - (std / now_std - 1) * start_mean * gain
     table = torch.from_numpy(table.astype(np.uint8)).to(images.device)

@@ -8,7 +8,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from notebooks.course.style import in_style, new_figure
 
-# The colour of a box, by the first of these words in its text. It is light because text is black.
+# The first of these words that a box's text contains decides the box's colour. Colours are light,
+# because text is black.
 BOXES = {"conv": "#CCE3F3", "stage": "#CCE3F3", "norm": "#FBE6C0", "": "#EFEFEF"}
 
 
@@ -42,7 +43,7 @@ def _draw_block(ax: Axes, before: Sequence[int], after: Sequence[int]) -> None:
     for y, shape in ((4.55, before), (3.75, after), (1.95, after), (0.15, after)):
         ax.text(1.3, y, _shape_text(shape), va="center", fontsize=9)
 
-    # The shortcut past them, to the sum.
+    # The shortcut past these layers, to the sum.
     _draw_arrow(ax, (1.2, 4.4), (3.15, 4.4), (3.15, 1.05), (1.38, 1.05))
     if changes_shape:
         _draw_box(ax, (3.15, 3.45), f"1×1 convolution,\nstride {stride}", 1.35, 0.5)

@@ -1,4 +1,4 @@
-"""Which training image looks most like each test image, by their pixels."""
+"""A search for the training image whose pixels are most similar to a test image's."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ def nearest_by_pixels(images: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     positions, similarities = [], []
     for piece in images.split(AT_A_TIME):
         views = torch.stack([_describe(piece), _describe(piece.flip(3))])  # (2, n, 192)
-        best = (views @ known_cells.T).amax(0).max(1)  # over views (n, M), then over known (n,)
+        best = (views @ known_cells.T).amax(0).max(1)  # max over views (n, M), over known (n,)
         positions.append(best.indices)
         similarities.append(best.values)
     return torch.cat(positions), torch.cat(similarities)

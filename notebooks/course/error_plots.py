@@ -23,7 +23,7 @@ MINUS = "\N{MINUS SIGN}"  # as wide as a plus; matplotlib's axes have it, too
 
 
 def per_thousand(matrix: np.ndarray) -> np.ndarray:
-    """Return a confusion matrix with each row as whole images of 1,000 of its class."""
+    """Return a confusion matrix scaled to 1,000 images per true class, in whole numbers."""
     return (1000 * matrix / matrix.sum(1, keepdims=True)).round().astype(int)
 
 
@@ -31,10 +31,12 @@ def per_thousand(matrix: np.ndarray) -> np.ndarray:
 def confusion(
     matrices: Mapping[str, np.ndarray], title: str, unit: str, signed: bool = False
 ) -> Figure:
-    """Draw confusion matrices of whole numbers side by side, in one colour scale, in `unit`.
+    """Draw confusion matrices of whole numbers side by side, in one colour scale.
 
-    matrices: {name: (10, 10)}, rows true, columns predicted; where `signed`, differences, with a
-    scale around 0. Colours leave the diagonal out, which would drown the mistakes.
+    matrices: {name: (10, 10)}, rows true, columns predicted. The diagonal has no colour, because
+    its large numbers would make all mistakes look pale.
+    unit: the label of the colour scale.
+    signed: whether the numbers are differences. If so, the colour scale is symmetric around 0.
     """
     figure, axes = new_figure(1, len(matrices), (3.4 * len(matrices) + 1.5, 4.8))
     figure.set_layout_engine("compressed")  # no gaps around axes of a fixed shape
@@ -47,7 +49,7 @@ def confusion(
     for ax, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         texts = np.vectorize(_signed if signed else str, otypes=[object])(matrix)
         _draw_cells(ax, np.where(diagonal, np.nan, matrix), texts, scale, square=True)
-        for k in range(len(CLASSES)):  # a cell that is nan gets no text
+        for k in range(len(CLASSES)):  # seaborn writes no text in a cell that is nan
             ax.text(k + 0.5, k + 0.5, texts[k, k], ha="center", va="center", size=9, weight="bold")
         middles = np.arange(len(CLASSES)) + 0.5
         ax.set_xticks(middles, CLASSES, rotation=45, ha="right")
@@ -99,7 +101,8 @@ def confused_pairs(
 ) -> Figure:
     """Draw the most frequent mistakes as bars, and the published run's numbers beside them.
 
-    pairs: (true class, predicted class, images), most first; those of cat and dog are red.
+    pairs: (true class, predicted class, images), the most frequent first. The bars of cat and dog
+    are red.
     published: one number per pair.
     """
     figure, axes = new_figure(size=(7.5, 1.2 + 0.32 * max(len(pairs), 3)))
@@ -130,7 +133,7 @@ def two_histograms(
 ) -> Figure:
     """Draw the histograms of two sets over each other, with a threshold at 0.
 
-    values: {name: (n,)}. sides: what is answered left and right of the threshold.
+    values: {name: (n,)}. sides: the answers on the left and on the right of the threshold.
     """
     figure, axes = new_figure(size=(8, 3.8))
     ax = axes[0, 0]
@@ -147,7 +150,7 @@ def two_histograms(
             above = {"textcoords": "offset points", "xytext": (0, 5)}
             ax.annotate(f"{name} ({len(numbers):,})", (edges[top], counts[top]), **above, **look)
 
-    # The threshold, and at its top what is answered on both sides.
+    # Draw the threshold, and write the answer on each side at its top.
     ax.axvline(0, color="black", linestyle="--", linewidth=1)
     top = {"xy": (0, 0.97), "xycoords": ("data", "axes fraction"), "va": "top"}
     left, right = sides
@@ -190,7 +193,10 @@ def reliability_diagram(series: Mapping[str, Mapping[str, np.ndarray]], title: s
 
 
 def _wilson_intervals(accuracy: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Return the lows and highs (2, bins) of the accuracies of so many images each."""
+    """Return the lower and the upper ends, (2, bins), of the accuracies' 95 % intervals.
+
+    accuracy, images: of each bin, (bins,) each.
+    """
     pairs = zip(accuracy, images, strict=True)
     return np.array([wilson_interval(round(share * n), int(n)) for share, n in pairs]).T
 
@@ -221,7 +227,10 @@ def coverage_curve(
 
 
 def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return a column of an ablation's rows as families, in their order, by severities."""
+    """Return a column of an ablation's rows as a table of families by severities.
+
+    The families keep their order.
+    """
     table = rows.pivot(index="family", columns="severity", values=column)
     return table.loc[list(dict.fromkeys(rows.family))]
 
@@ -232,7 +241,8 @@ def severity_maps(
 ) -> Figure:
     """Draw gains in points, families by severities, as heat maps in one colour scale, two in a row.
 
-    gains: {name: fractions (families, severities)}. Where `sure` (bool, same shape), bold.
+    gains: {name: fractions (families, severities)}.
+    sure: {name: bool (families, severities)}. Gains are bold where `sure` is true.
     """
     families = len(next(iter(gains.values())))
     columns = min(len(gains), 2)
@@ -254,7 +264,7 @@ def severity_maps(
 
 
 def points(gain: float) -> str:
-    """Return a gain in points with its sign and one digit. What rounds to nothing is 0.0."""
+    """Return a gain in points with its sign and one decimal. If it rounds to 0, it has no sign."""
     text = f"{gain:+.1f}"
     return text if float(text) else "0.0"
 

@@ -18,7 +18,7 @@ SAMPLE = 2000  # training images
 
 
 class Inspector:
-    """One test image at a time: what the network answers, where it looks, what it resembles.
+    """Draws a test image, the network's answer, where the network looks, and similar images.
 
     probabilities: of all test images, float32 (N, 10).
 
@@ -33,14 +33,14 @@ class Inspector:
 
     @functools.cached_property
     def sample(self) -> Tensor:
-        """The positions of the training images to search, equally many of each class: int64."""
+        """Return the positions of the training images to search, equally many per class: int64."""
         if len(self.train) <= SAMPLE:
             return torch.arange(len(self.train))
         return stratified_split(self.train.labels, SAMPLE, seed=0)[1]
 
     @functools.cached_property
     def sample_features(self) -> Tensor:
-        """Their features, each of length 1: float32 (sample, channels)."""
+        """Return the features of the sample, each of length 1: float32 (sample, channels)."""
         return F.normalize(self.network.features(self.train.images[self.sample]), dim=1)
 
     def nearest(self, index: int) -> tuple[Tensor, Tensor, int]:

@@ -23,7 +23,7 @@ from cifar_lib.train import State, Step, has_half_size, train_one_epoch
 from notebooks.course import plots
 
 RECIPES = ("report", "short", "small")  # from the longest training to the shortest
-AUTO = "auto"  # the machine decides
+AUTO = "auto"  # asks for the recipe that suits this machine
 LONGEST = 12 * 60  # seconds that a training may take if nobody asked for it by name
 STEPS = 16  # training steps that are timed, after the same number to warm up
 SPEND = 3  # a training step takes about as long as predicting three times as many images
@@ -31,14 +31,14 @@ SPEND = 3  # a training step takes about as long as predicting three times as ma
 
 @dataclass(frozen=True)
 class Choice:
-    """What is trained on this machine, and about how long that takes."""
+    """The training that is chosen for this machine, and about how long it takes."""
 
     config: TrainConfig
     seconds: float
     why: str  # in a few words
 
     def line(self, device: torch.device, images: int) -> str:
-        """Say in one line what is going to happen, and how to ask for something else."""
+        """Return one line that says what will be trained, and how to ask for another recipe."""
         config = self.config
         size = f"{count_parameters(config.blocks, config.channels):,} parameters"
         work = f"{config.epochs} epochs of {config.train_size or images:,} images"
@@ -59,10 +59,10 @@ def choose(
     """Choose the recipe that notebook 3 trains on this device.
 
     asked: a recipe's name, or AUTO for the longest recipe that suits the kind of device and that
-    takes at most LONGEST seconds, by a rate measured here.
-    is_begun: whether this configuration has a run directory. Such a run is chosen, however long it
-    takes, so that a second call doesn't choose another one.
-    seconds_needed: how the time is estimated; `estimate_seconds`, unless a test replaces it.
+    takes at most LONGEST seconds, estimated from the speed of this machine.
+    is_begun: returns whether a configuration has a run directory. A recipe whose run has begun is
+    chosen, however long it takes, so that a second call doesn't choose another one.
+    seconds_needed: estimates the time. It is `estimate_seconds`, unless a test replaces it.
     """
     seconds_needed = seconds_needed or estimate_seconds
     if asked != AUTO:
@@ -100,7 +100,7 @@ def longest_for(device: torch.device) -> str:
 
 
 def estimate_seconds(config: TrainConfig, device: torch.device, train: ImageSet) -> float:
-    """Return about how long a run takes, from the rates of a few steps on this machine."""
+    """Return about how long a run takes, estimated from a few steps on this machine."""
     n = min(config.train_size or len(train), len(train))
     sizes = [has_half_size(config, epoch) for epoch in range(config.epochs)]
     rates = {size: images_per_second(config, device, train, size) for size in set(sizes)}
@@ -112,15 +112,16 @@ def estimate_seconds(config: TrainConfig, device: torch.device, train: ImageSet)
 def images_per_second(
     config: TrainConfig, device: torch.device, train: ImageSet, half_size: bool
 ) -> float:
-    """Measure training with augmentation, on a network of its own and without compiling it."""
+    """Return the speed of training with augmentation, measured on a new, uncompiled network."""
     config = resolve(replace(config, compile=False), device, len(train))
-    half_size_epochs = 1 if half_size else 0  # of the first of several epochs
+    # Epoch 0 is measured. It can have half size only if it isn't the last epoch.
+    half_size_epochs = 1 if half_size else 0
     config = replace(config, epochs=max(config.epochs, 2), half_size_epochs=half_size_epochs)
     step = Step(State(config, device), config)
     some = train[: STEPS * config.batch_size].to(device)
     train_one_epoch(step, some, epoch=0)  # the first steps are slow: memory, kernels, caches
 
-    # An epoch ends by reading its loss, so a GPU has done its work by then.
+    # An epoch ends by reading its loss, which waits until a GPU has done all of its work.
     begin = time.perf_counter()
     train_one_epoch(step, some, epoch=0)
     return len(some) / (time.perf_counter() - begin)
@@ -143,10 +144,10 @@ def duration(seconds: float) -> str:
 
 
 class Watch:
-    """Watches a run: after each epoch it predicts a few images, and draws the run up to then.
+    """A callback for `fit` that predicts a few images after each epoch, and draws the run so far.
 
-    The answers are kept in `watched.json` of the run's directory, so that a resumed or finished run
-    is drawn from its first epoch.
+    The predicted probabilities are kept in `watched.json` in the run's directory, so that a resumed
+    or finished run is drawn from its first epoch.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Watch:
 
         images: a few labelled test images.
         show: called with a figure after each epoch.
-        how: what `evaluate.predict` is called with, besides the network and the images.
+        how: the other arguments of `evaluate.predict`, such as `normalization`.
         """
         self.path, self.epochs, self.images = run / "watched.json", epochs, images
         self.show, self.how = show, how
@@ -169,15 +170,15 @@ class Watch:
         self.show(self.figure(pd.DataFrame(history)))
 
     def figure(self, history: pd.DataFrame) -> Figure:
-        """Draw the accuracy by epoch, and below it the images with their answers.
+        """Draw the accuracy by epoch, and beside it the images with the network's answers.
 
-        history: the rows of history.csv up to now.
+        history: the rows of history.csv so far.
         """
-        answers = np.array(self._answers())  # (epochs up to now, n, 10)
+        answers = np.array(self._answers())  # (epochs so far, n, 10)
         return plots.live_run(history, self.epochs, self.images, answers)
 
     def _answers(self) -> list:
-        """Return the probabilities after each epoch up to now: lists (epochs, n, 10)."""
+        """Return the probabilities after each epoch so far, as nested lists (epochs, n, 10)."""
         if not self.path.exists():
             return []
         return json.loads(self.path.read_text(encoding="utf-8"))

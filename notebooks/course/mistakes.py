@@ -1,7 +1,7 @@
-"""Every mistake at a click: one HTML page with all mistakes, their images, and what is known.
+"""Every mistake at a click: an HTML page that shows each mistake and what is known about it.
 
 The page needs neither the internet nor a server. Its words are in mistakes.html.jinja, its looks in
-mistakes.css, and what happens at a click is in mistakes.js. This module gathers what it shows.
+mistakes.css, and what happens at a click is in mistakes.js. This module gathers the page's data.
 """
 
 import base64
@@ -27,8 +27,8 @@ from cifar_lib.evaluate import accuracy, confusion_matrix
 from cifar_lib.explain import grad_cam
 from notebooks.course.answers import Network
 
-NEAR_TIE = 0.3  # a correct prediction that leads by less than this is on the page, too
-SHARES_IN_ONE = 100_000  # probabilities are stored as whole numbers of this
+NEAR_TIE = 0.3  # a correct answer whose probability leads by less than this is on the page, too
+SHARES_IN_ONE = 100_000  # probabilities are stored as whole numbers, and 1 as this number
 HEAT_LEVELS = 16  # a cell of a heat map is stored as one hexadecimal digit
 SPRITE_COLUMNS = 64
 SPRITE_QUALITY = 80
@@ -42,9 +42,10 @@ class NetworkAnswers:
     logits: float32 (N, 10).
     temperature: what logits are divided by before they become probabilities.
     mirrored: the logits of the mirror images, float32 (N, 10).
-    mistakes: which test images the next three are about, positions, int64 (m,).
-    nearest: the nearest five training images of each, positions, int64 (m, 5), the nearest first.
-    cosines: how close these are, float32 (m, 5).
+    mistakes: the positions of the misclassified test images, int64 (m,). The next three fields
+    have a row for each of them.
+    nearest: the positions of the five nearest training images, int64 (m, 5), the nearest first.
+    cosines: the cosines between their features and the mistake's, float32 (m, 5).
     heat: Grad-CAM for the prediction and for the label, float32 (m, 2, 8, 8), in [0, 1].
 
     All but the first three may be None. The page leaves out what isn't known.
@@ -61,7 +62,7 @@ class NetworkAnswers:
 
     @property
     def probabilities(self) -> Tensor:
-        """The calibrated probabilities, float32 (N, 10)."""
+        """Return the calibrated probabilities, float32 (N, 10)."""
         return (self.logits / self.temperature).softmax(1)
 
 
@@ -73,7 +74,7 @@ def answers_of(
     logits: what `network.predict` gives for these images, float32 (N, 10).
     temperature: what these are divided by before they become probabilities.
 
-    The mirror images and the nearest training images are known where they are stored
+    The mirror images' logits and the nearest training images are included if they are stored
     (notebooks/course/answers.py). The heat maps are computed: those of 500 mistakes take two
     processor cores about twenty seconds. The network is called by its recipe's name.
     """
@@ -91,7 +92,7 @@ def answers_of(
         return answers
     return replace(
         answers,
-        mirrored=2 * network.predict(test.images, tta="flip") - logits,  # that is the mean of both
+        mirrored=2 * network.predict(test.images, tta="flip") - logits,  # "flip": mean of both
         nearest=stored.tensors["nearest"],
         cosines=stored.tensors["cosines"],
     )
@@ -101,7 +102,7 @@ def _heat(network: Network, images: Tensor, guesses: Tensor, labels: Tensor) -> 
     """Return Grad-CAM for the predictions and for the labels: float32 (m, 2, 8, 8), in [0, 1]."""
     normalization = network.info.normalization
     pieces = [torch.zeros(0, 2, 8, 8)]
-    for piece in torch.arange(len(images)).split(50):  # Grad-CAM keeps what all layers compute
+    for piece in torch.arange(len(images)).split(50):  # Grad-CAM keeps all layers' outputs
         twice = images[piece].repeat(2, 1, 1, 1)  # (2 * piece, 3, 32, 32)
         classes = torch.cat([guesses[piece], labels[piece]])  # (2 * piece,)
         heat = grad_cam(network.model, twice, classes, normalization)  # (2 * piece, 32, 32)
@@ -121,11 +122,11 @@ def mistakes_page(
 ) -> str:
     """Return the page as the text of an HTML file.
 
-    train: the training images that `nearest` counts in, with their labels.
+    train: the training images with their labels. The positions in `nearest` refer to them.
     test: the N test images with their labels. If they have ids, the page numbers them by these.
-    networks: whose mistakes are shown. If there are several, the page compares them.
+    networks: the networks whose mistakes are shown. If there are several, the page compares them.
     votes: what people said about labels, one row per image they saw, as in results/label-errors.
-    note: what the page says about the data, if they aren't CIFAR-10.
+    note: what the page says about the data, if it isn't CIFAR-10.
     """
     album = _Album(test, train)
     shown = _shown(test.labels, networks)  # (s,)
@@ -166,10 +167,10 @@ def mistakes_page(
 
 
 def in_frame(page: str, height: int = 900) -> str:
-    """Return HTML that shows a page, `height` pixels high, inside of another page or a notebook.
+    """Return HTML that shows a page, `height` pixels high, inside another page or a notebook.
 
-    In a frame of its own the page's styles and ids can't collide with those around it, nor with
-    those of the same page shown twice. Scripts run in it, but can't reach what is around it.
+    In a frame of its own, the page's styles and ids can't collide with those around it. Nor can
+    they collide if the page is shown twice. Scripts run in the frame, but can't reach outside it.
     """
     style = f"width: 100%; height: {height}px; border: 1px solid #8888"
     title = "Every mistake at a click"
@@ -180,7 +181,7 @@ def in_frame(page: str, height: int = 900) -> str:
 def show_page(page: str) -> None:
     """Show a page in the output of a notebook's cell.
 
-    The output is marked as one that a stored notebook leaves out (scripts/build_pages.py).
+    The output is marked, so that scripts/build_pages.py leaves it out of the stored notebook.
     """
     words = "the page of all mistakes: run this cell, or open docs/mistakes.html in a browser"
     bundle = {"text/html": in_frame(page), "text/plain": words}
@@ -195,7 +196,7 @@ class _Album:
 
     def __init__(self, test: ImageSet, train: ImageSet):
         self.sets = {"test": test, "training": train}
-        self.numbers: dict[tuple[str, int], int] = {}  # of (which set, position in it)
+        self.numbers: dict[tuple[str, int], int] = {}  # {(set's name, position): number}
 
     def number(self, name: str, position: int) -> int:
         """Return the number of a picture, which is added if it isn't there yet."""
@@ -216,7 +217,7 @@ class _Album:
     def sprite(self) -> str:
         """Return all pictures as one, row by row, as a data: address.
 
-        It is a WebP, and a JPEG where Pillow can't write that.
+        It is a WebP, or a JPEG if Pillow can't write WebP.
         """
         rows = -(-len(self.numbers) // SPRITE_COLUMNS) or 1
         tiles = torch.zeros(rows * SPRITE_COLUMNS, 3, 32, 32, dtype=torch.uint8)
@@ -233,7 +234,7 @@ class _Album:
 
 
 def _shown(labels: Tensor, networks: Sequence[NetworkAnswers]) -> Tensor:
-    """Return the positions of the images that any network gets wrong, or nearly."""
+    """Return the positions of the images that at least one network misclassifies, or nearly."""
     is_shown = torch.zeros(len(labels), dtype=torch.bool)
     for network in networks:
         first, second = network.probabilities.topk(2).values.T  # (N,) each
@@ -242,7 +243,7 @@ def _shown(labels: Tensor, networks: Sequence[NetworkAnswers]) -> Tensor:
 
 
 def _answers(network: NetworkAnswers, shown: Tensor, album: _Album) -> list[dict]:
-    """Return what a network makes of each image that is shown, ready for JSON."""
+    """Return a network's answer to each image that is shown, ready for JSON."""
     logits = network.logits[shown]  # (s, 10)
     guesses = logits.argmax(1, keepdim=True)  # (s, 1)
     runners_up = logits.scatter(1, guesses, -torch.inf).argmax(1)  # (s,)
@@ -271,7 +272,7 @@ def _answers(network: NetworkAnswers, shown: Tensor, album: _Album) -> list[dict
 
 
 def _as_shares(probabilities: Tensor) -> list[list[int]]:
-    """Return probabilities, float32 (s, 10), as whole numbers of SHARES_IN_ONE."""
+    """Return probabilities, float32 (s, 10), as whole numbers; 1 becomes SHARES_IN_ONE."""
     return (probabilities.double() * SHARES_IN_ONE).round().long().tolist()
 
 
@@ -288,10 +289,10 @@ def _heat_colours() -> list[str]:
 
 
 def _look_alikes(shown: Tensor, album: _Album) -> list[tuple[int, float]]:
-    """Return each shown image's most alike other image: its number, and how alike it is.
+    """Return the number and the likeness of the image that is most like each shown image.
 
-    It is looked for among the test and training images, by their details, without any network. How
-    alike two images are is the cosine between their details, at most 1.
+    All other test and training images are searched, without any network. The likeness of two images
+    is the cosine between their details, at most 1.
     """
     test, train = album.sets.values()
     known = torch.cat([_details(test.images), _details(train.images)])  # (N + M, 768)
@@ -309,10 +310,10 @@ def _look_alikes(shown: Tensor, album: _Album) -> list[tuple[int, float]]:
 
 
 def _details(images: Tensor) -> Tensor:
-    """Return images of 16x16 pixels without their coarse colours, of length 1.
+    """Return the images as 16x16 pixels without their coarse colours, scaled to length 1.
 
-    uint8 (n, 3, 32, 32) -> float32 (n, 768). The coarse colours, those of four quarters, are left
-    out because by them all ships at sea are alike.
+    uint8 (n, 3, 32, 32) -> float32 (n, 768). The coarse colours are those of the image's four
+    quarters. They are left out because they make all ships at sea alike.
     """
     pieces = [torch.zeros(0, 768)]
     for piece in images.split(1000):
@@ -343,7 +344,7 @@ def _summary(network: NetworkAnswers, labels: Tensor) -> dict:
 
 
 def _template(name: str) -> Template:
-    """Return a template beside this file. Whatever it is given is escaped."""
+    """Return the template `name` from this file's folder. It escapes all values it is given."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""Charts of the data, of training and of scores. Those of a network's mistakes are error_plots."""
+"""Charts of the data, of training and of scores. Charts of mistakes are in error_plots."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -70,8 +70,9 @@ def frequencies(
 ) -> Figure:
     """Draw how often each thing happened, as dots beside what chance allows.
 
-    measured: {name: share of draws}. The band around the `expected` share is two standard
-    deviations of chance wide on both sides.
+    measured: {name: share of draws}.
+    expected, deviation: the mean and the standard deviation of a share if only chance decides. The
+    band extends two standard deviations to both sides of the mean.
     """
     figure, axes = new_figure(size=(8, 3.6))
     ax, values = axes[0, 0], list(measured.values())
@@ -85,7 +86,7 @@ def frequencies(
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=2))
     ax.set(title=title, ylabel="share of draws")
 
-    # What the line and the edges of the band are, to the right of them.
+    # Name the line and the edges of the band, to the right of them.
     names = {
         high: ("+2 standard\ndeviations", BLUE),
         expected: (f"expected\n{expected:.2%}", RED),
@@ -127,8 +128,8 @@ def curves(
 def epoch_curves(series: Mapping[str, Sequence[float]], ylabel: str, title: str) -> Figure:
     """Draw one line over the epochs per name, told apart by colour and dashes.
 
-    series: {name: one value per epoch}; where `ylabel` is "accuracy", fractions, drawn in percent.
-    Epochs are numbered from 1.
+    series: {name: one value per epoch}. If `ylabel` is "accuracy", the values are fractions, and
+    are drawn in percent. Epochs are numbered from 1.
     """
     figure, axes = new_figure(size=(7.5, 3.6))
     ax, dashes = axes[0, 0], itertools.cycle(("-", "--", "-.", ":"))
@@ -147,9 +148,10 @@ def reproduction(
 ) -> Figure:
     """Draw a published curve through the band of a few runs, for each set of images.
 
-    frames: as `reference.sixty_epochs` gives them. quantity: what they hold, "accuracy" in
-    fractions, drawn in percent, or "loss". The panel on the right has the `last` epochs only, and
-    names the values after the last one.
+    frames: as `reference.sixty_epochs` returns them.
+    quantity: "loss" or "accuracy". Accuracies are fractions, and are drawn in percent.
+
+    The panel on the right has the `last` epochs only, and names the values after the last one.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(title)
@@ -189,8 +191,8 @@ def _label_ends(
 ) -> None:
     """Write texts to the right of the axes, at the heights of two lines' ends.
 
-    heights: in the units of the y axis. If they are closer than `apart`, a fraction of the axes,
-    the texts move away from each other.
+    heights: in the units of the y axis. If they are closer than `apart`, a fraction of the axes'
+    height, the texts move away from each other.
     """
     low, high = ax.get_ylim()
     at = {name: (height - low) / (high - low) for name, height in heights.items()}
@@ -227,10 +229,10 @@ def smoothing_losses(p: np.ndarray, losses: Mapping[str, np.ndarray], title: str
 
 @in_style
 def live_run(history: pd.DataFrame, epochs: int, images: ImageSet, answers: np.ndarray) -> Figure:
-    """Draw a training as far as it has come: its accuracy, and its answers to a few images.
+    """Draw a training run so far: its accuracy, and the network's answers to a few images.
 
-    history: one row per epoch that is done. epochs: how many there will be.
-    images: n labelled images. answers: their probabilities, float (epochs done, n, 10).
+    history: one row per finished epoch. epochs: their number at the end of the run.
+    images: n labelled images. answers: the predicted probabilities, float (epochs so far, n, 10).
     """
     figure = Figure(figsize=(10.5, 0.5 * len(images) + 0.9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.35))

@@ -61,7 +61,7 @@ def recorded_confusion(run: str) -> np.ndarray:
 
 
 def published_table_2() -> dict[str, str]:
-    """Return the report's Table 2 by quantity, with the interval that its test accuracy leaves."""
+    """Return the report's Table 2 as {quantity: value}, with the test accuracy's interval added."""
     last = published_history().iloc[-1]
     correct = int(published_confusion().to_numpy().trace())
     return {
@@ -80,8 +80,10 @@ def published_table_2() -> dict[str, str]:
 
 
 def our_histories() -> dict[int, pd.DataFrame]:
-    """Return the 60 epochs of each run of the recipe `report` by its seed, as `history.csv` has
-    them: accuracies are fractions."""
+    """Return the 60 epochs of each run of the recipe `report`, as {seed: rows of history.csv}.
+
+    Accuracies are fractions.
+    """
     return {seed: pd.read_csv(RESULTS / f"report-seed{seed}" / "history.csv") for seed in SEEDS}
 
 
@@ -107,8 +109,8 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
 
     There is one row for each trial that finished or was pruned. The columns are number, accuracy
     (on the validation split after the trial's last epoch), duration, state (COMPLETE or PRUNED),
-    and the parameters. The shares are PED-ANOVA's (Watanabe et al. 2023, arXiv:2304.10255), of the
-    finished trials, the largest first.
+    and the parameters. PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255) computes the shares from
+    the finished trials. The largest share comes first.
 
     Raises InputError if the file is missing or holds no search, or if optuna isn't installed.
     """
@@ -126,7 +128,7 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
         table.columns = table.columns.str.removeprefix("params_")
         table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
         return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
-    except Exception as error:  # a damaged file can end in nearly any
+    except Exception as error:  # a damaged file can raise nearly any exception
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
             f"study: expected a search's SQLite file, got {path} ({reason}): get results/ again"
@@ -134,5 +136,5 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
 
 
 def interval_text(low: float, high: float) -> str:
-    """Return an interval of two fractions in percent."""
+    """Return an interval between two fractions as text, in percent."""
     return f"{low:.2%} to {high:.2%}"

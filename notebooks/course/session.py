@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# The packages that every notebook needs. Those of one section are checked for there, by
+# The packages that every notebook needs. A section that needs another one checks for it with
 # environment.require.
 _NEEDED = ("pydantic", "safetensors", "sklearn", "torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -52,8 +52,8 @@ from notebooks.course.style import for_notebook, save_figure
 ROOT = Path(__file__).resolve().parents[2]
 KAGGLE_OUTPUT = Path("/kaggle/working")  # where results go on Kaggle
 GIVE_UP_AFTER = 180.0  # seconds to wait for a download
-STAND_IN_TRAINING = 10_000  # so many stand-in images are trained on
-SYSTEM = {  # each key of environment.json that the table has, and its name there
+STAND_IN_TRAINING = 10_000  # notebook 3 trains on this many stand-in images
+SYSTEM = {  # {key in environment.json: its name in the table of specifications}
     "cpu": "CPU",
     "cpu_cores": "CPU cores",
     "gpu": "GPU",
@@ -68,18 +68,20 @@ SYSTEM = {  # each key of environment.json that the table has, and its name ther
 
 @dataclass(frozen=True)
 class Session:
-    """What one notebook works with: the data, the device, the network that it examines, its files.
+    """The data, the device, the network and the files that one notebook works with.
 
     If there is no CIFAR-10, stand-in data is generated. Then everything is smaller, and every
     figure and table says so.
     """
 
     train: ImageSet
-    test: ImageSet  # all test images; its ids are their numbers
+    test: ImageSet  # all test images, whose ids are their positions
 
     @classmethod
     def open(cls) -> "Session":
-        """Return a session on CIFAR-10, or on stand-in data if it isn't found or downloaded.
+        """Return a session on CIFAR-10, or on stand-in data if there is no CIFAR-10.
+
+        CIFAR-10 is downloaded if it isn't found.
 
         Raises InputError if a variable is wrong, if results can't be written, or if CIFAR-10 isn't
         available although `CIFAR10_ROOT` or `CIFAR_FIGURES` is set.
@@ -91,7 +93,7 @@ class Session:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
             if named:
-                raise  # continuing without it would hide the mistake
+                raise  # continuing with stand-in data would hide the mistake
             print(error)
             print("Going on with generated stand-in data; every figure and table says so.")
             train, test = generate_stand_in()
@@ -99,40 +101,42 @@ class Session:
 
     @property
     def stand_in(self) -> bool:
-        """Whether the data is generated, because there is no CIFAR-10."""
+        """Return whether the data is generated, because there is no CIFAR-10."""
         return self.train.source == STAND_IN
 
     @property
     def note(self) -> str | None:
-        """The note on every figure and table made from generated data; None on real data."""
+        """Return the note on every figure and table made from generated data; None on real data."""
         return "stand-in data: generated images, not CIFAR-10" if self.stand_in else None
 
     @property
     def folder(self) -> Path:
-        """Where this session writes: notebooks or stand-in, under runs/ or where `CIFAR_RUNS` says.
+        """Return the folder that this session writes to.
 
-        Figures go to the folder that `CIFAR_FIGURES` names, if it is set.
+        It is notebooks/, or stand-in/ on stand-in data. It lies in runs/, or in the folder that
+        `CIFAR_RUNS` names. Figures go to the folder that `CIFAR_FIGURES` names, if it is set.
         """
         return runs_folder() / ("stand-in" if self.stand_in else "notebooks")
 
     @property
     def device(self) -> torch.device:
-        """The device that `CIFAR_DEVICE` names, or else the best one of this machine."""
+        """Return the device that `CIFAR_DEVICE` names, or else the best one of this machine."""
         return _device()
 
     @property
     def precision(self) -> str:
-        """The precision that suits the device."""
+        """Return the precision that suits the device."""
         return choose_precision("auto", self.device)
 
     # What notebook 3 trains.
 
     @functools.cached_property
     def choice(self) -> live_run.Choice:
-        """What is trained here: the recipe of `CIFAR_RECIPE`, or else what suits this machine.
+        """Return the training that this session runs, and about how long it takes.
 
-        On stand-in data the default is `small` on a part of the images, which is enough to learn
-        its classes. `CIFAR_EPOCHS` sets the number of epochs.
+        `CIFAR_RECIPE` names the recipe. The default is the recipe that suits this machine. On
+        stand-in data it is `small` on some of the images, which is enough to learn the classes.
+        `CIFAR_EPOCHS` sets the number of epochs.
         """
         choice = self._choose()
         epochs = _variable("CIFAR_EPOCHS")
@@ -143,7 +147,7 @@ class Session:
         return live_run.Choice(config, seconds, choice.why)
 
     def _choose(self) -> live_run.Choice:
-        """Choose what is trained, with the recipe's own number of epochs."""
+        """Return the choice with the recipe's own number of epochs."""
         asked = _variable("CIFAR_RECIPE") or live_run.AUTO
         if not self.stand_in:
             return live_run.choose(self.device, self.train, asked, self._is_begun)
@@ -154,16 +158,16 @@ class Session:
 
     @property
     def config(self) -> TrainConfig:
-        """The configuration of what is trained."""
+        """Return the configuration of this session's training."""
         return self.choice.config
 
     @property
     def run(self) -> Path:
-        """The run directory of what is trained."""
+        """Return the run directory of this session's training."""
         return self._run_of(self.config)
 
     def _run_of(self, config: TrainConfig) -> Path:
-        """Return the run directory of a configuration, and of no other configuration."""
+        """Return the run directory of a configuration. No two configurations share one."""
         if config == recipe("report") and not self.stand_in:
             return runs_folder() / "report-seed42"  # where `make full` trains it
         settings = json.dumps(asdict(config), sort_keys=True)
@@ -177,7 +181,7 @@ class Session:
         """Train what `choice` says, and return its metrics.
 
         An interrupted run is resumed. If the run is finished, only its metrics are read. `show` is
-        called after each epoch with a figure of the run up to then.
+        called after each epoch with a figure of the run so far.
         """
         after_epoch = self.watch(show) if show else None
         device = str(self.device)
@@ -198,11 +202,12 @@ class Session:
     def network(self) -> Network:
         """Return the network that is examined, on this session's device.
 
-        `CIFAR_WEIGHTS` is the path of its file, or one of two words. `pretrained` means the
-        package's weights, trained on CIFAR-10. `trained` means this session's own run, which is
-        trained now if it isn't yet. The default is `pretrained`, and on stand-in data `trained`.
+        `CIFAR_WEIGHTS` is the path of a file of weights, or one of two words. `pretrained` means
+        the package's weights, trained on CIFAR-10. `trained` means the weights of this session's
+        own run, which is trained now if it isn't finished. The default is `pretrained`, and on
+        stand-in data `trained`.
 
-        Raises InputError if the file isn't weights of this package.
+        Raises InputError if the file doesn't hold weights of this package.
         """
         default = "trained" if self.stand_in else PRETRAINED
         weights = _variable("CIFAR_WEIGHTS") or default
@@ -215,17 +220,21 @@ class Session:
 
     @property
     def test_file(self) -> Path:
-        """The competition's file, which `CIFAR_TEST_FILE` names or else `custom_test` makes."""
+        """Return the path of the competition's file.
+
+        `CIFAR_TEST_FILE` names it. If that variable isn't set, it is the path of the stand-in for
+        this file that `custom_test` generates.
+        """
         named = _variable("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
     def custom_test(self) -> ImageSet:
         """Return the images of `test_file`, which is read as a stranger's pickle.
 
-        If no file is named, it is generated from the test images. Only then do the images have
-        labels.
+        If `CIFAR_TEST_FILE` names no file, one is generated from the test images. Only then do the
+        images have labels.
 
-        Raises InputError if the file isn't the competition's.
+        Raises InputError if the file isn't in the competition's format.
         """
         if _variable("CIFAR_TEST_FILE"):
             return read_test_file(self.test_file)
@@ -235,7 +244,7 @@ class Session:
     def comparison(self) -> pd.DataFrame:
         """Return the report's Table 2 beside the package's weights and this session's finished run.
 
-        The last column says why they differ. The table is also written, as comparison.csv.
+        The last column says why the numbers differ. The table is also saved as comparison.csv.
         """
         published = published_table_2()
         ours = _complexity(ResNet(self.config.blocks, self.config.channels))
@@ -265,9 +274,10 @@ class Session:
         return reasons
 
     def specifications(self) -> pd.DataFrame:
-        """Return the system specifications of the report, of the package's weights and of this run.
+        """Return the specifications of the machines that trained the compared networks.
 
-        They are those of the machines that each was trained on. Commits have seven digits.
+        There is one column for the published network, one for the package's weights, and one for
+        this run. Commits are shortened to seven digits.
         """
         columns = {"published": PUBLISHED_SYSTEM}
         for name, run in {"the package's weights": SHIPPED_RUN, "this run": self.run}.items():
@@ -281,7 +291,7 @@ class Session:
         return pd.DataFrame(cells, index=list(SYSTEM.values()))
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
-        """Save the figure as `name`.png and show it; `alt` says what it shows."""
+        """Save the figure as `name`.png and show it. `alt` describes it in words."""
         display(self._picture(figure, name, alt))
 
     def show_in_place(self, name: str, alt: str) -> Callable[[Figure], None]:
@@ -314,7 +324,7 @@ class Session:
 
 
 def _variable(name: str) -> str | None:
-    """Return an environment variable, or None.
+    """Return the value of an environment variable, or None if it isn't set.
 
     Kernels start in notebooks/. Nobody means that folder by a relative path, so relative paths
     start at the repository's root, unless `make run` has already made them absolute.
@@ -369,7 +379,7 @@ def _writable(folder: Path) -> Path:
 def _data_folder() -> Path:
     """Return the folder where CIFAR-10 is, or to which it is downloaded.
 
-    It is data/ of the repository, or of the results' folder if the repository can't be written.
+    It is data/ of the repository, or of the runs' folder if the repository can't be written.
     """
     data = ROOT / "data"
     try:
@@ -377,7 +387,7 @@ def _data_folder() -> Path:
             _writable(ROOT)
         return data
     except OSError:
-        return _results_folder() / "data"
+        return runs_folder() / "data"
 
 
 def runs_folder() -> Path:
@@ -386,7 +396,7 @@ def runs_folder() -> Path:
 
 
 def _complexity(network: ResNet) -> dict[str, str]:
-    """Return a network's size by the quantities of Table 2."""
+    """Return a network's size as {quantity of Table 2: value}."""
     size = torchinfo.summary(network, (1, 3, 32, 32), verbose=0)
     megabytes = (size.total_input + size.total_output_bytes + size.total_param_bytes) / 1e6
     return {
@@ -398,7 +408,7 @@ def _complexity(network: ResNet) -> dict[str, str]:
 
 
 def _outcome(run: Path) -> dict[str, str]:
-    """Return the results of a finished run, by the quantities of Table 2."""
+    """Return the results of a finished run as {quantity of Table 2: value}."""
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     last = pd.read_csv(run / "history.csv").iloc[-1]
     test = metrics["test"]
@@ -420,7 +430,8 @@ def show_source(*parts: object) -> None:
     """
     sources = [textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts]
     text = "\n\n".join(sources)
-    # The colours suit light and dark pages. Styles are in the tags, because pages differ.
+    # The colours suit light and dark pages. Styles are in the tags, because the pages' style sheets
+    # differ.
     formatter = HtmlFormatter(
         noclasses=True,
         cssstyles="padding: 0.4em 0.8em",

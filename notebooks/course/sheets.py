@@ -125,7 +125,7 @@ def contact_sheet(
     groups: {heading: (pictures uint8 (n, 32, 32, 3), n captions, framed bool (n,))}; those that are
     `framed` get a frame. A group without pictures says so.
     side: of a picture, in inches. The default is two pixels of the PNG for each of CIFAR-10's.
-    frame_means: what a frame says about a picture. It stands at the top, beside a frame.
+    frame_means: what a frame says about a picture. This text stands at the top, beside a frame.
     """
     captions = [caption for _, of_group, _ in groups.values() for caption in of_group]
     cell_width = side + 0.12
@@ -157,7 +157,7 @@ def contact_sheet(
 def _place_picture(
     ax: Axes, corner: tuple[float, float], side: float, picture: np.ndarray, caption: str
 ) -> None:
-    """Draw one picture of a contact sheet by its upper left corner, and its caption below it."""
+    """Draw a picture of a contact sheet with this upper left corner, and its caption below it."""
     left, top = corner
     right, bottom = left + side, top + side  # y grows downwards
     place = (left, right, bottom, top)
@@ -185,7 +185,8 @@ def inspection(
 
     picture: uint8 (32, 32, 3). probabilities: {class: probability}, drawn as bars.
     maps: {name: heat float (32, 32) in [0, 1]}, two of them.
-    neighbours: uint8 (5, 32, 32, 3), with five captions, found among so many training images.
+    neighbours: uint8 (5, 32, 32, 3), with five captions.
+    among: the number of training images that were searched for neighbours.
     """
     figure = Figure(figsize=(6.8, 3.7), layout="constrained")
     figure.suptitle(title)
@@ -250,10 +251,11 @@ def own_pictures(
     probabilities: Sequence[Mapping[str, float]],
     title: str,
 ) -> Figure:
-    """Draw pictures as they are, as the network sees them, and what it answers, one row for each.
+    """Draw pictures as they are, as the network sees them, and with its answers, one row for each.
 
-    pictures: {name: uint8 (H, W, 3)}, n of any size. seen: uint8 (n, 32, 32, 3), as it sees them.
-    heat: the evidence for its answer, float (n, 32, 32) in [0, 1].
+    pictures: {name: uint8 (H, W, 3)}, n of any size.
+    seen: the pictures as the network sees them, uint8 (n, 32, 32, 3).
+    heat: the evidence for the network's answer, float (n, 32, 32) in [0, 1].
     probabilities: for each its likeliest classes, {class: probability}, the likeliest first.
     """
     shape = {"width_ratios": (1.4, 1, 1, 1.3), "squeeze": False}

@@ -14,10 +14,10 @@ def generate_stand_in(
 ) -> tuple[ImageSet, ImageSet]:
     """Return training and test images, in which cat and dog are the hardest to tell apart.
 
-    A class has a few smooth colour patterns. An image is one of them, moved sideways and perhaps
-    mirrored. It is blended with a pattern of another class (by up to 45 %, but cat and dog with
-    each other by up to 65 %), brightened or dimmed, and gets noise. The same `seed` gives the same
-    images.
+    A class has a few smooth colour patterns. An image is one of these patterns, moved sideways and
+    perhaps mirrored. Up to 45 % of a pattern of another class is blended in. For a cat it is up to
+    65 % of a dog's pattern, and for a dog up to 65 % of a cat's. Then the image is brightened or
+    dimmed, and gets noise. The same `seed` gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(len(CLASSES) * PATTERNS, 3, 5, 5, generator=generator)

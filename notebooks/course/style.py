@@ -55,8 +55,9 @@ def show_image(
 ) -> None:
     """Fill the axes with an image, uint8 (H, W, 3), without ticks, grid or frame.
 
-    If `smooth`, it is enlarged smoothly, which makes its content easier to see; else each pixel
-    becomes a square.
+    size: the font size of the title.
+    smooth: whether the image is enlarged smoothly, which makes its content easier to see. If not,
+    each pixel becomes a square.
     """
     axes.imshow(image, interpolation=SMOOTH if smooth else "nearest", vmin=0, vmax=255)
     axes.set_title(title, fontsize=size, loc="center", pad=3)
@@ -76,7 +77,7 @@ def show_heat(axes: Axes, heat: np.ndarray) -> None:
 def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
     """Return the figure as PNG.
 
-    `note` is written across its foot, for figures that must say what they are made from.
+    `note` is written below the plots, for figures that must say what they are made from.
     """
     if note:
         figure.supxlabel(note, fontsize=10, color=RED, weight="bold")
@@ -94,7 +95,9 @@ def to_png(figure: Figure, note: str | None = None, dpi: int = 110) -> bytes:
 
 
 def for_notebook(figure: Figure, png: bytes) -> tuple[str, bytes]:
-    """Return the format and the content in which a notebook stores a figure that is this PNG.
+    """Return the format and the bytes in which a notebook stores a figure.
+
+    png: the figure as `to_png` returns it.
 
     Photographs that are enlarged smoothly take a fifth of the bytes as JPEG, and a notebook has to
     stay small. All other figures stay PNGs, whose pixels are exact.
