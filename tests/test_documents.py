@@ -597,7 +597,8 @@ CLAIMS = [
         "our training is {} times as fast in bf16, and {} times as fast in fp32 (in the fastest "
         "epoch of the seed-42 run). On two cores of an AMD EPYC, it is {} times as fast in fp32 "
         "if both use AVX2 instructions and ours has `extras/winograd`, and {} times as fast in "
-        "bf16 if both use AVX-512. On one thread (AVX-512), our augmentation with normalisation is {} times as fast",
+        "bf16 if both use AVX-512. On one thread (AVX-512), our augmentation with normalisation "
+        "is {} times as fast",
         lambda: [
             f"{benchmark(H200)['ratio']:.1f}",
             f"{fp32_ratio():.1f}",
