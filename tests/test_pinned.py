@@ -31,7 +31,9 @@ def test_small_is_short_with_a_smaller_network_that_only_mirrors_its_images():
     assert asdict(recipe("small")) == asdict(recipe("short")) | changes | {"policy": policy}
 
 
-@pytest.mark.parametrize("run", ["report-seed42", "report-seed0", "best-seed42", "best-seed0"])
+@pytest.mark.parametrize(
+    "run", ["report-seed42", "report-seed0", "best-seed42", "best-seed0", "short-seed42"]
+)
 def test_a_recorded_run_is_of_the_recipe_that_it_names(run):
     recorded = json.loads((RESULTS / run / "config.json").read_text(encoding="utf-8"))
     recorded = with_defaults(recorded)
