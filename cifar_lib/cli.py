@@ -236,7 +236,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     """Print how the weights score on CIFAR-10's test images."""
     model, info, precision = _load(options)
     _, test = load_cifar10(options.data)
-    logits = evaluate.predict(model, test.images, info.normalization, precision, options.tta)
+    logits = evaluate.predict(model, test.images, info.test_normalization, precision, options.tta)
     score = evaluate.summarize(logits, test.labels)
     if options.json:
         settings = {"weights": options.weights, "tta": options.tta, "precision": precision}
@@ -255,7 +255,7 @@ def _predict(options: argparse.Namespace) -> None:
 
     # Print the likeliest classes of each picture.
     model, info, precision = _load(options)
-    logits = evaluate.predict(model, images, info.normalization, precision, options.tta)
+    logits = evaluate.predict(model, images, info.test_normalization, precision, options.tta)
     note = " (uncalibrated)" if info.temperature is None else ""
     for path, row in zip(options.images, info.probabilities(logits), strict=True):
         best = row.topk(3)
@@ -266,7 +266,7 @@ def _predict(options: argparse.Namespace) -> None:
     # map beside it.
     if options.grad_cam is None:
         return
-    heat = grad_cam(model, images, logits.argmax(1), info.normalization)
+    heat = grad_cam(model, images, logits.argmax(1), info.test_normalization)
     for path, image, its_heat in zip(paths, images, heat, strict=True):
         png = io.BytesIO()
         Image.fromarray(beside_heat(image, its_heat)).save(png, format="PNG")
@@ -282,11 +282,11 @@ def _submit(options: argparse.Namespace) -> None:
     method, why = options.adapt, None
     if method == "auto":
         logits, method, why = shift.predict_adapted(
-            model, test.images, info.normalization, precision, options.tta
+            model, test.images, info.test_normalization, precision, options.tta
         )
     else:
         model, normalization = shift.adapt(
-            method, model, test.images, info.normalization, precision
+            method, model, test.images, info.test_normalization, precision
         )
         logits = evaluate.predict(model, test.images, normalization, precision, options.tta)
     if not logits.isfinite().all():

@@ -172,7 +172,7 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
         return self
 
     @property
-    def normalization(self) -> Normalization:
+    def test_normalization(self) -> Normalization:
         """How images are normalised before the network predicts their classes."""
         return Normalization(self.mean, self.std)
 

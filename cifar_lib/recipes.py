@@ -81,7 +81,7 @@ class TrainConfig:
         return self
 
     @property
-    def normalization(self) -> Normalization:
+    def training_normalization(self) -> Normalization:
         """How training images are normalised."""
         return Normalization(self.mean, self.std)
 

@@ -23,22 +23,23 @@ PRIOR = 16  # the training statistics count as this many images; Schneider et al
 BALANCED = "normalize+batchnorm"
 # The adaptation if they aren't: batch-norm statistics would contain the class mix.
 UNBALANCED = "none"
-# The allowed imbalance of the classes that are predicted for n images: CHANCE / sqrt(n) + MARGIN.
+# The allowed imbalance of the classes that are predicted for n images is
+# CHANCE_IMBALANCE / sqrt(n) + SHIFT_MARGIN.
 # If n images are drawn from equally frequent classes, their imbalance is
 # 5 sqrt(2 * 0.1 * 0.9 / (pi n)) = 1.2 / sqrt(n) on average. The margin is for a strong shift, which
 # makes the network favour some classes.
-CHANCE = 1.2
-MARGIN = 0.05
+CHANCE_IMBALANCE = 1.2
+SHIFT_MARGIN = 0.05
 # How much mean confidence adapting may cost. The value was chosen on unbalanced files of 300 images
 # ("choose" in results/shift/class_balance.csv). If adapting loses accuracy there, it costs 0.037 to
 # 0.410 of confidence. If it gains accuracy, it costs at most 0.018, except on two files: 0.073 on
 # pixelated images of which half are cats, and 0.133 on ships with noise, where it gains one image.
-DOUBT = 0.03
+MAX_CONFIDENCE_LOSS = 0.03
 # If the `agreement` of the adapted and the unadapted network is at least this value, they see the
 # same class mix. On the unbalanced files above, it is 0.59 or more if adapting loses accuracy. On
 # balanced images with the strongest pixelation it is below 0, and adapting gains about 20 points of
 # accuracy, although it costs confidence (tests/test_shift.py).
-AGREEMENT = 0.5
+MIN_AGREEMENT = 0.5
 # Images per batch when batch-norm statistics are measured. The measured variance is the average of
 # the variances within the batches, and doesn't include the variance between batches.
 STATISTICS_BATCH = 250
@@ -143,7 +144,7 @@ def predict_adapted(
     if is_misled(counts, unadapted_counts, sure - adapted_sure):
         why = f"{why}, and adapting lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
         return Adapted(unadapted_logits, UNBALANCED, why)
-    if agreement(counts, unadapted_counts) < AGREEMENT:
+    if agreement(counts, unadapted_counts) < MIN_AGREEMENT:
         why = f"{why}, but without adapting they would be very different, as on a strong shift"
     else:
         why = f"{why}, but adapting hardly lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
@@ -161,8 +162,8 @@ def is_misled(counts: Tensor, unadapted_counts: Tensor, confidence_lost: float) 
     confidence. If there is a strong shift, adapting costs little confidence or none, or the
     unadapted network predicts quite another mix.
     """
-    networks_agree = agreement(counts, unadapted_counts) >= AGREEMENT
-    return not is_balanced(counts) and networks_agree and confidence_lost > DOUBT
+    networks_agree = agreement(counts, unadapted_counts) >= MIN_AGREEMENT
+    return not is_balanced(counts) and networks_agree and confidence_lost > MAX_CONFIDENCE_LOSS
 
 
 def is_balanced(counts: Tensor) -> bool:
@@ -172,7 +173,7 @@ def is_balanced(counts: Tensor) -> bool:
 
 def allowed_imbalance(n: int) -> float:
     """Return the imbalance that chance and a strong shift may cause if n images are predicted."""
-    return MARGIN + CHANCE / math.sqrt(n)
+    return SHIFT_MARGIN + CHANCE_IMBALANCE / math.sqrt(n)
 
 
 def imbalance(counts: Tensor) -> float:

@@ -136,6 +136,8 @@ class State:
             momenta = self._momenta()
             stored = self._padded(dict(zip(momenta, saved["momenta"], strict=True)))
             for name, buffer in momenta.items():
+                if stored[name].shape != buffer.shape:  # copy_ would broadcast
+                    raise ValueError(f"the momentum of {name} has another shape")
                 buffer.copy_(stored[name])
             if self.average is not None:
                 self.average.model.load_state_dict(self._padded(saved["average"]))
@@ -167,7 +169,7 @@ class Step:
         self.state, self.config = state, config
         self.device = state.model.conv1.weight.device
         # (x / 255 - mean) / std is written as x * scale - offset, float32 (1, 3, 1, 1) each.
-        self.scale, self.offset = config.normalization.scale_and_offset(self.device)
+        self.scale, self.offset = config.training_normalization.scale_and_offset(self.device)
         self.loss = self.plain_loss
         if config.compile:
             # The values of `half_size` that are still to come: False, and perhaps True.

@@ -241,18 +241,18 @@ def main() -> None:
     part = test[part[torch.randperm(len(part), generator=torch.Generator().manual_seed(3))]]
 
     # Measure each shift that is missing.
-    clean = features(model, part.images, info.normalization)
+    clean = features(model, part.images, info.test_normalization)
     for family, severity in (("clean", 0), *itertools.product(FAMILIES, SEVERITIES)):
         shift = f"{family} {severity}"
         if shift in right:
             continue
         images = shifted(part.images, family, severity) if severity else part.images
-        found = score(images, part, model, info.normalization)
+        found = score(images, part, model, info.test_normalization)
         red, green, blue = channel_distance(images, part.images)
         measures.append(
             {"family": family, "severity": severity}
             | {"wasserstein_red": red, "wasserstein_green": green, "wasserstein_blue": blue}
-            | {"frechet": frechet_distance(features(model, images, info.normalization), clean)}
+            | {"frechet": frechet_distance(features(model, images, info.test_normalization), clean)}
         )
         text = pd.DataFrame(measures).to_csv(index=False, float_format="%.6g")
         write_atomically(FOLDER / "measures.csv", text.encode())
@@ -261,7 +261,7 @@ def main() -> None:
     # Measure the custom test set, with all test images.
     if CUSTOM not in right:
         custom = shifted(test.images, "statistics", 1)
-        keep(right, CUSTOM, score(custom, test, model, info.normalization), weights)
+        keep(right, CUSTOM, score(custom, test, model, info.test_normalization), weights)
 
     # Write what follows from these measurements.
     text = accuracy_table(right).to_csv(index=False, float_format="%.6g")

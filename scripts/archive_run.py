@@ -80,7 +80,7 @@ def archive(run: Path) -> dict:
     _, test = load_cifar10()
     device = choose_device()
     model, info = load_model(run / "model.safetensors")
-    whole = predict(model.to(device), test.images, info.normalization)
+    whole = predict(model.to(device), test.images, info.test_normalization)
     temperature = round(fit_temperature(whole, test.labels), 4)
     info = info.model_copy(update={"temperature": temperature})
 
@@ -157,7 +157,7 @@ def score(model: ResNet, info: WeightsInfo, test: ImageSet, config: dict) -> tup
     are those of the images without their mirror images.
     """
     # Score the images alone, and averaged with their mirror images.
-    views = predict_views(model, test.images, info.normalization)  # (2, N, 10)
+    views = predict_views(model, test.images, info.test_normalization)  # (2, N, 10)
     plain = views[0]
     scores = {}
     for tta, logits in {"none": plain, "flip": views.mean(0)}.items():
@@ -256,7 +256,7 @@ def on_custom_set(
     default = verdict["default"]["adapt"], verdict["default"]["tta"]
     pairs = {}
     for adaptation, tta in (("none", "none"), default):
-        network, normalization = adapt(adaptation, model, images, info.normalization)
+        network, normalization = adapt(adaptation, model, images, info.test_normalization)
         now = accuracy(predict(network, images, normalization, tta=tta), test.labels)
         then = verdict["custom"][f"{adaptation} + {tta}"]["accuracy"]
         pairs[f"custom set, {adaptation}, views {tta}"] = now, then

@@ -139,12 +139,12 @@ def measure() -> None:
                     missing = positions[unadapted[positions, 0].isnan()]
                     if len(missing):
                         unadapted[missing] = predict(
-                            model, images[missing], info.normalization, precision
+                            model, images[missing], info.test_normalization, precision
                         )
                     logits = unadapted[positions]
                 else:
                     network, normalization = shift.adapt(
-                        method, model, images[positions], info.normalization, precision
+                        method, model, images[positions], info.test_normalization, precision
                     )
                     logits = predict(network, images[positions], normalization, precision)
 

@@ -94,7 +94,7 @@ def store(name: str, train: ImageSet, test: ImageSet) -> None:
 
 def test_logits(network: Network, images: Tensor) -> dict[str, tuple[Tensor, dict]]:
     """Return the logits of the test images, and of these averaged with their mirror images."""
-    normalization = network.info.normalization
+    normalization = network.info.test_normalization
     views = evaluate.predict_views(network.model, images, normalization, PRECISION)  # (2, N, 10)
     asked = {"test": (views[0], "none"), "test, flip": (views.mean(0), "flip")}
     return {
@@ -112,7 +112,7 @@ def custom_logits(network: Network, test: ImageSet) -> dict[str, tuple[Tensor, d
     info = network.info
     ways = {
         "custom, as in training": info.training_normalization,
-        "custom, as in testing": info.normalization,
+        "custom, as in testing": info.test_normalization,
         "custom, own statistics": Normalization.of(images),
     }
     asked = {}
@@ -123,8 +123,8 @@ def custom_logits(network: Network, test: ImageSet) -> dict[str, tuple[Tensor, d
     # The default of `submit`.
     verdict = json.loads((RESULTS / "shift" / "verdict.json").read_text(encoding="utf-8"))
     tta = verdict["default"]["tta"]
-    adapted = shift.predict_adapted(network.model, images, info.normalization, PRECISION, tta)
-    what = question(images, info.normalization, AUTO, tta)
+    adapted = shift.predict_adapted(network.model, images, info.test_normalization, PRECISION, tta)
+    what = question(images, info.test_normalization, AUTO, tta)
     asked["custom, adapted"] = adapted.logits, _answered(what, adapted.method, adapted.why)
     return asked
 

@@ -52,7 +52,7 @@ def stored(weights, tmp_path, monkeypatch, stand_in) -> torch.Tensor:
 
 def test_a_stored_answer_is_taken_for_the_same_question_only(weights, stored, stand_in):
     network, images = Network(weights, CPU, "fp32"), stand_in[1].images[:20]
-    normalization = network.info.normalization
+    normalization = network.info.test_normalization
     computed = evaluate.predict(network.model, images, normalization)
     assert torch.equal(network.predict(images), stored)
     assert torch.equal(network.compute(images), computed)
@@ -76,7 +76,7 @@ def test_stored_adapted_answers_are_taken_too(weights, stored, stand_in):
     adapted = network.predict_adapted(images)
     assert torch.equal(adapted.logits, -stored)
     assert (adapted.method, adapted.why) == ("batchnorm", "made up")
-    computed = shift.predict_adapted(network.model, images[:10], network.info.normalization)
+    computed = shift.predict_adapted(network.model, images[:10], network.info.test_normalization)
     assert torch.equal(network.predict_adapted(images[:10]).logits, computed.logits)
 
 

@@ -65,7 +65,7 @@ def test_batch_norm_gets_channels_last_images_but_for_apple(request, half_size):
         with BatchNormTrace() as stepped:
             step(images, torch.zeros(16, dtype=torch.int64), rate=0.1, half_size=half_size)
         with BatchNormTrace() as explained:
-            grad_cam(state.model.eval(), images[:4], torch.arange(4), config.normalization)
+            grad_cam(state.model.eval(), images[:4], torch.arange(4), config.training_normalization)
         assert len(stepped.forward) == len(explained.forward) == BATCH_NORMS
         assert len(stepped.backward) == 2 * BATCH_NORMS
         return stepped, explained

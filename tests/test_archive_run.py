@@ -138,11 +138,13 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
         return accuracy(predict(model, images, normalization, tta=tta), test.labels)
 
     trained_with = Normalization(config["mean"], config["std"])
-    assert scores["tta_flip"]["accuracy"] == measured(test.images, info.normalization, "flip")
+    assert scores["tta_flip"]["accuracy"] == measured(test.images, info.test_normalization, "flip")
     assert scores["training_normalisation"]["accuracy"] == measured(test.images, trained_with)
     (tmp_path / "metrics.json").write_text(json.dumps({"half_precision": scores}), encoding="utf-8")
     moved = shifted(test.images, "statistics", 1)
-    plain, normalized = (measured(moved, n) for n in (info.normalization, Normalization.of(moved)))
+    plain, normalized = (
+        measured(moved, n) for n in (info.test_normalization, Normalization.of(moved))
+    )
 
     def check(recorded: float, sha256: str) -> tuple[bool, str]:
         ways = {"none + none": {"accuracy": plain}, "normalize + none": {"accuracy": recorded}}

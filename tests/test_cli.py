@@ -56,7 +56,7 @@ def images() -> tuple[ImageSet, ImageSet]:
 def network(images) -> ResNet:
     """Its logits are around zero for every class, so that none wins everywhere."""
     model = untrained_network(0.3)
-    logits = predict(model, images[1].images, INFO.normalization)
+    logits = predict(model, images[1].images, INFO.test_normalization)
     model.linear.weight.data /= logits.std(0)[:, None]
     model.linear.bias.data = (model.linear.bias.data - logits.mean(0)) / logits.std(0)
     return model
@@ -141,7 +141,7 @@ def test_a_finished_training_is_read_not_trained_again(place, capsys):
 def test_evaluate_scores_what_the_library_predicts(place, network, images, capsys):
     assert run(f"evaluate {WEIGHTS} --json") == 0
     score = json.loads(capsys.readouterr().out)
-    logits = predict(network, images[1].images, INFO.normalization)
+    logits = predict(network, images[1].images, INFO.test_normalization)
     wanted = summarize(logits, images[1].labels)
     assert score["confusion_matrix"] == wanted["confusion_matrix"]
     assert score["cross_entropy"] == pytest.approx(wanted["cross_entropy"], rel=1e-4)
@@ -166,7 +166,7 @@ def test_predict_prints_calibrated_probabilities_and_draws_where_the_network_loo
     lines = capsys.readouterr().out.splitlines()
     pictures = torch.stack([read_picture(name) for name in names])
     assert torch.equal(pictures[:2], images[1].images[:2])
-    logits = predict(network, pictures, INFO.normalization)
+    logits = predict(network, pictures, INFO.test_normalization)
     probabilities = (logits / (temperature or 1)).softmax(1)
     for name, line, row in zip(names, lines, probabilities, strict=True):
         found = re.findall(r"(\w+) ([\d.]+)%", line)
@@ -176,7 +176,7 @@ def test_predict_prints_calibrated_probabilities_and_draws_where_the_network_loo
         printed = [float(percent) / 100 for _, percent in found]
         assert printed == pytest.approx(row[order].tolist(), abs=6e-4)
 
-    heat = grad_cam(network, pictures, logits.argmax(1), INFO.normalization)
+    heat = grad_cam(network, pictures, logits.argmax(1), INFO.test_normalization)
     assert heat.flatten(1).std(1).min() > 0.05
     for name, picture, its_heat in zip(names, pictures, heat, strict=True):
         drawn = np.asarray(Image.open(f"{Path(name).stem}.grad-cam.png"))
@@ -194,9 +194,9 @@ def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_
     assert run(f"{TRAIN} {changed} --set validation_size=40") == 0
     model, info = load_model("run/model.safetensors")
     assert info.training_normalization == Normalization(CIFAR10_MEAN, (0.3, 0.3, 0.3))
-    assert info.normalization == Normalization(CIFAR10_MEAN, CIFAR10_STD)
+    assert info.test_normalization == Normalization(CIFAR10_MEAN, CIFAR10_STD)
     _, held_out = split(images[0], recipe("small", train_size=120, validation_size=40))
-    logits = predict(model, held_out.images, info.normalization)
+    logits = predict(model, held_out.images, info.test_normalization)
     fitted = fit_temperature(logits, held_out.labels)
     assert info.temperature == pytest.approx(fitted, rel=0.02) and not 0.9 < fitted < 1.1
     shutil.rmtree("run")
@@ -207,7 +207,7 @@ def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_
 @pytest.mark.parametrize("adapt", shift.ADAPTATIONS)
 def test_submit_writes_the_labels_that_the_library_predicts(place, network, adapt):
     unlabelled = read_test_file("test.pkl").images
-    model, normalization = shift.adapt(adapt, network, unlabelled, INFO.normalization)
+    model, normalization = shift.adapt(adapt, network, unlabelled, INFO.test_normalization)
 
     def labels(model: ResNet, normalization: Normalization, tta: str = "flip") -> list[int]:
         return predict(model, unlabelled, normalization, tta=tta).argmax(1).tolist()
@@ -220,14 +220,16 @@ def test_submit_writes_the_labels_that_the_library_predicts(place, network, adap
     assert rows == [f"{i},{label}" for i, label in enumerate(wanted)]
     # Without the views, the own statistics or the adapted network it would answer otherwise.
     assert adapt != "none" or labels(model, normalization, "none") != wanted
-    assert normalization == INFO.normalization or labels(model, INFO.normalization) != wanted
+    assert (
+        normalization == INFO.test_normalization or labels(model, INFO.test_normalization) != wanted
+    )
     assert model is network or labels(network, normalization) != wanted
 
 
 def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, monkeypatch):
     """On a file whose classes are balanced, and on one whose aren't; this network's are never."""
     chosen = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))["default"]
-    monkeypatch.setattr(shift, "MARGIN", 1)
+    monkeypatch.setattr(shift, "SHIFT_MARGIN", 1)
     assert run(f"{SUBMIT} --out s.csv") == 0
     assert capsys.readouterr().out.splitlines() == [
         "images of test.pkl, pixel after pixel",
@@ -235,7 +237,7 @@ def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, m
         f"100 labels in s.csv (adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})",
     ]
     # What is said stays out of the submission where both would go to standard output.
-    for limit in ("MARGIN", "DOUBT", "AGREEMENT"):
+    for limit in ("SHIFT_MARGIN", "MAX_CONFIDENCE_LOSS", "MIN_AGREEMENT"):
         monkeypatch.setattr(shift, limit, -1)
     assert run(f"{SUBMIT} --tta none --out -") == 0
     out, err = capsys.readouterr()

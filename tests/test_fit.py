@@ -132,15 +132,15 @@ def test_the_last_weights_are_the_ones_evaluated_and_kept_with_rebased_statistic
             assert torch.equal(tensor, saved["model"][name])
 
     # The test set is scored at the end, and watched only where the recipe says so.
-    logits = predict(model, stand_in[1].images, info.normalization)
+    logits = predict(model, stand_in[1].images, info.test_normalization)
     assert accuracy(logits, stand_in[1].labels) == pytest.approx(metrics["test"]["accuracy"])
     assert {row["test_loss"] for row in history(whole)} == {""}
 
     kept, held_out = split(stand_in[0], tiny(**RICH))
-    logits = predict(model, held_out.images, info.normalization)
+    logits = predict(model, held_out.images, info.test_normalization)
     loss = smooth_cross_entropy(logits, held_out.labels, 0.05).item()
     assert float(history(whole)[-1]["validation_loss"]) == pytest.approx(loss, rel=1e-5)
-    inputs = model.conv1(info.normalization(kept.images)).detach()
+    inputs = model.conv1(info.test_normalization(kept.images)).detach()
     torch.testing.assert_close(model.bn1.running_mean, inputs.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
@@ -238,6 +238,7 @@ def test_another_run_is_refused_naming_what_differs(stand_in, killed, changes, n
         lambda state: state["model"].pop("conv1.weight"),
         lambda state: state["momenta"].pop(0),
         lambda state: state["momenta"].insert(0, torch.zeros(5)),
+        lambda state: state["momenta"].__setitem__(0, torch.zeros(1)),
         lambda state: state.update(history="[5]"),
         lambda state: state.update(history=[{"epoch": 0}]),
     ],
@@ -273,7 +274,7 @@ def test_a_run_with_an_average_goes_on_to_the_same_bytes_and_ends_with_the_avera
     assert torch.equal(weight, saved["average"]["layer1.0.conv1.weight"])
     assert not torch.equal(weight, saved["model"]["layer1.0.conv1.weight"])
     _, held_out = split(stand_in[0], config)
-    logits = predict(model, held_out.images, info.normalization)
+    logits = predict(model, held_out.images, info.test_normalization)
     loss = smooth_cross_entropy(logits, held_out.labels, 0.05).item()
     assert float(history(tmp_path / "whole")[-1]["validation_loss"]) == pytest.approx(
         loss, rel=1e-5

@@ -545,7 +545,7 @@ def test_what_a_network_answers_comes_with_heat_maps_and_with_what_is_stored(set
     last = known.mistakes[-1]
     for of_class, heat in zip((guesses[last], test.labels[last]), known.heat[-1], strict=True):
         image = test.images[last : last + 1]
-        whole = grad_cam(net.model, image, of_class[None], info.normalization)[0]
+        whole = grad_cam(net.model, image, of_class[None], info.test_normalization)[0]
         middles = whole.view(8, 4, 8, 4)[:, 1:3, :, 1:3].mean((1, 3))
         assert torch.allclose(heat, middles, atol=1e-5)
 

@@ -121,7 +121,7 @@ def test_weights_come_back_with_shape_info_and_statistics(tmp_path, half):
 
 
 def test_weights_know_their_normalisations_and_what_their_logits_are_worth(tmp_path):
-    assert INFO.normalization == Normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
+    assert INFO.test_normalization == Normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     # How the training normalised is the file's to say; its recipe's name proves nothing.
     with pytest.raises(InputError, match="expected the mean and std of the training.*found none"):
         assert INFO.training_normalization is None
@@ -232,7 +232,7 @@ def test_the_packages_weights_score_what_is_recorded(cifar10):
     recorded = metrics["half_precision"]["tta_none"]["accuracy"]
     _, part = stratified_split(cifar10[1].labels, 100, seed=1)
     test = cifar10[1][part]
-    found = accuracy(predict(model, test.images, info.normalization), test.labels)
+    found = accuracy(predict(model, test.images, info.test_normalization), test.labels)
     low, high = wilson_interval(round(100 * found), 100, confidence=0.9999)
     assert low < recorded < high
 

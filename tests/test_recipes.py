@@ -24,7 +24,7 @@ def test_report_is_the_published_run():
         *(MEAN, STD, TEST_MEAN, TEST_STD),
         *(42, "fp32", None, None, 0, True),
     )
-    assert config.normalization == Normalization(MEAN, STD)
+    assert config.training_normalization == Normalization(MEAN, STD)
     assert config.test_normalization == Normalization(TEST_MEAN, TEST_STD)
 
 
@@ -34,7 +34,7 @@ def test_a_recipe_comes_back_from_what_a_run_directory_records(name):
     assert recipe("report", **stored) == RECIPES[name] == recipe(name)
     assert recipe(name).watch_test == (name != "best")
     if name != "report":  # training and predicting alike
-        assert recipe(name).normalization == recipe(name).test_normalization
+        assert recipe(name).training_normalization == recipe(name).test_normalization
 
 
 def test_a_stored_configuration_of_an_earlier_version_gets_the_defaults_that_it_lacks():

@@ -173,7 +173,9 @@ def test_unbalanced_classes_leave_batch_norm_alone(
 
 
 def test_balanced_files_are_predicted_as_without_looking(model, images, monkeypatch):
-    monkeypatch.setattr(shift, "MARGIN", 1)  # this network's answers are unbalanced, by no data
+    monkeypatch.setattr(
+        shift, "SHIFT_MARGIN", 1
+    )  # this network's answers are unbalanced, by no data
     network, normalization = shift.adapt(shift.BALANCED, model, images, NORMALIZATION)
     wanted = predict(network, images, normalization, tta="flip")
     found = shift.predict_adapted(model, images, NORMALIZATION, tta="flip")
@@ -188,13 +190,13 @@ def test_imbalance_is_the_part_that_would_have_to_change_class():
     # What chance gives on average: images whose classes are equally likely.
     drawn = torch.randint(10, (500, 200), generator=torch.Generator().manual_seed(0))
     mean = np.mean([shift.imbalance(labels.bincount(minlength=10)) for labels in drawn])
-    assert shift.CHANCE / np.sqrt(200) == pytest.approx(mean, rel=0.05)
+    assert shift.CHANCE_IMBALANCE / np.sqrt(200) == pytest.approx(mean, rel=0.05)
     assert shift.allowed_imbalance(200) == pytest.approx(mean + 0.05, rel=0.03)
 
 
 def test_one_class_is_not_ruined_and_a_strong_shift_is_not_taken_for_a_class_mix(cifar10):
     model, info = load_model(SHIPPED)
-    how = info.normalization, choose_precision("auto", torch.device("cpu"))
+    how = info.test_normalization, choose_precision("auto", torch.device("cpu"))
     # Of 300 ships 39 % are right when adapted, 96 % as they come.
     test = cifar10[1]
     ships = test[(test.labels == data.CLASSES.index("ship")).nonzero()[:300, 0]]

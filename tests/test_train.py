@@ -82,7 +82,7 @@ def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stan
         state, seen = State(config, CPU), []
         state.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         train_one_epoch(Step(state, config), stand_in[0], epoch)
-        inputs = config.normalization(batches(stand_in[0], config, epoch)[0][0])
+        inputs = config.training_normalization(batches(stand_in[0], config, epoch)[0][0])
         half = inputs.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
         torch.testing.assert_close(seen[0], half if halved else inputs)
 
@@ -93,7 +93,7 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
     losses, hits = [], 0
     with torch.no_grad():
         for images, labels in batches(train, config, epoch=0):
-            logits = model(config.normalization(images))
+            logits = model(config.training_normalization(images))
             losses += [smooth_cross_entropy(logits, labels, 0.05).item()] * len(labels)
             hits += (logits.argmax(1) == labels).sum().item()
     assert abs((losses[0] + losses[16] + losses[32]) / 3 - sum(losses) / 33) > 1e-3
@@ -116,7 +116,7 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
     for epoch in (1, 2):
         train_one_epoch(Step(state, config), stand_in[0], epoch)
         for i, (images, labels) in enumerate(batches(stand_in[0], config, epoch)):
-            logits = reference(config.normalization(images))
+            logits = reference(config.training_normalization(images))
             loss = smooth_cross_entropy(logits, labels, 0.05)
             gradients = torch.autograd.grad(loss, list(reference.parameters()))
             rate = learning_rate(config, epoch + i / 2)  # two steps per epoch

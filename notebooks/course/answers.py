@@ -56,7 +56,7 @@ class Network:
         normalization: the weights' own for testing, unless another one is given.
         tta: the test-time views, as in `evaluate.predict`.
         """
-        normalization = normalization or self.info.normalization
+        normalization = normalization or self.info.test_normalization
         if self.stored is not None:
             found = self.stored.find(question(images, normalization, "none", tta))
             if found is not None:
@@ -67,7 +67,7 @@ class Network:
         self, images: Tensor, normalization: Normalization | None = None, tta: str = "none"
     ) -> Tensor:
         """Return the same as `predict`, but compute it even if it is stored."""
-        normalization = normalization or self.info.normalization
+        normalization = normalization or self.info.test_normalization
         parts = images.split(AT_A_TIME)
         bar = tqdm(parts, desc="images", unit_scale=AT_A_TIME, disable=len(parts) == 1, leave=False)
         logits = [
@@ -78,16 +78,16 @@ class Network:
     def predict_adapted(self, images: Tensor, tta: str = "none") -> Adapted:
         """Return the result of `shift.predict_adapted` for images, uint8 (N, 3, 32, 32)."""
         if self.stored is not None:
-            found = self.stored.find(question(images, self.info.normalization, AUTO, tta))
+            found = self.stored.find(question(images, self.info.test_normalization, AUTO, tta))
             if found is not None:
                 return found
         return shift.predict_adapted(
-            self.model, images, self.info.normalization, self.precision, tta
+            self.model, images, self.info.test_normalization, self.precision, tta
         )
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last layer's inputs for each image: float32 (N, channels), on the CPU."""
-        return evaluate.features(self.model, images, self.info.normalization, self.precision)
+        return evaluate.features(self.model, images, self.info.test_normalization, self.precision)
 
 
 @dataclass(frozen=True)

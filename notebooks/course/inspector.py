@@ -78,7 +78,7 @@ class Inspector:
         # Where it looks for that answer, and for the other class.
         asked = [answer, runner_up if answer == label else label]
         twice = image.repeat(2, 1, 1, 1)  # (2, 3, 32, 32)
-        normalization = self.network.info.normalization
+        normalization = self.network.info.test_normalization
         heat = explain.grad_cam(self.network.model, twice, torch.tensor(asked), normalization)
 
         # What the image resembles.

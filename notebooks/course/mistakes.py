@@ -100,7 +100,7 @@ def answers_of(
 
 def _heat(network: Network, images: Tensor, guesses: Tensor, labels: Tensor) -> Tensor:
     """Return Grad-CAM for the predictions and for the labels: float32 (m, 2, 8, 8), in [0, 1]."""
-    normalization = network.info.normalization
+    normalization = network.info.test_normalization
     pieces = [torch.zeros(0, 2, 8, 8)]
     for piece in torch.arange(len(images)).split(50):  # Grad-CAM keeps all layers' outputs
         twice = images[piece].repeat(2, 1, 1, 1)  # (2 * piece, 3, 32, 32)
