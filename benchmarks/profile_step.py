@@ -60,7 +60,7 @@ def main() -> None:
     config = resolve(recipe("report", precision="auto", **changes), device, 50_000)
     prepare(device, config.precision)
     state = State(config, device, arguments.channel_multiple)
-    step = Step(state, config)
+    step = Step(state)
     train = training_images(STEPS * config.batch_size).to(device)
 
     # The first epochs compile, search for kernels and fill caches.

@@ -26,7 +26,7 @@ def seconds(train: ImageSet, config: TrainConfig, device: torch.device, rounds: 
     One epoch before them warms up.
     """
     state = State(config, device)
-    step, times = Step(state, config), []
+    step, times = Step(state), []
 
     def run_epochs(n: int) -> None:
         for epoch in range(n):

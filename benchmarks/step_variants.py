@@ -86,7 +86,7 @@ class Loop:
         if variant.input_channels > 3:
             widen_input(state, variant.input_channels)
         kind = OneGraph if variant.one_graph else Step
-        self.step = kind(state, self.config, log=lambda line: print(line, file=sys.stderr))
+        self.step = kind(state, log=lambda line: print(line, file=sys.stderr))
 
     def __call__(self) -> float:
         plan = plan_epoch(self.config, len(self.train), self.epoch)
@@ -116,16 +116,17 @@ class OneGraph(Step):
     Without a CUDA GPU the same is done without a graph, which shows whether it is right.
     """
 
-    def __init__(self, state: State, config: TrainConfig, log: Callable[[str], None] = print):
-        super().__init__(state, replace(config, compile=False), log)
+    def __init__(self, state: State, log: Callable[[str], None] = print):
+        is_compiled, state.config = state.config.compile, replace(state.config, compile=False)
+        super().__init__(state, log)
         # What a graph reads and writes stays at its place in memory.
-        shape = (config.batch_size, 3, 32, 32)
+        shape = (self.config.batch_size, 3, 32, 32)
         self.images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        self.labels = torch.zeros(config.batch_size, dtype=torch.int64, device=self.device)
+        self.labels = torch.zeros(self.config.batch_size, dtype=torch.int64, device=self.device)
         self.rate = torch.zeros((), device=self.device)
         for group in state.optimizer.param_groups:
             group["lr"] = self.rate
-        if config.compile:
+        if is_compiled:
             # Compiled without graphs of its own, which the default mode hasn't.
             self.loss = torch.compile(self.plain_loss, dynamic=False, fullgraph=True)
         self.replay = self._capture() if self.device.type == "cuda" else self._update

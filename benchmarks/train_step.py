@@ -46,7 +46,7 @@ class Ours:
 
     def __init__(self, train: ImageSet, config: TrainConfig, device: torch.device, winograd: bool):
         self.train, self.device, self.epoch = train.to(device), device, 0
-        self.step = Step(State(config, device), config)
+        self.step = Step(State(config, device))
         self.convolutions = WINOGRAD if winograd else None
 
     def __call__(self) -> float:

@@ -157,13 +157,13 @@ def _draw_uniform(n: int, policy: Policy, generator: torch.Generator) -> Tensor:
 
     Returns int64 (n, slots), positions in `op_table(policy)`. The rule "none" has no slots.
     """
-    _, positions = _operation_table(policy.ops, policy.magnitude)  # (names, bins, 2)
-    n_names, n_bins, n_signs = positions.shape
+    _, op_positions = _operation_table(policy.ops, policy.magnitude)  # (names, bins, 2)
+    n_names, n_bins, n_signs = op_positions.shape
     slots = {"none": 0, "randaugment": policy.num_ops, "trivialaugment": 1}[policy.ops]
     name = torch.randint(n_names, (n, slots), generator=generator)
     bin_ = torch.randint(n_bins, (n, slots), generator=generator)
     sign = torch.randint(n_signs, (n, slots), generator=generator)
-    return positions[name, bin_, sign]  # (n, slots)
+    return op_positions[name, bin_, sign]  # (n, slots)
 
 
 def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
@@ -171,7 +171,7 @@ def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
 
     Returns int64 (n, 2), positions in the rule's table.
     """
-    _, positions = _operation_table("autoaugment", 0)  # the same table for every magnitude
+    _, op_positions = _operation_table("autoaugment", 0)  # the same table for every magnitude
     pairs = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.CIFAR10).policies
     name = torch.tensor([[AUTO_OPS.index(op) for op, _, _ in pair] for pair in pairs])  # (25, 2)
     probability = torch.tensor([[p for _, p, _ in pair] for pair in pairs])  # (25, 2)
@@ -181,7 +181,7 @@ def _draw_autoaugment(n: int, generator: torch.Generator) -> Tensor:
     chosen = torch.randint(len(pairs), (n,), generator=generator)
     sign = torch.randint(2, (n, 2), generator=generator)
     happens = torch.rand(n, 2, generator=generator) <= probability[chosen]  # <= as in torchvision
-    op = positions[name[chosen], bin_[chosen], sign]  # (n, 2)
+    op = op_positions[name[chosen], bin_[chosen], sign]  # (n, 2)
     return torch.where(happens, op, IDENTITY)
 
 
@@ -220,8 +220,8 @@ def _operation_table(rule: str, magnitude: int) -> tuple[tuple[Op, ...], Tensor]
     """Return a rule's distinct operations, and the position of each choice of name, bin and sign.
 
     The positions are int64 (names, bins, 2). RandAugment has one bin, the one of its magnitude.
-    Choices that do the same, like both signs of an operation without one, share a position, so that
-    `apply_ops` changes their images in one group.
+    Choices that do the same, like both signs of an operation that has no sign, share a position, so
+    that `apply_ops` changes their images in one group.
     """
     names, bins = (AUTO_OPS, 10) if rule == "autoaugment" else (OPS, 31)
     positions: list[int] = []

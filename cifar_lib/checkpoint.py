@@ -151,7 +151,7 @@ class RunDirectory:
                 continue
             if damage:  # if it stayed, the next save would make it the previous checkpoint
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
-                warnings.warn(f"{self.path}: {damage[0]}; going on from {name}", stacklevel=2)
+                warnings.warn(f"{self.path}: {damage[0]}; resuming from {name}", stacklevel=2)
             return state
         if damage:
             what = f"{self.path}: no usable checkpoint ({'; '.join(damage)})"

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # An interrupt inside C code can arrive as the cause or the context of a SystemError.
         if KeyboardInterrupt not in map(type, (error, error.__cause__, error.__context__)):
             raise
-        print(f"\ninterrupted: the same command {options.go_on}", file=sys.stderr)
+        print(f"\ninterrupted: the same command {options.on_repeat}", file=sys.stderr)
         return 130
     return 0
 
@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, _info, "the network's size and a recipe's learning rates")
     info.add_argument("--recipe", default="report", metavar="R", help=_one_of(RECIPES))
 
-    train = _command(commands, _train, "train a recipe into a run directory, or go on with it")
-    train.set_defaults(go_on="goes on from the last finished epoch")
+    train = _command(commands, _train, "train into a run directory, or resume the run there")
+    train.set_defaults(on_repeat="resumes after the last finished epoch")
     train.add_argument("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
     train.add_argument("--recipe", required=True, metavar="R", help=_one_of(RECIPES))
     for field in OWN_OPTIONS:
@@ -144,12 +144,12 @@ def _command(
 ) -> argparse.ArgumentParser:
     """Add the command that the function `run` carries out, and return its parser.
 
-    The command has the function's name, without the underscore. The parser's default `go_on` ends
-    the message after an interrupt, which says what the same command will do.
+    The command has the function's name, without the underscore. The parser's default `on_repeat`
+    ends the message after an interrupt, which says what the same command will do.
     """
     name = run.__name__.removeprefix("_")
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(command=run, go_on="starts again")
+    parser.set_defaults(command=run, on_repeat="starts again")
     return parser
 
 

@@ -45,7 +45,7 @@ def compile_loss(
             _dry_run(fast, model, batch_size, half_size)
     except Exception as error:  # a compiler may raise anything, and so may a missing one
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log(f"compiling doesn't work here ({reason}): going on without")
+        log(f"compiling doesn't work here ({reason}): continuing without it")
         return plain
     finally:
         model.load_state_dict(before)

@@ -41,7 +41,8 @@ MANY_STEPS = 2000  # from this number on, compiling for minutes pays off on a CU
 REBASED_ON = 5000  # the batch-norm statistics that are saved are of at most this many images
 # Entries of environment.json that the last digits of a result depend on.
 ROUNDING = ("cpu", "gpu", "torch", "threads", "winograd")
-# Settings that were removed, each with the value that today's code behaves by.
+# Settings that were removed, but that an old run's config.json may still have. With this value, the
+# run trained as today's code does.
 RETIRED = {"ranks": 1}
 AfterEpoch = Callable[[nn.Module, list[dict]], None]
 
@@ -92,11 +93,11 @@ def fit(
         saved = run.load()
         if saved is not None:
             state.load(saved)
-            log(f"going on from epoch {len(state.history)} of {config.epochs} in {run_path}")
+            log(f"resuming after epoch {len(state.history)} of {config.epochs} in {run_path}")
         _note_environment(run, device, log)
 
         # Train the epochs that are left, and evaluate these sets after each.
-        step = Step(state, config, log)
+        step = Step(state, log)
         watched = {"validation": validation, "test": test.to(device) if config.watch_test else None}
         _train_epochs(step, run, part, watched, log, after_epoch)
         # Write this again: a run that was killed right after a checkpoint lacks a row there.
@@ -107,9 +108,9 @@ def fit(
         info = _describe_weights(network, config, train.source, validation)
         score = summarize(_predict(network, config, test), test.labels)
 
-        # Save a network with the same outputs, so that the score holds for it. Its batch norms have
-        # the statistics of unaugmented images, which `shift.adapt` needs, and scales and shifts
-        # that make up for the change.
+        # Save a network with the same outputs, so that the score holds for it. The statistics in
+        # its batch norms are replaced by those of unaugmented images, which `shift.adapt` needs.
+        # Their scales and shifts are changed to compensate.
         unaugmented = part.images[:REBASED_ON]
         model = rebase_batch_norm(network, unaugmented, config.test_normalization, config.precision)
         save_model(run.path / "model.safetensors", model, info)
@@ -142,8 +143,8 @@ def resolve(config: TrainConfig, device: torch.device, n: int) -> TrainConfig:
     Raises InputError if the precision is unknown, or a batch is too small to be normalised.
     """
     # In training, batch norm needs at least two values per channel: images times side^2. The worst
-    # case is the last batch in the last stage, whose side is 16 or 32, halved by each stage after
-    # the first.
+    # case is the last batch in the last stage. Images have side 16 or 32, and each stage after the
+    # first halves it.
     batch = min(config.batch_size, n)
     last_batch_size = n % batch or batch  # a full batch, if they divide the images evenly
     side = math.ceil((16 if config.half_size_epochs else 32) / 2 ** (len(config.blocks) - 1))
@@ -179,7 +180,7 @@ def _claim(run: RunDirectory, ours: dict[str, object]) -> None:
     if names:
         differing = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in names]
         what = f"run directory: {run.path} holds another run; these differ: {', '.join(differing)}"
-        raise InputError(f"{what}: choose another directory, or the same settings to go on")
+        raise InputError(f"{what}: choose another directory, or the same settings to resume it")
 
 
 def _note_environment(run: RunDirectory, device: torch.device, log: Callable[[str], None]) -> None:

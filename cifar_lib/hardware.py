@@ -67,7 +67,7 @@ def _first_that_computes() -> torch.device:
         failure = _failure(device)
         if failure is None:
             return device
-        line = f"device: {kind} is here but can't compute ({failure}): going on without it"
+        line = f"device: {kind} is here but can't compute ({failure}): continuing without it"
         print(printable(line), file=sys.stderr)
     return torch.device("cpu")
 

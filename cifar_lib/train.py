@@ -90,7 +90,7 @@ class State:
         """Return a copy of the trained network, with the channels of the configuration.
 
         It has the moving average of the weights, if the configuration asks for one. The copy is in
-        training mode.
+        training mode; `predict` switches it to evaluation.
         """
         trained = self.model if self.average is None else self.average.model
         tensors = cut(trained.state_dict(), self.shapes)
@@ -164,15 +164,17 @@ class State:
 class Step:
     """Each call trains a `State` on one batch."""
 
-    def __init__(self, state: State, config: TrainConfig, log: Callable[[str], None] = print):
-        """Prepare to train `state`. In `config`, `precision` and `compile` are decided already."""
-        self.state, self.config = state, config
+    def __init__(self, state: State, log: Callable[[str], None] = print):
+        """Prepare to train `state`, and compile the loss if the configuration says so."""
+        self.state, self.config = state, state.config
+        config = self.config
         self.device = state.model.conv1.weight.device
         # (x / 255 - mean) / std is written as x * scale - offset, float32 (1, 3, 1, 1) each.
         self.scale, self.offset = config.training_normalization.scale_and_offset(self.device)
         self.loss = self.plain_loss
         if config.compile:
-            # The values of `half_size` that are still to come: False, and perhaps True.
+            # The values of `half_size` that are still to come: False, because the last epoch has
+            # images of full size, and perhaps True.
             half_sizes = {False, has_half_size(config, len(state.history))}
             batch_size = config.batch_size
             self.loss = compile_loss(self.plain_loss, state.model, batch_size, half_sizes, log)
@@ -262,7 +264,7 @@ def train_one_epoch(
     `bar` shows progress.
 
     Returns the mean loss and the accuracy on the augmented images. Each batch is measured before
-    its own update, so with weights that change during the epoch.
+    its own update, so the weights differ from batch to batch.
 
     Raises InputError once the mean loss isn't finite. On a CUDA GPU this is noticed up to
     LOOK_EVERY steps later.
@@ -301,7 +303,10 @@ def has_half_size(config: TrainConfig, epoch: int) -> bool:
 
 
 def at_size(model: nn.Module, half_size: bool) -> nn.Module:
-    """Return the model itself, or one that first averages its images down to half size."""
+    """Return the model itself, or one that first averages its images down to half size.
+
+    It is for evaluating; in training, `Step.plain_loss` averages.
+    """
     return nn.Sequential(nn.AvgPool2d(2), model) if half_size else model
 
 

@@ -185,7 +185,7 @@ MOMENTS: dict[str, Callable[[], None]] = {  # the traps of a training that is ki
 
 
 def killed(folder: Path, moment: str) -> Counter[str]:
-    """The same command goes on, however often; every file ends with the same bytes."""
+    """The same command resumes the run, however often; every file ends with the same bytes."""
     precision, kills = random.choice(["fp32", "bf16"]), 0
     undisturbed("fp32")  # known before the fork: a trap asks for it
     for _ in range(random.randint(1, 3)):
@@ -229,7 +229,7 @@ def newest_damaged(folder: Path, damage: Callable[[Path], None]) -> str:
     interrupt_run(folder)
     damage(folder / "checkpoint.pt")
     said = check_goes_on(folder)
-    assert damage is Path.unlink or "going on from checkpoint.previous.pt" in said, said
+    assert damage is Path.unlink or "resuming from checkpoint.previous.pt" in said, said
     return "the same bytes"
 
 
@@ -281,7 +281,7 @@ def disk_full(folder: Path) -> str:
 
 
 def disk_read_only(folder: Path) -> str:
-    """Exit code 2 and one line, for a run to go on with and for a new one; nothing is changed."""
+    """Exit code 2 and one line, for a run to resume and for a new one; nothing is changed."""
     with small_disk(folder, 1 << 26) as disk:
         interrupt_run(disk / "run")
         before = contents(disk)
@@ -293,7 +293,7 @@ def disk_read_only(folder: Path) -> str:
 
 
 def without_locks(folder: Path) -> str:
-    """A warning; a run that is killed goes on there and ends with the same bytes."""
+    """A warning; a run that is killed resumes there and ends with the same bytes."""
     Training(folder, trap=lambda: (take_locks_away(), at_step(random.randint(1, STEPS)))).end()
     said = check_goes_on(folder, trap=take_locks_away)
     assert "can't be locked" in said, said
@@ -301,7 +301,7 @@ def without_locks(folder: Path) -> str:
 
 
 def two_at_once(folder: Path) -> str:
-    """The second one is refused in one line; once the first is dead, the run goes on."""
+    """The second one is refused in one line; once the first is dead, the run resumes."""
     run, in_a_step = folder / "run", folder / "in a step"
 
     def hold() -> None:

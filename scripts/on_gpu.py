@@ -15,9 +15,10 @@ seeds      the winner and `best`, three seeds each, trained on 50,000 images, sc
 ablation   `report` with one thing changed, two seeds each, scored on the test set
 setup      `short` and `report` as the package trains them, each alone, for docs/setup.md
 
-Everything is written below `--out`, after each program and each training. The same command goes on
-after what is there; a training that was cut off goes on after its last epoch. What wouldn't be
-finished before the budget ends isn't begun. `--dry-run` does all of it in miniature, on a CPU too.
+Everything is written below `--out`, after each program and each training. The same command
+continues after what is there; a training that was cut off resumes after its last epoch. What
+wouldn't be finished before the budget ends isn't begun. `--dry-run` does all of it in miniature, on
+a CPU too.
 
 Two things are left out: 300 epochs, because one run would take half of the budget at the 16,000
 images/s that were measured before, and ASAM, which needs an optimizer that the package hasn't.
@@ -400,7 +401,7 @@ def train_side_by_side(
 ) -> list[Training]:
     """Run trainings at the same time, a process each, and return those that finished.
 
-    When the budget ends they are stopped. They go on after their last epoch in a later call.
+    When the budget ends they are stopped. They resume after their last epoch in a later call.
     """
     context = multiprocessing.get_context("spawn")  # CUDA can't be used in forks
     threads = 1 if settings.dry_run else max(1, torch.get_num_threads() // len(trainings))

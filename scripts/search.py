@@ -106,7 +106,7 @@ def objective(train: ImageSet, base: TrainConfig, device: str = "auto") -> Calla
         config = resolve(suggest(trial, base), device, len(part))
         prepare(device, config.precision)
         state = State(config, device)
-        step = Step(state, config)
+        step = Step(state)
         for epoch in range(config.epochs):
             # Train for one epoch.
             try:
@@ -134,7 +134,7 @@ def open_study(where: str, first: dict[str, object]) -> optuna.Study:
     Raises InputError if the file or the database can't be used.
     """
     what = "study: expected an SQLite file, or a database that can be reached"
-    remedy = "mend that, then the same command goes on"
+    remedy = "mend that, then repeat the same command"
     with explained(what, remedy, ImportError, OSError, SQLAlchemyError, StorageInternalError):
         how = {
             "study_name": STUDY,
@@ -240,7 +240,7 @@ def work(study: optuna.Study, trials: int, objective: Callable[[Trial], float]) 
         pruned = trial.state == TrialState.PRUNED
         print(f"trial {trial.number}: {'pruned' if pruned else format(trial.value, '.2%')}")
 
-    what, remedy = "study: its database went away", "mend that, then the same command goes on"
+    what, remedy = "study: its database went away", "mend that, then repeat the same command"
     with explained(what, remedy, SQLAlchemyError, StorageInternalError):
         while len(study.get_trials(deepcopy=False, states=DONE)) < trials:
             try:
@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on, with this trial", file=sys.stderr)
+        print("\ninterrupted: the same command continues, with this trial", file=sys.stderr)
         return 130
     for best in study.best_trials[:1]:  # empty if all trials were pruned
         print(f"best on the validation split: {best.value:.2%} with {best.params}")

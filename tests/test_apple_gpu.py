@@ -61,7 +61,7 @@ def test_batch_norm_gets_channels_last_images_but_for_apple(request, half_size):
         changes = {"precision": "fp32", "compile": False}
         config = recipe("best", blocks=BLOCKS, channels=CHANNELS, **changes)
         state = State(config, CPU)
-        step, images = Step(state, config), images_of_a_file(16)
+        step, images = Step(state), images_of_a_file(16)
         with BatchNormTrace() as stepped:
             step(images, torch.zeros(16, dtype=torch.int64), rate=0.1, half_size=half_size)
         with BatchNormTrace() as explained:

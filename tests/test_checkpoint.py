@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_refused(run, damaged, m
     monkeypatch.chdir(run.path)
     for _ in range(2):  # the damaged one must not become the one before
         (run.path / "checkpoint.pt").write_bytes(damaged)
-        with pytest.warns(UserWarning, match="checkpoint.pt: .*going on from checkpoint.previous"):
+        with pytest.warns(UserWarning, match="checkpoint.pt: .*resuming from checkpoint.previous"):
             assert run.load()["epoch"] == 1
         run.save(state(2))
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):

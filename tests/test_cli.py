@@ -309,7 +309,7 @@ def test_errors_of_the_machine_are_one_line_and_those_of_the_program_are_not(
         ended_by(SystemError("another one"))
     inside_c = SystemError("a function returned a result with an exception set")
     inside_c.__cause__ = KeyboardInterrupt()
-    said = "\ninterrupted: the same command goes on from the last finished epoch\n"
+    said = "\ninterrupted: the same command resumes after the last finished epoch\n"
     assert ended_by(inside_c) == (130, said)
 
 

@@ -87,7 +87,7 @@ def test_a_step_waits_for_nothing(gpu, monkeypatch, precision, half_size):
             parameter.grad = torch.empty_like(parameter)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    step = Step(state, config)
+    step = Step(state)
     images, labels = random_images(16).to(CUDA), torch.zeros(16, dtype=torch.int64).to(CUDA)
     gpu.waits.clear()
     for _ in range(2):

@@ -71,7 +71,7 @@ def test_auto_is_the_first_kind_that_computes_and_says_once_what_it_passes_over(
     assert [choose_device().type for _ in range(3)] == [chosen] * 3
     said = capsys.readouterr().err.splitlines()
     for line, reason in zip(said, reasons, strict=True):
-        assert reason in line and line.endswith("): going on without it")
+        assert reason in line and line.endswith("): continuing without it")
     assert not recwarn
 
 
@@ -130,7 +130,7 @@ config, cpu = recipe("small", precision="fp32"), torch.device("cpu")
 images = ImageSet(torch.zeros(128, 3, 32, 32, dtype=torch.uint8), torch.zeros(128).long())
 with background_thread() as background:
     plan = background.submit(plan_epoch, config, len(images), 0).result()
-    train_one_epoch(Step(State(config, cpu), config), images, 0, plan)
+    train_one_epoch(Step(State(config, cpu)), images, 0, plan)
     print(torch.get_num_threads(), background.submit(torch.get_num_threads).result())
 """
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they write, how they go on, and what they refuse."""
+"""Whole runs: what they write, how they resume, and what they refuse."""
 
 import csv
 import json
@@ -159,7 +159,7 @@ def test_the_parts_are_disjoint_balanced_and_drawn_by_the_runs_seed(stand_in):
         assert first != second == again
 
 
-# How a run goes on.
+# How a run resumes.
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
@@ -171,13 +171,13 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
     table = (tmp_path / "history.csv").read_bytes()
     (tmp_path / "history.csv").write_bytes(table[: table.rindex(b"\n1,") + 1])  # a row is lost
     (tmp_path / "checkpoint.pt").write_bytes(b"half")  # costs an epoch
-    with pytest.warns(UserWarning, match="going on from checkpoint.previous.pt"):
+    with pytest.warns(UserWarning, match="resuming from checkpoint.previous.pt"):
         fit_killed_after(3, config, tmp_path, stand_in)
     (tmp_path / "history.csv").write_bytes(table)
 
     said: list[str] = []
     fit_quietly(config, tmp_path, stand_in, said.append)
-    assert [line.partition(" in")[0] for line in said] == ["going on from epoch 3 of 3"]
+    assert [line.partition(" in")[0] for line in said] == ["resuming after epoch 3 of 3"]
     before = content(tmp_path)
     for name in REPRODUCIBLE:
         assert before[name] == (whole / name).read_bytes(), name
@@ -337,14 +337,14 @@ def test_a_last_batch_of_one_image_trains_where_batch_normalisation_can(stand_in
     six = {"blocks": "1,1,1,1,1,1", "channels": "16,16,16,16,16,16"}
     for changes in ({}, {"half_size_epochs": 2}, five):
         config = resolve(tiny(**changes), CPU, 17)
-        train_one_epoch(Step(State(config, CPU), config), train, 0)
+        train_one_epoch(Step(State(config, CPU)), train, 0)
     resolve(tiny(**six), CPU, 18)  # the last batch is of 2
     for changes in (six, {**five, "half_size_epochs": 2}):
         config = tiny(**changes)
         with pytest.raises(InputError, match="batches of 16 out of 17 images end with 1, which"):
             resolve(config, CPU, 17)
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            train_one_epoch(Step(State(config, CPU), config), train, 0)
+            train_one_epoch(Step(State(config, CPU)), train, 0)
 
 
 def test_only_long_runs_on_a_cuda_gpu_are_compiled_unless_asked_for():

@@ -1,4 +1,4 @@
-"""The plan for a GPU: its order, its budget, how it goes on, and what it chooses by."""
+"""The plan for a GPU: its order, its budget, how it resumes, and what it chooses by."""
 
 import json
 import subprocess
@@ -144,7 +144,7 @@ def test_the_trainings_are_those_that_the_parts_promise(settings):
     assert len(set(keys)) == len(keys) and " " not in "".join(keys)
 
 
-# The budget, and going on.
+# The budget, and resuming.
 
 
 def test_a_program_runs_once_and_only_if_it_fits(settings, monkeypatch):
@@ -188,7 +188,7 @@ def test_how_long_trainings_take_is_judged_by_what_was_measured(settings):
     assert seconds(padding(of_8=2.0) | {"images_per_second": 27_000}) == pytest.approx(200)
 
 
-def test_trainings_go_on_where_they_stopped_and_stop_where_the_budget_ends(settings, monkeypatch):
+def test_trainings_resume_where_they_stopped_and_stop_where_the_budget_ends(settings, monkeypatch):
     waves: list[list[str]] = []
     broken = {"recipes/EMA-seed42"}
 

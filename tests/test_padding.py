@@ -54,7 +54,7 @@ def test_twenty_steps_of_a_padded_network_are_those_of_the_network_itself(stand_
     config = tiny(**ODD)
     narrow, wide = State(config, CPU), State(config, CPU, channel_multiple=16)
     assert wide.model.channels == (32, 48, 80) and narrow.model.channels == (18, 34, 66)
-    steps = Step(narrow, config), Step(wide, config)
+    steps = Step(narrow), Step(wide)
     for i in range(20):
         batch = stand_in[0][torch.arange(i, i + 16)]
         losses = [step(batch.images, batch.labels, 0.1, False)[0].item() for step in steps]
@@ -96,7 +96,7 @@ def run(config: TrainConfig, path: Path, data: tuple[ImageSet, ImageSet], multip
 
 
 @pytest.mark.parametrize("ema_decay", [0, 0.9])
-def test_a_run_can_go_on_padded_and_not_padded(stand_in, tmp_path, ema_decay):
+def test_a_run_can_resume_padded_and_not_padded(stand_in, tmp_path, ema_decay):
     config = tiny(**RUN, ema_decay=ema_decay)
 
     def outcome(path: Path) -> tuple[dict, list[float]]:

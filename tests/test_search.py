@@ -105,7 +105,7 @@ def test_a_search_on_stand_in_data_is_resumed(base, tmp_path, monkeypatch, capsy
     assert study.trials[0].params == table_1(base)
 
 
-def test_a_wrong_input_is_one_line_and_an_interrupt_says_how_to_go_on(
+def test_a_wrong_input_is_one_line_and_an_interrupt_says_how_to_continue(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(search, "load_cifar10", lambda _: generate_stand_in(60, 0))
@@ -119,7 +119,7 @@ def test_a_wrong_input_is_one_line_and_an_interrupt_says_how_to_go_on(
 
     monkeypatch.setattr(search, "objective", lambda *_: interrupt)
     assert search.main(command) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_an_interrupted_trial_is_run_again(tmp_path):

@@ -33,7 +33,7 @@ def losses(
     """
     state = State(config, device, channel_multiple)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
-    step, train = Step(state, config, log), train.to(device)
+    step, train = Step(state, log), train.to(device)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
     result = [train_one_epoch(step, train, epoch)[0] for epoch in range(config.epochs)]
     for parameter in state.model.parameters():
@@ -66,7 +66,7 @@ def test_each_image_size_that_is_still_to_come_is_tried_before_training(monkeypa
         state = State(config, CPU)
         state.history = [{}] * epochs_done
         tried.clear()
-        Step(state, config, log=lambda _: None)
+        Step(state, log=lambda _: None)
         assert sorted(tried) == sorted(half_sizes * 3)  # a CUDA graph is replayed in the third
 
 
@@ -86,7 +86,7 @@ def test_where_compiling_fails_training_says_so_and_is_the_plain_one(stand_in, m
     monkeypatch.setattr(torch, "compile", broken_compile)
     said: list[str] = []
     fallen_back = losses(tiny(compile=True), stand_in[0], log=said.append)
-    assert said[1:] == ["compiling doesn't work here (no compiler): going on without"]
+    assert said[1:] == ["compiling doesn't work here (no compiler): continuing without it"]
     assert fallen_back == losses(tiny(), stand_in[0])
 
 
@@ -127,7 +127,7 @@ def test_on_cuda_a_padded_network_trains_to_the_losses_of_the_network_itself(sta
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_cuda_nothing_waits_for_the_device_in_a_step(stand_in, compiled):
     config = tiny(compile=compiled, ema_decay=0.9)
-    step, batch = Step(State(config, CUDA), config), stand_in[0].to(CUDA)[:24]
+    step, batch = Step(State(config, CUDA)), stand_in[0].to(CUDA)[:24]
     step(batch.images, batch.labels, 0.1, False)
     torch.cuda.set_sync_debug_mode("error")
     try:

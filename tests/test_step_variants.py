@@ -44,10 +44,10 @@ def test_more_input_channels_and_one_graph_train_as_the_step_does(
     stand_in, compiled, kind, channels
 ):
     config = tiny(nesterov=True, compile=compiled)
-    expected = losses(Step(State(config, CPU), config), stand_in[0])
+    expected = losses(Step(State(config, CPU)), stand_in[0])
     state = State(config, CPU)
     widen_input(state, channels)
-    step = kind(state, config, log=lambda _: None)
+    step = kind(state, log=lambda _: None)
     assert losses(step, stand_in[0]) == pytest.approx(expected, rel=1e-5)
     assert state.model.conv1.weight.shape == (16, channels, 3, 3)
     assert not state.model.conv1.weight[:, 3:].any()

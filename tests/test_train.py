@@ -81,7 +81,7 @@ def test_the_first_epochs_can_be_on_images_averaged_down_to_half_their_size(stan
     for epoch, halved in ((1, True), (2, False)):  # the last epoch is on whole images
         state, seen = State(config, CPU), []
         state.model.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        train_one_epoch(Step(state, config), stand_in[0], epoch)
+        train_one_epoch(Step(state), stand_in[0], epoch)
         inputs = config.training_normalization(batches(stand_in[0], config, epoch)[0][0])
         half = inputs.unflatten(3, (16, 2)).unflatten(2, (16, 2)).mean(dim=(3, 5))
         torch.testing.assert_close(seen[0], half if halved else inputs)
@@ -101,7 +101,7 @@ def test_loss_and_accuracy_are_means_over_images_with_a_ragged_last_batch(stand_
     state = State(config, CPU)
     state.model.eval()  # an epoch begins with training mode, however the network comes
     with tqdm(file=io.StringIO()) as bar:
-        found = train_one_epoch(Step(state, config), train, 0, bar=bar)  # at rate 0
+        found = train_one_epoch(Step(state), train, 0, bar=bar)  # at rate 0
     assert found == pytest.approx((sum(losses) / 33, hits / 33), rel=1e-5)
     assert all(map(torch.equal, state.model.parameters(), model.parameters()))
     assert bar.n == 33
@@ -114,7 +114,7 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
     state, reference = State(config, CPU), State(config, CPU).model
     velocity = [torch.zeros_like(p) for p in reference.parameters()]
     for epoch in (1, 2):
-        train_one_epoch(Step(state, config), stand_in[0], epoch)
+        train_one_epoch(Step(state), stand_in[0], epoch)
         for i, (images, labels) in enumerate(batches(stand_in[0], config, epoch)):
             logits = reference(config.training_normalization(images))
             loss = smooth_cross_entropy(logits, labels, 0.05)
@@ -132,7 +132,7 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
 def test_the_average_is_of_weights_and_statistics_after_each_step(stand_in):
     config = tiny(ema_decay=0.75)
     state, batch = State(config, CPU), stand_in[0][:16]
-    step = Step(state, config)
+    step = Step(state)
     expected = {name: value.clone() for name, value in state.model.state_dict().items()}
     for _ in range(3):
         step(batch.images, batch.labels, 0.1, False)
@@ -164,7 +164,7 @@ def test_weights_start_by_the_seed_whatever_was_drawn_before():
 def test_a_small_network_overfits_one_batch(stand_in):
     nothing = Policy(crop_padding=0, flip=0.0, ops="none", erasing=0.0)
     config = tiny(epochs=30, learning_rate=0.1, policy=nothing, label_smoothing=0.0)
-    step, batch = Step(State(config, CPU), config), stand_in[0][torch.arange(8)]
+    step, batch = Step(State(config, CPU)), stand_in[0][torch.arange(8)]
     for epoch in range(30):
         loss, accuracy = train_one_epoch(step, batch, epoch)
     assert loss < 0.4 and accuracy == 1.0
@@ -185,7 +185,7 @@ def test_a_first_gradient_that_overflows_in_fp16_leaves_no_trace(stand_in):
     def one_step(state: State, scale: float) -> None:
         fixed = {"scale": scale, "growth_interval": 10**6}
         state.scaler.load_state_dict(state.scaler.state_dict() | fixed)
-        loss, _ = Step(state, config)(images, labels, 0.1, False)
+        loss, _ = Step(state)(images, labels, 0.1, False)
         assert loss.isfinite()
 
     overflowed, smooth = State(config, CPU), State(config, CPU)

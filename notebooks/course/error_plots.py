@@ -1,7 +1,7 @@
 """Charts of a network's mistakes: confusions, the border of two classes, confidence, shifts."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -280,19 +280,21 @@ def accuracy_by_distance(
     figure, axes = new_figure(size=(8, 4.6))
     ax, markers = axes[0, 0], itertools.cycle("osD^vPX*")
     outline = [patheffects.withStroke(linewidth=3, foreground="white")]
-    ends = {name: (np.log10(x[-1]), y[-1]) for name, (x, y) in series.items()}
     for name, (x, y) in series.items():
         (line,) = ax.plot(x, y, next(markers) + "-", label=name, markersize=4, linewidth=1.6)
 
-        # The name is to the right, or below to the left if another line ends on the right.
-        here, height = ends[name]
-        is_free = not any(0 < x - here < 0.5 and abs(y - height) < 0.04 for x, y in ends.values())
+        # The name is to the right of the last point, or above that if a line runs through there,
+        # or else to the left.
+        others = [points for other, points in series.items() if other != name]
+        heights = {(7, 0): y[-1], (7, 11): y[-1] + 0.04}
+        free = [at for at, height in heights.items() if not _is_crossed(x[-1], height, others)]
+        offset = free[0] if free else (-7, -8)
         ax.annotate(
             name,
             (x[-1], y[-1]),
-            xytext=(7, 0) if is_free else (-7, -8),
+            xytext=offset,
             textcoords="offset points",
-            ha="left" if is_free else "right",
+            ha="left" if offset[0] > 0 else "right",
             va="center",
             color=0.7 * np.array(to_rgb(line.get_color())),  # darker, as thin letters look paler
             path_effects=outline,
@@ -303,3 +305,13 @@ def accuracy_by_distance(
     ax.set_xlim(right=4 * ax.get_xlim()[1])  # room for the last name
     ax.xaxis.set_major_formatter("{x:g}")
     return figure
+
+
+def _is_crossed(start: float, height: float, lines: Iterable[tuple]) -> bool:
+    """Return whether a line passes where a short word would be, on a log axis.
+
+    start: where the word starts. lines: (x, y) for each.
+    """
+    places = np.log10(start) + np.linspace(0.04, 0.3, 8)
+    passing = [np.interp(places, np.log10(x), y, left=np.nan, right=np.nan) for x, y in lines]
+    return bool((np.abs(np.array(passing) - height) < 0.02).any())

@@ -117,7 +117,7 @@ def images_per_second(
     # Epoch 0 is measured. It can have half size only if it isn't the last epoch.
     half_size_epochs = 1 if half_size else 0
     config = replace(config, epochs=max(config.epochs, 2), half_size_epochs=half_size_epochs)
-    step = Step(State(config, device), config)
+    step = Step(State(config, device))
     some = train[: STEPS * config.batch_size].to(device)
     train_one_epoch(step, some, epoch=0)  # the first steps are slow: memory, kernels, caches
 

@@ -282,9 +282,9 @@ def _draw_answer(ax: Axes, probabilities: np.ndarray | None, label: int) -> None
 def search_trials(trials: pd.DataFrame, names: Mapping[str, str], own: int, title: str) -> Figure:
     """Draw the accuracy of a search's trials against some hyperparameters, one panel for each.
 
-    trials: as `reference.trials_table` gives them. names: {column: what its axis is called}; an
-    axis is logarithmic where the values span more than a factor of ten. The trial with the number
-    `own` is marked.
+    trials: as `reference.trials_table` gives them. The trial with the number `own` is marked.
+    names: {column: what its axis is called}. An axis is logarithmic where the values are above 0
+    and span more than a factor of ten.
     """
     figure, axes = new_figure(1, len(names), (2.7 * len(names), 3.3))
     figure.suptitle(title)
@@ -292,7 +292,7 @@ def search_trials(trials: pd.DataFrame, names: Mapping[str, str], own: int, titl
     for ax, (column, name) in zip(axes[0], names.items(), strict=True):
         ax.plot(others[column], others.accuracy, "o", label="proposed by the search")
         ax.plot(marked[column], marked.accuracy, "D", color=RED, label="Table 1's values")
-        if trials[column].max() > 10 * trials[column].min():
+        if 0 < 10 * trials[column].min() < trials[column].max():
             ax.set_xscale("log")
         ax.set(xlabel=name)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

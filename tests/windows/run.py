@@ -82,7 +82,7 @@ def _check_commands(place: Path) -> None:
     step("training", COMMAND, *TRAIN.split(), str(place / "whole"))
     step("training killed", COMMAND, "--die", *TRAIN.split(), str(place / "killed"), expected=9)
     resumed = [COMMAND, *TRAIN.split(), str(place / "killed")]
-    step("training resumed", *resumed, says="going on from epoch")
+    step("training resumed", *resumed, says="resuming after epoch")
     for name in ("history.csv", "model.safetensors"):
         if (place / "whole" / name).read_bytes() != (place / "killed" / name).read_bytes():
             raise SystemExit(f"windows: FAILED: {name} differs after the kill")
