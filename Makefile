@@ -9,7 +9,7 @@ FLOORS := .venv-floors/bin/python
 
 .PHONY: run test floors colab full notebooks benchmarks reliability mutants address clean
 
-run: .venv/ready  ## the five notebooks and their solutions as pages under runs/html, then the weights' numbers, measured anew
+run: .venv/ready  ## the five notebooks and their solutions as pages under runs/html, then the included weights' accuracy, measured again
 	$(PY) -m scripts.build_pages
 	$(PY) -m scripts.archive_run --check
 

@@ -316,8 +316,9 @@ def deciding(mutant: Mutant, tests: dict[str, dict]) -> list[str]:
     # What runs in child processes isn't traced: the module's own tests may start them.
     files.add(f"tests/test_{mutant.module}.py")
     names = direct | {name for name in sound if name.split("::")[0] in files}
-    # If it runs when the module is imported, and there are no tests of that name, any may notice.
-    names = names or set(sound)
+    # If no test reaches the line, it runs when the module is imported, and any test may notice.
+    if not direct:
+        names = set(sound)
     return sorted(names, key=lambda name: sound[name]["seconds"])
 
 

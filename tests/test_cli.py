@@ -284,10 +284,11 @@ def test_a_mistake_is_one_line_and_changes_nothing(place, capsys, words, message
     assert contents(place) == before
 
 
-def test_missing_data_is_one_line_after_a_wrong_device(tmp_path, capsys, monkeypatch):
+def test_a_missing_word_and_missing_data_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
     assert "device: expected" in mistake(capsys, "train --recipe small --run r --device toaster")
     assert "CIFAR10_ROOT" in mistake(capsys, "evaluate")
+    assert "the following arguments are required: COMMAND" in mistake(capsys)
     assert "the given path: expected" in mistake(capsys, f"evaluate --data {300 * 'x'}")
 
 

@@ -143,10 +143,12 @@ def test_the_background_thread_has_one_core_and_training_keeps_all_of_its_own():
     assert found.stdout.split() == ["2", "1"]
 
 
-def test_the_description_of_the_machine_goes_into_json():
+def test_the_description_of_the_machine_goes_into_json(monkeypatch):
     described = json.loads(json.dumps(hardware.describe(CPU)))
     assert described["gpu"] is None and described["cpu_cores"] >= 1
     assert described["torch"] == torch.__version__ and 0.1 < described["memory_gb"] < 1e5
+    monkeypatch.setattr(hardware, "_cpuinfo", lambda name: {"model name": "Abacus"}[name])
+    assert hardware.describe(CPU)["cpu"] == "Abacus"
 
 
 def test_the_commit_is_named_in_a_checkout_only(monkeypatch, tmp_path):

@@ -554,7 +554,8 @@ CLAIMS = [
     ),
     Claim(
         README,
-        "dogs as cats | {}, {} of 1,000 (in the authors' notebook, not in the report) | {}, {} |",
+        "dogs as cats | {}, {} of 1,000 each (in the authors' notebook, not in the report) | "
+        "{}, {} |",
         lambda: [
             matrix(run)[pair]
             for run in ("reference", "report-seed42")
@@ -747,12 +748,12 @@ CLAIMS = [
     Claim(TRAINING, "`best` in {} epochs", lambda: [RECIPES["short"].epochs]),
     Claim(
         TRAINING,
-        "on smaller GPUs; {} % of the test images correct (one run, seed 42)",
+        "on GPUs too slow for `report`; {} % of the test images correct (one run, seed 42)",
         lambda: [percent(metrics("short-seed42")["test"]["accuracy"])],
     ),
     Claim(
         TRAINING,
-        "with flip TTA, `report` scores 95.91 % on an Intel Xeon and {} % on an H200",
+        "with flip TTA, the weights of `report` score 95.91 % on an Intel Xeon and {} % on an H200",
         lambda: [percent(shipped("report-seed42")["tta_flip"]["accuracy"])],
     ),
     Claim(
@@ -842,7 +843,8 @@ CLAIMS = [
     ),
     Claim(
         PERFORMANCE,
-        "{}: {} times the published loop, {} % of the rate of a large matrix product",
+        "{}: {} times the published loop, {} % of the operations per second of a large matrix "
+        "product",
         lambda: [
             f"{loop(AVX2, 'plain')['images_per_second']:.1f}",
             f"{loop(AVX2, 'plain')['ratio']:.2f}",
@@ -975,7 +977,8 @@ CLAIMS = [
     ),
     Claim(
         SHIFT,
-        "on half cats at severity 3, `normalize` gets {} %, and `none`, which `auto` chooses, {} %",
+        "on a file with half cats at severity 3, `normalize` gets {} %, and `none`, which `auto` "
+        "chooses, {} %",
         lambda: shares("cat", 300, 0.5, "statistics 3", "normalize", "none"),
     ),
     Claim(
@@ -1090,7 +1093,7 @@ CLAIMS = [
     ),
     Claim(
         REPORT_PAGE,
-        "| training accuracy {} % | 3.1, 3.7 | reproduced: {} to {} % |",
+        "| training accuracy {} % | 3.1, 3.7 | reproduced: {} to {} % over three seeds |",
         lambda: [
             published("train_accuracy", -1),
             *map(percent, sorted(band("train_accuracy").iloc[-1])[::2]),
@@ -1098,8 +1101,8 @@ CLAIMS = [
     ),
     Claim(
         REPORT_PAGE,
-        "refuted: the accuracy is {} % on training images without augmentation, against {} % on "
-        "test images",
+        "refuted: our seed-42 run's accuracy is {} % on training images without augmentation, "
+        "against {} % on test images",
         lambda: [percent(plain_training()["correct"] / 50_000), ours("test_accuracy", -1)],
     ),
     Claim(
@@ -1328,8 +1331,8 @@ CLAIMS = [
         MISTAKES_BOOK,
         "{} labels were **not confirmed by a majority**: fewer than three people chose the label "
         "alone. That doesn't make 54 labels wrong. A majority chose the other class for {} of "
-        "them, the label or both for {}, and neither for {}. For the other {} there was no "
-        "majority at all.",
+        "them, the label (alone or with the other class) for {}, and neither for {}. For the "
+        "other {} there was no majority at all.",
         unconfirmed_labels,
     ),
     Claim(
@@ -1373,7 +1376,7 @@ CLAIMS = [
     ),
     Claim(
         SUBMISSION_BOOK,
-        "to {} and {} % (seeds 42 and 0; n = 10,000) in sixty epochs",
+        "to a test accuracy of {} and {} % (seeds 42 and 0; n = 10,000) in sixty epochs",
         lambda: [percent(shipped(f"best-seed{s}")["tta_none"]["accuracy"]) for s in (42, 0)],
     ),
     Claim(

@@ -96,6 +96,9 @@ def test_a_run_writes_all_its_files(stand_in, tmp_path):
     assert metrics["test"]["n"] == 30 and metrics["train_images"] == 60
     assert metrics["data"] == stand_in[1].source
     assert float(rows[-1]["test_accuracy"]) == metrics["test"]["accuracy"]
+    for line in lines(tmp_path / "timing.csv")[1:]:  # evaluating takes part of the seconds
+        _, seconds, images_per_second = map(float, line.split(","))
+        assert images_per_second > 60 / seconds
 
 
 def test_each_epoch_is_evaluated_and_shown_at_the_size_that_it_trained_at(stand_in, tmp_path):
@@ -238,6 +241,7 @@ def test_another_run_is_refused_naming_what_differs(stand_in, killed, changes, n
         lambda state: state["model"].pop("conv1.weight"),
         lambda state: state["momenta"].pop(0),
         lambda state: state["momenta"].insert(0, torch.zeros(5)),
+        lambda state: state["momenta"].append(torch.zeros(5)),
         lambda state: state["momenta"].__setitem__(0, torch.zeros(1)),
         lambda state: state.update(history="[5]"),
         lambda state: state.update(history=[{"epoch": 0}]),

@@ -46,11 +46,16 @@ def test_a_compiled_step_is_the_plain_one_compiled_once_for_each_image_size(stan
     counter, real = CompileCounterWithBackend("aot_eager"), torch.compile  # needs no C++ compiler
     torch._dynamo.reset()
     monkeypatch.setattr(hardware, "cifar_winograd", None)  # its convolutions are not compiled
-    monkeypatch.setattr(torch, "compile", lambda f, mode, **more: real(f, backend=counter, **more))
+    modes: set[str] = set()
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, mode, **more: modes.add(mode) or real(f, backend=counter, **more),
+    )
     said: list[str] = []
     compiled = losses(tiny(compile=True, half_size_epochs=1), stand_in[0], log=said.append)
     assert said == ["compiling the training step, which takes a minute or two"]
-    assert counter.frame_count == 2
+    assert counter.frame_count == 2 and modes == {"default"}  # CUDA graphs are for GPUs
     assert compiled == losses(tiny(half_size_epochs=1), stand_in[0])
 
 
