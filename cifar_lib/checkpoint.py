@@ -27,7 +27,7 @@ import torch
 from cifar_lib.errors import InputError, explained
 from cifar_lib.files import SCRATCH, open_lock, parse_object, read_regular, write_atomically
 
-FORMAT = 3  # the version of a checkpoint's content; other versions are refused
+FORMAT = 3  # the version of a checkpoint's content; other versions can't be used
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes; a checkpoint ends with its digest
 
 
@@ -35,7 +35,7 @@ class RunDirectory:
     """The files of one training run.
 
     A `with` block holds the directory: only one process at a time can be inside. If the file
-    system has no locks, a warning says so, and the block is entered without one.
+    system has no locks, a warning says so, and the block is entered without a lock.
 
     Entering raises InputError if the folder can't be written, holds something other than a run, or
     is held by another process.
@@ -63,7 +63,7 @@ class RunDirectory:
         files = {path.name for path in self.path.iterdir() if not path.match(SCRATCH)} - {".lock"}
         if files and "recipe" not in (self.read_json("config.json") or {}):
             raise InputError(
-                f"{self._where} holds {min(files)!r}, but no config.json: choose another"
+                f"{self._where} holds {min(files)!r}, but no run's config.json: choose another"
             )
 
     def _take_lock(self) -> None:
@@ -71,11 +71,13 @@ class RunDirectory:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise InputError(f"{self._where}: another process trains in it: wait for it") from error
+            raise InputError(
+                f"{self._where}: another process is training in it: wait for it"
+            ) from error
         except (OSError, NotImplementedError) as error:  # a mounted Drive, say, has no locks
             why = getattr(error, "strerror", None) or error
-            reason = f"{self._where} can't be locked ({why}): start only one training in it"
-            warnings.warn(reason, stacklevel=3)
+            message = f"{self._where} can't be locked ({why}): start only one training in it"
+            warnings.warn(message, stacklevel=3)
 
     def _remove_scratch(self) -> None:
         """Remove the half-written files of a process that was killed."""
@@ -133,12 +135,12 @@ class RunDirectory:
         write_atomically(self.path / "checkpoint.pt", content, keep=previous)
 
     def load(self) -> dict | None:
-        """Return the newest undamaged checkpoint, its tensors on the CPU, or None if there is none.
+        """Return the newest usable checkpoint, its tensors on the CPU, or None if there is none.
 
-        If the newest one is damaged, it is renamed to checkpoint.damaged.pt, a warning says so, and
-        the one before it is returned.
+        If the newest one can't be used, because it is damaged or of another FORMAT, it is renamed
+        to checkpoint.damaged.pt, a warning says so, and the one before it is returned.
 
-        Raises InputError if all checkpoints are damaged.
+        Raises InputError if there are checkpoints, but none can be used.
         """
         damage: list[str] = []
         for name in ("checkpoint.pt", "checkpoint.previous.pt"):
@@ -151,7 +153,8 @@ class RunDirectory:
                 continue
             if damage:  # if it stayed, the next save would make it the previous checkpoint
                 os.replace(self.path / "checkpoint.pt", self.path / "checkpoint.damaged.pt")
-                warnings.warn(f"{self.path}: {damage[0]}; resuming from {name}", stacklevel=2)
+                what = f"{damage[0]}; renamed to checkpoint.damaged.pt, resuming from {name}"
+                warnings.warn(f"{self.path}: {what}", stacklevel=2)
             return state
         if damage:
             what = f"{self.path}: no usable checkpoint ({'; '.join(damage)})"

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torchinfo
@@ -17,7 +18,7 @@ from PIL import Image
 from cifar_lib import __version__, evaluate, hardware, kaggle, shift
 from cifar_lib.data import CLASSES, load_cifar10
 from cifar_lib.errors import InputError, explained, printable
-from cifar_lib.explain import beside_heat, grad_cam
+from cifar_lib.explain import grad_cam, picture_with_heat
 from cifar_lib.files import output_file, write_atomically
 from cifar_lib.fit import fit
 from cifar_lib.model import PRETRAINED, ResNet, WeightsInfo, load_model
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     The code is 0 for success, 2 for a mistake that the user can correct, 130 for an interrupt, and
     CLOSED_PIPE if nobody reads the output any more.
+
+    Raises SystemExit for wrong options, --help and --version.
     """
     options = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send it; same as Ctrl-C
@@ -79,26 +82,31 @@ def _mistake(message: str) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line, instead of the usage that argparse prints."""
         raise SystemExit(_mistake(f"{message}: see {self.prog} --help"))
 
 
 def _parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line, with all its commands."""
-    parser = _Parser("python -m cifar_lib", description="Train a small ResNet on CIFAR-10, use it.")
+    parser = _Parser(
+        "python -m cifar_lib", description="Train a small ResNet on CIFAR-10, and use it."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = _command(commands, _info, "the network's size and a recipe's learning rates")
     info.add_argument("--recipe", default="report", metavar="R", help=_one_of(RECIPES))
 
-    train = _command(commands, _train, "train into a run directory, or resume the run there")
+    train = _command(commands, _train, "train in a new run directory, or resume the run in it")
     train.set_defaults(on_repeat="resumes after the last finished epoch")
-    train.add_argument("--run", required=True, metavar="DIR", help="a new or a begun run's folder")
+    train.add_argument(
+        "--run", required=True, metavar="DIR", help="a new folder, or that of a begun run"
+    )
     train.add_argument("--recipe", required=True, metavar="R", help=_one_of(RECIPES))
     for field in OWN_OPTIONS:
-        train.add_argument(f"--{field.replace('_', '-')}", metavar="VALUE")
+        option = f"--{field.replace('_', '-')}"
+        train.add_argument(option, metavar="VALUE", help=f"the same as --set {field}=VALUE")
     train.add_argument(
         "--set",
         action="append",
@@ -114,9 +122,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_weights(score, tta="none")
     _add_data(score)
 
-    predict = _command(commands, _predict, "the three likeliest classes of your own pictures")
+    predict = _command(
+        commands, _predict, "print the three likeliest classes of each of your pictures"
+    )
     predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--grad-cam", metavar="FOLDER", help="also write where the network looks")
+    predict.add_argument(
+        "--grad-cam", metavar="FOLDER", help="write heat maps of where the network looks"
+    )
     _add_weights(predict, tta="none")
 
     submit = _command(commands, _submit, "label a competition's .pkl")
@@ -128,12 +140,16 @@ def _parser() -> argparse.ArgumentParser:
         "--adapt",
         choices=("auto", *shift.ADAPTATIONS),
         default="auto",
-        help="what of the file's own statistics is used; default: auto, which is "
-        f"{shift.BALANCED} unless the predicted classes are far from equally frequent and the "
-        f"network, without it, is more sure of much the same classes: then {shift.UNBALANCED}",
+        help="which of the file's own statistics to use; default: auto, which is "
+        f"{shift.BALANCED}, or {shift.UNBALANCED} if the predicted classes are far from equally "
+        "frequent and the network predicts a similar mix with more confidence when it isn't "
+        "adapted",
     )
     submit.add_argument(
-        "--label-column", default="Labels", metavar="NAME", help="the report's file has Category"
+        "--label-column",
+        default="Labels",
+        metavar="NAME",
+        help="the name of the column of labels; default: %(default)s",
     )
     _add_weights(submit, tta="flip")
     return parser
@@ -145,7 +161,7 @@ def _command(
     """Add the command that the function `run` carries out, and return its parser.
 
     The command has the function's name, without the underscore. The parser's default `on_repeat`
-    ends the message after an interrupt, which says what the same command will do.
+    completes what is printed after an interrupt: "the same command ...".
     """
     name = run.__name__.removeprefix("_")
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
@@ -170,11 +186,10 @@ def _add_weights(parser: argparse.ArgumentParser, tta: str) -> None:
     )
     parser.add_argument(
         "--tta",
-        nargs="?",
-        const="flip",
         default=tta,
         choices=evaluate.TTA,
-        help="test-time views; default: %(default)s",
+        help="test-time augmentation: none, or flip, which also sees the mirror image; default: "
+        "%(default)s",
     )
     parser.add_argument(
         "--precision", default="fp32", metavar="P", help=_one_of(hardware.PRECISIONS)
@@ -182,12 +197,12 @@ def _add_weights(parser: argparse.ArgumentParser, tta: str) -> None:
     _add_device(parser)
 
 
-def _one_of(names: Sequence[str]) -> str:
+def _one_of(names: Iterable[str]) -> str:
     return f"one of {', '.join(names)}"
 
 
 def _output(text: str) -> str:
-    """Check the name of an output file, so that a wrong one is refused before any work is done."""
+    """Refuse the name of an output file before any work is done, if it names a folder."""
     try:
         output_file(text)
     except InputError as error:
@@ -207,7 +222,7 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    """Train a recipe into a run directory, and print its test score."""
+    """Train a recipe in a run directory, and print its test score."""
     config, run = _config(options), Path(options.run)
     hardware.choose_device(options.device)  # refuse a wrong device before the data are read
     train, test = load_cifar10(options.data)
@@ -223,7 +238,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: write the value, too")
+            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: write an = between the two")
         changes[field] = value
     for field in OWN_OPTIONS:
         value = getattr(options, field)
@@ -237,12 +252,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, info, precision = _load(options)
     _, test = load_cifar10(options.data)
     logits = evaluate.predict(model, test.images, info.test_normalization, precision, options.tta)
+    _check_finite(logits)
     score = evaluate.summarize(logits, test.labels)
     if options.json:
         settings = {"weights": options.weights, "tta": options.tta, "precision": precision}
         print(json.dumps({**settings, **score}))
     else:
-        _print_score(score, f"test-time views: {options.tta}, precision {precision}")
+        _print_score(score, f"test-time augmentation: {options.tta}, precision {precision}")
 
 
 def _predict(options: argparse.Namespace) -> None:
@@ -250,12 +266,13 @@ def _predict(options: argparse.Namespace) -> None:
     paths = [Path(name) for name in options.images]
     images = torch.stack([read_picture(path) for path in paths])  # uint8 (N, 3, 32, 32)
     if options.grad_cam is not None and len({path.stem for path in paths}) < len(paths):
-        what = "predict: --grad-cam names its pictures after yours, and two have one name"
-        raise InputError(f"{what}: rename one, or give them one by one")
+        what = "predict: --grad-cam names its files after your pictures, and two have the same name"
+        raise InputError(f"{what} (without folder and ending): rename one of them")
 
     # Print the likeliest classes of each picture.
     model, info, precision = _load(options)
     logits = evaluate.predict(model, images, info.test_normalization, precision, options.tta)
+    _check_finite(logits)
     note = " (uncalibrated)" if info.temperature is None else ""
     for path, row in zip(options.images, info.probabilities(logits), strict=True):
         best = row.topk(3)
@@ -269,7 +286,7 @@ def _predict(options: argparse.Namespace) -> None:
     heat = grad_cam(model, images, logits.argmax(1), info.test_normalization)
     for path, image, its_heat in zip(paths, images, heat, strict=True):
         png = io.BytesIO()
-        Image.fromarray(beside_heat(image, its_heat)).save(png, format="PNG")
+        Image.fromarray(picture_with_heat(image, its_heat)).save(png, format="PNG")
         target = Path(options.grad_cam) / f"{path.stem}.grad-cam.png"
         write_atomically(target, png.getvalue(), inputs=paths)
 
@@ -289,8 +306,7 @@ def _submit(options: argparse.Namespace) -> None:
             method, model, test.images, info.test_normalization, precision
         )
         logits = evaluate.predict(model, test.images, normalization, precision, options.tta)
-    if not logits.isfinite().all():
-        raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
+    _check_finite(logits)
 
     # Write the submission.
     labels = logits.argmax(1)
@@ -299,11 +315,12 @@ def _submit(options: argparse.Namespace) -> None:
 
     # Say what was done, on standard error if the submission itself is on standard output.
     stream = sys.stderr if options.out == "-" else sys.stdout
-    print(f"images of {test.source}", file=stream)
+    print(f"images read from {test.source}", file=stream)
     if why is not None:
-        print(f"adapted by {method}: {why}", file=stream)
-    settings = f"adaptation: {method}, test-time views: {options.tta}"
-    print(f"{len(labels)} labels in {options.out} ({settings})", file=stream)
+        print(f"adaptation chosen: {method}, because {why}", file=stream)
+    settings = f"adaptation: {method}, test-time augmentation: {options.tta}"
+    place = "standard output" if options.out == "-" else options.out
+    print(f"{len(labels)} labels in {place} ({settings})", file=stream)
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
@@ -316,8 +333,14 @@ def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:
     return model, info, precision
 
 
+def _check_finite(logits: torch.Tensor) -> None:
+    """Raise InputError if logits aren't finite: `argmax` would call all images airplanes."""
+    if not logits.isfinite().all():
+        raise InputError("weights: their outputs are not finite: use others, or --precision fp32")
+
+
 def _print_score(score: dict, details: str) -> None:
     """Print the test accuracy that `evaluate.summarize` found, with its interval, in one line."""
     low, high = score["interval"]
-    interval = f"95 % interval {low:.2%} to {high:.2%}, n = {score['n']}"
+    interval = f"95% interval {low:.2%} to {high:.2%}, n = {score['n']}"
     print(f"test accuracy {score['accuracy']:.2%} ({interval}); {details}")

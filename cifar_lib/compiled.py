@@ -26,9 +26,10 @@ def compile_loss(
 ) -> Loss:
     """Return a compiled version of `plain`, the loss of `model`.
 
-    It is compiled for batches of `batch_size` images, and for each value in `half_sizes`. For a
-    batch of another size it calls `plain`. If compiling fails, `log` is told why, and `plain`
-    itself is returned. Either way the model's weights and statistics are the same as before.
+    It is compiled for batches of `batch_size` images, and for those values of the third argument,
+    `half_size`, that are in `half_sizes`. For a batch of another size it calls `plain`. If
+    compiling fails, `log` is told why, and `plain` itself is returned. Either way the model's
+    weights and statistics are the same as before.
     """
     log("compiling the training step, which takes a minute or two")
     # On a GPU this mode captures CUDA graphs, which start many kernels at once. Starting them one
@@ -43,7 +44,9 @@ def compile_loss(
     try:
         for half_size in half_sizes:
             _dry_run(fast, model, batch_size, half_size)
-    except Exception as error:  # a compiler may raise anything, and so may a missing one
+    except (
+        Exception
+    ) as error:  # compiling can fail with any exception, also if there is no compiler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log(f"compiling doesn't work here ({reason}): continuing without it")
         return plain

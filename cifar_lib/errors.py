@@ -14,8 +14,19 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
+class Unusable(ValueError):
+    """Something was read, but can't be used. In `explained`, `remedy` replaces the general one."""
+
+    def __init__(self, reason: str, remedy: str):
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 def printable(text: str) -> str:
-    """Return `text` with escapes in place of line ends, control characters and undecoded bytes."""
+    """Return `text` with escapes in place of what can't be printed.
+
+    That is line ends, control characters, undecoded bytes and the like.
+    """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -24,8 +35,9 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
     """Turn errors of these `kinds`, raised in a `with` block, into an InputError.
 
     Its message is `what` (what is wrong), the error's own text in brackets, and the `remedy` (what
-    to do). If the error has an attribute `remedy`, its value is used instead. Without `kinds`,
-    OSError and ValueError are turned into InputErrors.
+    to do). An Unusable brings its own remedy. Without `kinds`,
+    OSError and ValueError are turned into InputErrors, and so is an InputError, which is a
+    ValueError.
 
     Raises InputError in place of such an error.
     """
@@ -35,8 +47,8 @@ def explained(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]
     except kinds as error:
         text = getattr(error, "strerror", None) or str(error) or type(error).__name__
 
-        # Keep the part that a user can read. Pillow ends its text with the name of a buffer,
-        # pydantic with a link, and torch writes several lines.
+        # Keep the part that a user can read: Pillow ends its text with the name of a buffer, and
+        # pydantic with a link. Below, torch's several lines become one.
         text = text.partition(" <_io")[0].partition("\n    For further")[0]
         remedy = getattr(error, "remedy", remedy)
         raise InputError(f"{what} ({' '.join(text.split())[:200]}): {remedy}") from error

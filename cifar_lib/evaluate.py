@@ -36,6 +36,9 @@ def predict(
 
     images: uint8 (N, 3, 32, 32). Returns float32 (N, 10) on the CPU.
 
+    precision: fp32, bf16 or fp16; `hardware.choose_precision` resolves "auto".
+    tta: one of TTA's names.
+
     The model runs in evaluation mode, on the device that holds its weights. Afterwards it has the
     mode that it had before.
     """
@@ -59,9 +62,10 @@ def predict_views(
     model.eval()
     logits = []  # of each batch: (views, b, 10)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    for inputs in batches(model, images, normalization, size=400 if on_cpu else 1000):
+    size = 400 if on_cpu else 1000  # images at once: a matter of speed and memory
+    for inputs in batches(model, images, normalization, size):
+        views = [inputs] if tta == "none" else [inputs, inputs.flip(3)]  # (b, 3, 32, 32) each
         with computing(inputs.device, precision):
-            views = (inputs, inputs.flip(3))[: TTA[tta]]  # (b, 3, 32, 32) each
             logits.append(torch.stack([model(view).float() for view in views]).cpu())
     model.train(was_training)
     return torch.cat(logits, dim=1)
@@ -72,7 +76,7 @@ def batches(
 ) -> Iterator[Tensor]:
     """Yield normalised batches of uint8 images, float32 (b, 3, 32, 32), on the weights' device.
 
-    A batch has at most `size` images. All batches have nearly the same size, also the last one.
+    A batch has at most `size` images. All batches have nearly the same size, even the last one.
     """
     device = next(model.parameters()).device
     for piece in images.tensor_split(max(math.ceil(len(images) / size), 1)):
@@ -112,7 +116,7 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
 def mcnemar(
     is_correct: Tensor | np.ndarray, reference: Tensor | np.ndarray
 ) -> tuple[int, int, float]:
-    """Compare a classifier with a reference on the same images by McNemar's exact test.
+    """Compare a classifier with a reference on the same images with McNemar's exact test.
 
     is_correct: bool (N,), whether the classifier is correct on each image.
     reference: bool (N,), whether the reference is.
@@ -194,7 +198,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error.
 
     It is the average of |accuracy - confidence| over the bins of `reliability`, each bin weighted
-    with its number of images.
+    by its number of images.
 
     Source: Guo et al. 2017, arXiv:1706.04599.
     """

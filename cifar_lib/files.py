@@ -1,7 +1,7 @@
 """Safe reading and writing of files.
 
-A file is written whole or not at all, and replaces only a regular file that isn't an input. A file
-is read only up to a limit.
+A file is written whole or not at all. It replaces only a regular file, and none that the same
+command has read. A file is read only up to a limit.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def output_file(path: str | os.PathLike) -> Path:
     """
     text = os.fspath(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(text):
-        raise InputError(f"can't write {text}: it is a folder: name a file in it")
+        raise InputError(f"can't write {text}: it names a folder: name a file in it")
     return Path(path)
 
 
@@ -42,12 +42,13 @@ def write_atomically(
     read. With `keep`, the old file isn't replaced: it is first renamed to `keep`, and then the new
     file is renamed to `path`. In the moment between these two renames, `path` doesn't exist.
 
-    Raises InputError if the file can't be written; nothing is lost then.
+    Raises InputError if the file can't be written. The old content is still there then: at `path`
+    or, with `keep`, perhaps at `keep`.
     """
     # The content goes into a new file first. Nobody can guess its name, the mode "x" below follows
     # no link, and the umask decides who may read it.
     scratch = path.parent / SCRATCH.replace("*", secrets.token_hex(8))
-    remedy = "choose another place or free the disk"
+    remedy = "choose another place, or free some disk space"
     with contextlib.ExitStack() as stack, explained(f"can't write {path}", remedy, OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         for replaced in (path, keep or path):
@@ -110,7 +111,9 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises OSError if it can't be read, and ValueError if it isn't a regular file or is too long.
     """
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # a FIFO could block for ever, a device never end
+    if not stat.S_ISREG(
+        status.st_mode
+    ):  # a FIFO could block for ever, and a device might never end
         raise ValueError("it isn't a regular file")
     if status.st_size > limit:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
@@ -122,12 +125,14 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
     Raises ValueError if `content` is anything else, or the object is empty.
     """
+    # Python reads a whole number of any length, but one of over 309 digits is too large for a
+    # float. None of our files has even 100 digits in a row.
     if re.search(rb"\d{100}", content):
-        raise ValueError("it has a number of 100 digits or more")  # the largest float has 309
+        raise ValueError("it has 100 digits or more in a row")
     try:
         value = json.loads(content)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict) or not value:
         raise ValueError("it isn't a JSON object, or it is empty")
     return value

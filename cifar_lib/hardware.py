@@ -41,9 +41,9 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return _first_that_computes()
-    what = f"device: expected auto, cpu, cuda, cuda:N or mps, working on this machine; got {name!r}"
-    kinds = (RuntimeError, AssertionError, ImportError)
-    with explained(what, "use --device auto or cpu", *kinds):
+    wanted = "auto, or a device that works on this machine (cpu, cuda, cuda:N or mps)"
+    what = f"device: expected {wanted}; got {name!r}"
+    with explained(what, "use --device auto or cpu", RuntimeError):
         device = torch.device(name)
         if device.type not in DEVICE_TYPES:
             raise RuntimeError("not supported")
@@ -67,7 +67,7 @@ def _first_that_computes() -> torch.device:
         failure = _failure(device)
         if failure is None:
             return device
-        line = f"device: {kind} is here but can't compute ({failure}): continuing without it"
+        line = f"device: {kind} is present but can't compute ({failure}): continuing without it"
         print(printable(line), file=sys.stderr)
     return torch.device("cpu")
 
@@ -91,7 +91,7 @@ def _failure(device: torch.device) -> str | None:
 
 def _small_computation(device: torch.device) -> float:
     """Return the sum of 1 and the convolution of nine ones with nine ones: 10.0 if kernels run."""
-    ones = torch.ones(1, 1, 3, 3, device=device)  # one image of one channel, and also its kernel
+    ones = torch.ones(1, 1, 3, 3, device=device)  # the image, and also the weights
     return (F.conv2d(ones, ones) + 1).item()
 
 
@@ -111,12 +111,12 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def channel_multiple_for(device: torch.device) -> int:
-    """Return the number to whose multiples channels should be padded for training on `device`.
+    """Return the number of which channel counts should be multiples in training on `device`.
 
-    The added channels hold zeros (`cifar_lib.padding`). The number is 1 (no padding) on every
-    device, until a measurement shows that another number is at least 10 % faster.
-    `benchmarks/step_variants.py` compares several, but hasn't been run on a GPU yet. NVIDIA's
-    half-precision kernels are said to need multiples of 8 to be fast.
+    Channels of zeros are added to get there (`cifar_lib.padding`). So far the number is 1 on every
+    device, which adds none. NVIDIA's half-precision kernels are said to be fast only for multiples
+    of 8. `benchmarks/step_variants.py` compares several numbers, but hasn't been run on a GPU yet;
+    one that it shows to be at least 10 % faster belongs here.
     """
     return 1
 
@@ -134,8 +134,8 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision with this name: fp32, bf16 or fp16.
 
-    `auto` is bf16 if the hardware computes in it, else fp16 on a CUDA GPU (a T4, for example), else
-    fp32.
+    `auto` is bf16 on CUDA GPUs of compute capability 8.0 or more and, on Linux, on x86 CPUs with
+    instructions for bf16. It is fp16 on older CUDA GPUs, such as a T4, and fp32 everywhere else.
 
     Raises InputError if there is no precision with this name.
     """
@@ -166,7 +166,7 @@ def _load_winograd() -> tuple[ModuleType | None, str | None]:
     except ImportError:
         return None, "it doesn't say which torch it was built with"
     if built_with != torch.__version__:
-        return None, f"it was built with torch {built_with}, this is torch {torch.__version__}"
+        return None, f"it was built with torch {built_with}, but this is torch {torch.__version__}"
     try:
         import cifar_winograd
     except (ImportError, OSError, AttributeError) as error:
@@ -179,8 +179,8 @@ cifar_winograd, winograd_failure = _load_winograd()
 
 @functools.cache
 def _say_that_winograd_is_not_used(why: str) -> None:
-    """Print one line on standard error. The cache prints each reason once per process."""
-    line = f"extras/winograd isn't used, fp32 is slower without it ({why}): {REBUILD}"
+    """Print one line on standard error. Because of the cache, each reason is printed only once."""
+    line = f"extras/winograd isn't used, so fp32 is slower ({why}): {REBUILD}"
     print(printable(line), file=sys.stderr)
 
 
@@ -211,9 +211,9 @@ def prepare(device: torch.device, precision: str) -> None:
 def background_thread() -> Iterator[ThreadPoolExecutor]:
     """Yield a thread that works beside the training, on one core; the caller keeps all its cores.
 
-    Without this limit, the thread would start OpenMP threads of its own, and there would be more
-    threads than cores. Then all threads, including the training's, sleep when they wait for each
-    other. They wait many times in each step, so a small network trains a quarter slower.
+    If it weren't limited to one core, the thread would start OpenMP threads of its own, and there
+    would be more threads than cores. Then all threads, including the training's, sleep when they
+    wait for each other. They wait many times in each step, which slows a small network down.
     """
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1) as thread:

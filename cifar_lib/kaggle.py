@@ -13,7 +13,7 @@ import torch
 
 from cifar_lib import pickles
 from cifar_lib.data import CLASSES, ImageSet
-from cifar_lib.errors import InputError, explained
+from cifar_lib.errors import InputError, Unusable, explained
 from cifar_lib.files import output_file, read_regular, write_atomically
 
 LONGEST = 200  # characters of an id
@@ -37,19 +37,24 @@ SHAPES = {(32, 32, 3): PIXELS, (3, 32, 32): PLANES, (3072,): None}
 # them grey.
 CONTRADICTION = 0.9
 
-# Images count as noise if, in the order taken, the mean step to the next pixel, divided by the mean
-# step to a random pixel of the same image, is above GARBLED. This ratio is
+# Images count as noise if, in the order taken, the mean step to the next pixel (across and down,
+# averaged), divided by the mean step to a random pixel of the same image, is above GARBLED. This
+# ratio is
 #   0.26 for CIFAR-10's test images,
-#   at most 0.51 for a family as above, and at most 0.60 for 20 images of one (the family "noise"),
+#   at most 0.51 for a whole family as above, and at most 0.60 for 20 images of a family ("noise"),
 #   1.00 for pure noise, and at least 0.99 for 20 images of pure noise.
 # One image alone tells less. The ratio of a single image from a family is up to 0.98, that of a
 # single image of pure noise 1.00 with a standard deviation of 0.014. Therefore files of fewer than
-# FEW images have another limit, GARBLED_ALONE.
-GARBLED, GARBLED_ALONE, FEW = 0.8, 0.99, 20
+# FEW images have a higher limit, GARBLED_IF_FEW.
+GARBLED, GARBLED_IF_FEW, FEW = 0.8, 0.99, 20
 
 # Files that are mistaken for a pickle: how each begins, what it is, and what to do with it.
 STRANGERS = (
-    (b"PK\x03\x04", "a zip archive (or a .npz or PyTorch's)", "unpack it first"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, a .npz or PyTorch file",
+        "unpack a zip, pickle arrays in a dict",
+    ),
     (b"\x1f\x8b", "gzip-compressed", "unpack it first"),
     (b"BZh", "bzip2-compressed", "unpack it first"),
     (b"\xfd7zXZ\x00", "xz-compressed", "unpack it first"),
@@ -66,7 +71,7 @@ STRANGERS = (
 def read_test_file(path: str | os.PathLike) -> ImageSet:
     """Return the unlabelled images of a pickled dict, with their ids. No code in the file is run.
 
-    The dict has two keys:
+    The dict has at least these two keys:
 
     data: uint8 (N, 32, 32, 3), (N, 3, 32, 32) or (N, 3072).
     ids: N different whole numbers or names.
@@ -90,7 +95,7 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
             stranger = _stranger(content)
             if stranger is None:
                 raise
-            raise InputError(stranger) from None
+            raise stranger from None
 
         # Keys are bytes if a program has read a pickle from Python 2 with encoding="bytes" and
         # stored it again.
@@ -102,26 +107,26 @@ def read_test_file(path: str | os.PathLike) -> ImageSet:
     return ImageSet(images, ids=ids, source=f"{path.name}, {order}")
 
 
-def _stranger(content: bytes) -> str | None:
-    """Return a text that names the kind of file and the remedy, or None if the kind is unknown."""
+def _stranger(content: bytes) -> Unusable | None:
+    """Return an error that names the kind of file and the remedy, or None if it is unknown."""
     if not content:
-        return "it is empty: download it again"
+        return Unusable("it is empty", "download it again")
     for beginning, kind, remedy in STRANGERS:
         if content.startswith(beginning):
-            return f"it is {kind}: {remedy}"
+            return Unusable(f"it is {kind}", remedy)
     if content[8:10] == b'{"':  # a JSON header, after the eight bytes of its length
-        return "it is a safetensors file: those are weights, for --weights"
+        return Unusable("it is a safetensors file", "those are weights, for --weights")
     head = content[:1000].decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if head.lower().startswith(("<!doctype", "<html", "<?xml")):
-        return "it is a web page: download the file itself, logged in if need be"
+        return Unusable("it is a web page", "download the file itself, logged in if need be")
     if head.startswith(("{", "[")):
-        return "it is JSON: pickle its data and ids in a dict"
+        return Unusable("it is JSON", "pickle its data and ids in a dict")
 
     # In a CSV table, the first two lines have the same number of commas.
     lines = head.splitlines()[:2]
     commas = [line.count(",") for line in lines]
     if len(lines) == 2 and lines[0].isprintable() and commas[0] == commas[1] > 0:
-        return "it is a CSV table: pickle the images and ids in a dict"
+        return Unusable("it is a CSV table", "pickle the images and ids in a dict")
     return None
 
 
@@ -153,10 +158,10 @@ def _images(data: Any) -> tuple[torch.Tensor, str]:
 
     # Refuse images that are noise even in the order taken.
     across, down, anywhere = steps[order]
-    limit = GARBLED if len(values) >= FEW else GARBLED_ALONE
+    limit = GARBLED if len(values) >= FEW else GARBLED_IF_FEW
     if (across + down) / 2 > limit * anywhere:
-        what = "noise, whether read plane after plane or pixel after pixel"
-        raise InputError(f"data: expected images, got {what}: write data (N, 32, 32, 3) anew")
+        what = f"data: expected images, got what looks like noise, read {order}"
+        raise Unusable(what, "write the data again, as (N, 32, 32, 3)")
     return orders[order].contiguous(), order
 
 
@@ -185,8 +190,8 @@ def _steps(images: torch.Tensor) -> tuple[float, float, float]:
 def _ids(values: Any, count: int) -> tuple[int | str, ...]:
     """Return the ids of `count` images, checked.
 
-    They are counted before they become Python objects, because these objects can take a gigabyte
-    even if the array is small.
+    They are counted before they become Python objects, because an object for each value of a 64 MB
+    array can take a gigabyte.
     """
     is_array = isinstance(values, np.ndarray) and values.ndim > 0 and values.size == len(values)
     if not is_array and not isinstance(values, (list, tuple, range)):
@@ -197,7 +202,7 @@ def _ids(values: Any, count: int) -> tuple[int | str, ...]:
     ids = tuple(_id(value) for value in (values.ravel().tolist() if is_array else values))
     repeated = [name for name, times in Counter(map(str, ids)).items() if times > 1]
     if repeated:
-        raise InputError(f"ids: {repeated[0]!r:.20} stands for several images")
+        raise InputError(f"ids: {repeated[0][:20]!r} is the id of several images")
     return ids
 
 
@@ -210,8 +215,9 @@ def _id(value: Any) -> int | str:
         return value
     if isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable():
         return value
-    found = repr(value[:20]) if isinstance(value, str) else type(value).__name__
-    raise InputError(f"ids: expected whole numbers or names of 1 to {LONGEST} letters, got {found}")
+    wanted = f"whole numbers of at most 20 digits, or names of 1 to {LONGEST} printable characters"
+    found = repr(value[:20]) if isinstance(value, str) else f"another {type(value).__name__}"
+    raise InputError(f"ids: expected {wanted}, got {found}")
 
 
 def write_submission(
@@ -225,13 +231,14 @@ def write_submission(
 
     path: a file, or `-` for standard output.
     labels: class numbers, 0 to 9.
-    inputs: files that must not be written over.
+    inputs: files that must not be overwritten.
 
     Raises InputError if the rows aren't a valid submission or the file can't be written. An older
     file then stays as it was.
     """
     if not label_column or not label_column.isprintable():
-        raise InputError(f"submission: expected a column's name, got {label_column!r:.20}")
+        what = f"submission: expected a printable column name, got {label_column[:20]!r}"
+        raise InputError(f"{what}: change --label-column")
     wrong = [label for label in labels if label not in range(len(CLASSES))]
     if wrong:
         raise InputError(f"submission: expected labels 0 to 9, got {wrong[0]!r:.20}")

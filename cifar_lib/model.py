@@ -22,8 +22,11 @@ from cifar_lib.files import parse_object, read_regular, write_atomically
 PARAMETER_BUDGET = 5_000_000  # the competition's limit
 DEEPEST = 100  # the most blocks that a network may have, all stages together
 WIDEST = 10_000  # the most channels that a stage may have
+# The fewest channels that a stage may have. With fewer, oneDNN's 1x1 convolutions write out of
+# bounds (uxlfoundation/oneDNN#6035).
+NARROWEST = 16
 LARGEST_FILE = 100_000_000  # the most bytes that a file of weights may have
-PRETRAINED = "pretrained"  # given instead of a path, it means the weights of the package
+PRETRAINED = "pretrained"  # given instead of a path, it means the package's `report.safetensors`
 SHIPPED = Path(__file__).parent / "weights" / "report.safetensors"
 
 
@@ -85,7 +88,7 @@ class ResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
             in_channels = out_channels
 
-        # The head: the average over all places of the image, and from it one logit per class.
+        # The head: the average over all positions, and from it one logit per class.
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels[-1], num_classes)
 
@@ -95,9 +98,9 @@ class ResNet(nn.Module):
         return [getattr(self, f"layer{i + 1}") for i in range(len(self.blocks))]
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W); the report's: (N, 3, 32, 32)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, channels[0], H, W); 66, 32, 32
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # (N, channels[0], H, W)
         for stage in self.stages:
-            x = stage(x)  # 66, 32, 32; then 132, 16, 16; then 264, 8, 8
+            x = stage(x)  # the report's: (N, 66, 32, 32), (N, 132, 16, 16), (N, 264, 8, 8)
         x = self.pool(x).flatten(1)  # (N, channels[-1])
         return self.linear(x)  # (N, num_classes)
 
@@ -111,15 +114,18 @@ def check_shape(
     parameters.
     """
     # `type(n) is int` refuses True and False, which `isinstance` would take for 1 and 0.
-    are_sizes = all(type(n) is int and 1 <= n <= WIDEST for n in (*blocks, *channels))
-    if not are_sizes or len(blocks) != len(channels) or not 1 <= sum(blocks) <= DEEPEST:
-        what = f"as many blocks as channels, whole numbers from 1 to {WIDEST:,}"
-        most = f"at most {DEEPEST} blocks in all; got {blocks} and {channels}"
-        raise InputError(f"a network takes {what}, and {most}")
+    are_depths = all(type(n) is int and 1 <= n <= DEEPEST for n in blocks)
+    are_widths = all(type(n) is int and NARROWEST <= n <= WIDEST for n in channels)
+    are_stages = are_depths and are_widths and len(blocks) == len(channels)
+    if not are_stages or not 1 <= sum(blocks) <= DEEPEST:
+        wanted = (
+            f"1 to {DEEPEST} blocks in all, and {NARROWEST} to {WIDEST:,} channels for each stage"
+        )
+        raise InputError(f"blocks and channels: expected {wanted}; got {blocks} and {channels}")
     count = count_parameters(blocks, channels)
     if count > budget:
         what = f"blocks {blocks} and channels {channels} make {count:,} parameters"
-        raise InputError(f"{what}, over the budget of {budget:,}: use fewer of them")
+        raise InputError(f"{what}, over the budget of {budget:,}: use fewer blocks or channels")
 
 
 def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes: int = 10) -> int:
@@ -146,7 +152,7 @@ Std = Annotated[
 class WeightsInfo(BaseModel, strict=True, frozen=True):
     """What a file says about its weights, above all how to normalise images for them.
 
-    A network gives wrong labels to images that are normalised in another way.
+    A network predicts worse if images are normalised in a way that its weights don't expect.
 
     recipe, seed, data, epochs: how the weights were trained, for people to read.
     mean, std: what images are normalised with before the network predicts their classes.
@@ -185,8 +191,9 @@ class WeightsInfo(BaseModel, strict=True, frozen=True):
         Raises InputError if the file doesn't say how either: files of older versions don't.
         """
         if self.train_mean is None or self.train_std is None:
-            what = "expected the mean and std of the training (train_mean, train_std), found none"
-            raise InputError(f"weights: {what}: use `pretrained`, or train them again")
+            what = "the file doesn't say how training images were normalised"
+            remedy = "use `pretrained`, or train the network again"
+            raise InputError(f"weights: {what} (train_mean, train_std): {remedy}")
         return Normalization(self.train_mean, self.train_std)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -215,19 +222,19 @@ def save_model(path: Path, model: ResNet, info: WeightsInfo) -> None:
 
 
 def load_model(path: str | os.PathLike) -> tuple[ResNet, WeightsInfo]:
-    """Read a file that `save_model` has written, or the package's own weights for `pretrained`.
+    """Read a file that `save_model` has written, or the package's report weights for `pretrained`.
 
     Returns the network, float32 on the CPU and in evaluation mode, and what the file says about its
-    weights. The sha256 of the package's own file is checked.
+    weights. For `pretrained`, the file's sha256 is checked.
 
     Raises InputError if the file is missing or damaged, or if its network gives no usable logits.
     """
     remedy = "give a model.safetensors that `cifar_lib train` wrote"
     shipped = str(path) == PRETRAINED
     if shipped:
-        path, remedy = SHIPPED, "get cifar_lib/weights of the repository again"
+        path, remedy = SHIPPED, "get cifar_lib/weights from the repository again"
     known = (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError)
-    with explained(f"weights: {path} isn't a file of this package's weights", remedy, *known):
+    with explained(f"weights: can't load {path}", remedy, *known):
         content = read_regular(Path(path), LARGEST_FILE)
         if shipped:
             listed = (SHIPPED.parent / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
@@ -245,7 +252,7 @@ def _parse(content: bytes) -> tuple[ResNet, WeightsInfo]:
     metadata = parse_object(header["__metadata__"]["cifar_lib"].encode())
     info = WeightsInfo.model_validate(metadata["info"])
 
-    # Build the network only once its shape has been checked.
+    # Build the network only after its shape has been checked.
     blocks, channels = metadata["model"]["blocks"], metadata["model"]["channels"]
     check_shape(blocks, channels)
     model = ResNet(blocks, channels).eval()

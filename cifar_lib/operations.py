@@ -38,9 +38,9 @@ class Op(NamedTuple):
 
 
 def magnitudes(name: str, bins: int = 31, wide: bool = False) -> list[float]:
-    """Return the magnitudes of the operation `name`, one per bin, as torchvision defines them.
+    """Return the magnitudes of the operation `name`, as torchvision defines them.
 
-    torchvision calls the levels of strength bins.
+    There is one for each level of strength, which torchvision calls a bin.
 
     ShearX and ShearY: the tangent of the angle.
     TranslateX and TranslateY: pixels.
@@ -80,7 +80,7 @@ def move(name: str, images: Tensor, magnitude: float) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _source_pixels(name: str, magnitude: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return where a move takes each of the 1024 pixels of its result from.
+    """Return which source pixel a move copies to each of the 1024 pixels of its result.
 
     The first tensor, int64 (1024,), is the source pixel's position in the flattened image. The
     second, uint8 (1024,), is 1 where the source pixel lies inside the image, and 0 where the result
@@ -159,19 +159,19 @@ def _smooth(images: Tensor) -> Tensor:
     """
     values = images.to(torch.int16)  # the sums are at most 13 * 255, which fits
 
-    # Sums of three pixels below one another, then of three such sums side by side.
+    # Sums of three vertically adjacent pixels, then of three such sums side by side.
     columns = values[:, :, :-2] + values[:, :, 1:-1]
     columns.add_(values[:, :, 2:])  # (n, 3, 30, 32)
     squares = columns[..., :-2] + columns[..., 1:-1]
     squares.add_(columns[..., 2:])  # (n, 3, 30, 30): each 3x3 square with equal weights
 
-    # The pixel in the middle counts once in its square, and four times more makes five.
+    # The middle pixel is already counted once; adding it four more times makes its weight 5.
     squares.add_(values[:, :, 1:-1, 1:-1], alpha=4)
     return _round(squares.float().mul_(1 / 13))
 
 
-# Operations that replace each value by another one, wherever in the image it is. All of them take
-# a magnitude; those that don't use it call it `_`.
+# Operations that map values to values: within a channel of an image, equal values become the same
+# value, wherever they are. All of them take a magnitude; those that don't use it call it `_`.
 
 
 def identity(images: Tensor, _: float) -> Tensor:
@@ -191,7 +191,8 @@ def posterize(images: Tensor, bits: float) -> Tensor:
 
 def solarize(images: Tensor, threshold: float) -> Tensor:
     """Invert the values that are at the threshold or above it."""
-    # Values are whole numbers, so they reach the threshold where they reach it rounded up.
+    # A whole number x is at least the threshold just if it is at least the threshold rounded up,
+    # and the comparison with a whole number stays in uint8.
     is_inverted = (images >= math.ceil(threshold)).view(torch.uint8)  # 1 or 0
     # 255 - x is x with all its bits flipped, that is x ^ 255, and x ^ 0 is x. This is three times
     # as fast on a CPU as torch.where.
@@ -223,9 +224,9 @@ def equalize(images: Tensor, _: float) -> Tensor:
     """Spread each channel's values so that all of them occur about equally often.
 
     A value becomes the number of pixels that are darker, divided by `step` and rounded. The step is
-    1/255 of all pixels that are darker than the brightest value, rounded down. Where the step is 0,
-    the channel stays as it is. torchvision's `equalize` gives the same values, but takes 1.5 times
-    as long on a CPU.
+    the number of pixels darker than the channel's brightest value, divided by 255 and rounded down.
+    Where the step is 0, the channel stays as it is. torchvision's `equalize` gives the same values,
+    but takes 1.5 times as long on a CPU.
     """
     # Count how often each value occurs in each channel, and how many pixels are darker than it.
     values = images.flatten(2).long()  # (n, 3, 1024)

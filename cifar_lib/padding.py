@@ -2,12 +2,13 @@
 
 Training can be understood without this module: the padded network computes what the network itself
 computes, and stays equal to it while both are trained. In half precision, the matrix units of a GPU
-work on multiples of 8 channels, or of a larger number. The report's network has 66, 132 and 264.
+work on multiples of 8 channels, or of 16 or more. The report's network has 66, 132 and 264.
 
 An added channel is 0 at every position in every image, because the weights that lead to it and the
 scale and bias of its batch norm are 0. ReLU passes no gradient back where it gives 0. So all
 gradients that belong to the channel are 0, and momentum and weight decay leave its weights at 0.
-Only sums over a convolution's input channels change: they have more terms, which are 0.
+Only sums over a convolution's input channels change: they have more terms, which are 0,
+so they may be rounded differently.
 """
 
 import math
@@ -27,8 +28,8 @@ Shapes = Mapping[str, torch.Size]
 def pad_network(model: ResNet, multiple: int) -> ResNet:
     """Return a network that computes what `model` does, with channels in multiples of `multiple`.
 
-    If nothing has to be added, `model` itself is returned. Otherwise the new network draws random
-    weights while it is built, like any other, before it gets the weights of `model`.
+    If nothing has to be added, `model` itself is returned. Otherwise the new network is on the CPU.
+    Building it uses up random numbers, although it then gets the weights of `model`.
     """
     channels = [multiple * math.ceil(width / multiple) for width in model.channels]
     if tuple(channels) == model.channels:
@@ -46,8 +47,8 @@ def shapes(model: nn.Module) -> Shapes:
 def pad(tensors: Tensors, narrow: Shapes, wide: Shapes) -> Tensors:
     """Return the tensors of a network with zeros appended, as the padded network has them.
 
-    If a tensor's shape isn't the one in `narrow`, the result's shape isn't the one in `wide`
-    either, and loading it is refused.
+    narrow, wide: the shapes without and with the padding. They aren't compared with the tensors: if
+    a tensor has another shape, so has its result, and `load_state_dict` will refuse it.
     """
     result = {}
     for name, tensor in tensors.items():

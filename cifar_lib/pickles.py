@@ -2,17 +2,17 @@
 
 A pickle is a small program. Its instructions push values on a stack, collect them into lists and
 dicts, and call any function that they name, be it numpy's or `os.system`. Lists of forbidden names
-are bypassed again and again. Therefore everything is forbidden here, except for what data and
+keep being bypassed. Therefore everything is forbidden here, except for what data and
 arrays need:
 
 - Only the instructions in `INSTRUCTIONS` are followed. Any other one ends the reading.
 - A name is never imported. It only chooses one of the harmless functions in `_FUNCTIONS`.
-- A short file can't cause long work or fill the memory. The instructions are counted. The keys of a
-  dict must be short names or small numbers, because tuples within tuples can take for ever to hash.
-  Only small values can be used twice: if each of sixty tuples held the one before it twice, the
-  last would have 2^60 members.
+- A short file can't keep the reader busy for long, or fill the memory. The instructions are
+  counted. The keys of a dict must be short names or small numbers, because tuples within tuples can
+  take for ever to hash. Lists, tuples, dicts and long texts can't be used twice: if each of sixty
+  tuples held the one before it twice, the last would have 2^60 members.
 
-The last point needs control over single instructions. Python's public unpickler is written in C: it
+The last point needs control over each instruction. Python's public unpickler is written in C: it
 takes as much memory as an index or a length in the file asks for, and hashes a key before anybody
 can check it. The standard library also has an unpickler in Python, `pickle._Unpickler`, which calls
 a method `load_...` for each instruction. `_Reader` is a subclass of it, and overrides some of these
@@ -29,11 +29,11 @@ import numpy as np
 
 from cifar_lib.errors import InputError
 
-MAX_BYTES = 1 << 26  # 64 MiB; 20,000 images have 61 MB
+MAX_BYTES = 1 << 26  # 64 MiB; 20,000 images take 61 MB
 MAX_INSTRUCTIONS = 1_000_000  # 50 for each of 20,000 images
 MAX_SHORT = 200  # characters of a dict's key, and of a text that is used more than once
 
-# The instructions that are followed, by the names that they have in Python's module pickle.
+# The instructions that are followed, by their names in Python's pickle module.
 INSTRUCTIONS = """
 PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4
 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
@@ -52,7 +52,7 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
 
     - numpy's scalars become Python's numbers and strings,
     - a flat array of objects becomes a list of them,
-    - bytearrays, which only protocol 5 has, become bytes,
+    - bytearrays become bytes in protocol 5; older protocols store a call, which is refused,
     - Python 2's strings are decoded as latin-1, and
     - arrays inside lists or inner dicts stay `_Array` objects.
 
@@ -65,7 +65,7 @@ def read(content: bytes) -> dict[str | bytes | int, Any]:
     except InputError:
         raise
     except Exception as error:  # a broken file can make the unpickler raise anything
-        raise InputError(f"no pickle of arrays ({type(error).__name__})") from error
+        raise InputError(f"it isn't a pickle of arrays ({type(error).__name__})") from error
 
     if not isinstance(value, dict):
         raise InputError(f"expected a dict, got {type(value).__name__}")
@@ -102,14 +102,13 @@ class _Reader(pickle._Unpickler):
         """
         place = module.replace("numpy._core", "numpy.core"), name
         if place not in _FUNCTIONS:
-            shown = repr(f"{module[:100]}.{name[:100]}")[1:-1]
-            raise InputError(f"it wants to run {shown}; nothing was run")
+            raise InputError(f"it wants to run {module[:100]}.{name[:100]}; nothing was run")
         return _FUNCTIONS[place]
 
     def load_reduce(self) -> None:
         """Call the function on the stack. Only those in `_FUNCTIONS` can get there."""
         if not isinstance(self.stack[-1], tuple):
-            raise InputError("it calls a function otherwise than numpy does; nothing was run")
+            raise InputError("it calls a function in a way that numpy doesn't; nothing was run")
         super().load_reduce()
 
     def load_build(self) -> None:
@@ -125,7 +124,7 @@ class _Reader(pickle._Unpickler):
     def load_dict(self) -> None:
         """Push an empty dict. Pickle itself always writes it empty, and fills it afterwards."""
         if self.pop_mark():
-            raise InputError("it fills a dict otherwise than pickle does")
+            raise InputError("it fills a dict in a way that pickle doesn't")
         self.append(_Dict())
 
     def load_short_binunicode(self) -> None:
@@ -137,13 +136,13 @@ class _Reader(pickle._Unpickler):
     def load_binunicode8(self) -> None:
         self._load_text(8)
 
-    def _load_text(self, digits: int) -> None:
-        """Push a text. The file has its length in `digits` bytes, and then the text in UTF-8.
+    def _load_text(self, length_bytes: int) -> None:
+        """Push a text. The file has its length in `length_bytes` bytes, then the text in UTF-8.
 
         The original methods also accept lone surrogates. No honest file has them, and 21 million of
         them take 7 s.
         """
-        size = int.from_bytes(self.read(digits), "little")
+        size = int.from_bytes(self.read(length_bytes), "little")
         self.append(self.read(size).decode("utf-8"))
 
     def load_bytearray8(self) -> None:
@@ -168,7 +167,8 @@ class _Dispatch(dict):
         if self.followed > MAX_INSTRUCTIONS:
             raise InputError(f"it has over {MAX_INSTRUCTIONS:,} instructions")
         if code not in self:
-            raise InputError(f"no pickle of arrays: it has the instruction {bytes([code])!r}")
+            what = f"it has the instruction {bytes([code])!r}"
+            raise InputError(f"it isn't a pickle of arrays: {what}")
         return super().__getitem__(code)
 
 
@@ -176,11 +176,15 @@ class _Dict(dict):
     """A dict with short keys, which are quick to hash and to compare, whatever the file holds."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # Numbers of 2^61 and more could be chosen to share one hash, which makes a dict slow.
+        # Large numbers could be chosen to share one hash, which makes a dict slow. No honest file
+        # stores more values under a number than it has instructions.
         is_number = isinstance(key, int) and 0 <= key < MAX_INSTRUCTIONS
         is_name = isinstance(key, (str, bytes)) and len(key) <= MAX_SHORT
         if not is_number and not is_name:
-            raise InputError(f"expected short names as a dict's keys, got {type(key).__name__}")
+            wanted = (
+                f"names of at most {MAX_SHORT} characters, or numbers below {MAX_INSTRUCTIONS:,}"
+            )
+            raise InputError(f"expected {wanted} as keys, got another {type(key).__name__}")
         super().__setitem__(key, value)
 
 
@@ -212,7 +216,8 @@ class _DType:
 
     def __init__(self, code: str, align: Any, copy: Any):
         if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}|O[48]", code):
-            raise InputError(f"it holds an array of {code[:20]!r}, neither numbers nor names")
+            wanted = "booleans, real numbers and strings below 1,000 characters"
+            raise InputError(f"it holds an array of type {code[:20]!r}; only {wanted} are read")
         self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 
     def build(self, state: tuple) -> None:
@@ -228,12 +233,12 @@ class _Array:
 
     def build(self, state: tuple) -> None:
         """Set the values from numpy's state: version, shape, type, order in memory, bytes."""
-        _, shape, kind, is_fortran, content = state
-        self.values = _values(content, kind, shape, "F" if is_fortran else "C")
+        _, shape, dtype, is_fortran, content = state
+        self.values = _values(content, dtype, shape, "F" if is_fortran else "C")
 
 
 def _values(
-    content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None
+    content: Any, dtype: _DType, shape: Any, order: Any, axes: Any = None
 ) -> np.ndarray | list:
     """Return a read-only view of the bytes `content` as an array. Its shape must fit them exactly.
 
@@ -244,7 +249,7 @@ def _values(
     Raises InputError or ValueError if the shape, type and bytes don't fit each other.
     """
     # Never make an array of objects from bytes: numpy would take them for addresses.
-    if kind.dtype.kind == "O":
+    if dtype.dtype.kind == "O":
         if not isinstance(content, list) or shape != (len(content),):
             raise InputError("it holds an array of objects that isn't a plain list of them")
         return content
@@ -253,36 +258,36 @@ def _values(
     # a shape that needs more bytes than there are. A shape that needs fewer is refused here.
     content = content.encode("latin1") if isinstance(content, str) else content
     stored = "C" if order == "K" else order
-    array = np.ndarray(shape, kind.dtype, memoryview(content), order=stored)
+    array = np.ndarray(shape, dtype.dtype, memoryview(content), order=stored)
     if array.nbytes != len(content):
-        raise InputError(f"it holds an array of another shape than its {len(content):,} bytes")
+        raise InputError(f"it holds an array whose shape doesn't fit its {len(content):,} bytes")
 
     # numpy accepts any number as a character, and fails only when the character is used. Decode the
     # bytes once, so that a wrong one is refused now.
-    if kind.dtype.kind == "U":
-        content.decode("utf-32-be" if kind.dtype.str[0] == ">" else "utf-32-le")
+    if dtype.dtype.kind == "U":
+        content.decode("utf-32-be" if dtype.dtype.str[0] == ">" else "utf-32-le")
     return array.transpose(axes) if order == "K" else array
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+def _reconstruct(array_class: Any, shape: Any, code: Any) -> _Array:
     """Return an array without values. BUILD fills it later."""
     return _Array()
 
 
-def _scalar(kind: _DType, content: Any) -> Any:
-    """Return one of numpy's scalars as a number or string of Python."""
-    return _values(content, kind, (), "C").item()
+def _scalar(dtype: _DType, content: Any) -> Any:
+    """Return one of numpy's scalars as a Python number or string."""
+    return _values(content, dtype, (), "C").item()
 
 
-def _frombuffer(content: Any, kind: _DType, shape: Any, order: Any, axes: Any = None) -> _Array:
+def _frombuffer(content: Any, dtype: _DType, shape: Any, order: Any, axes: Any = None) -> _Array:
     """Return a whole array from one call, which is how protocol 5 stores it."""
-    return _Array(_values(content, kind, shape, order, axes))
+    return _Array(_values(content, dtype, shape, order, axes))
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """Return `text` as bytes. In protocols 0 to 2, Python 3 stores bytes as latin-1 text."""
     if encoding != "latin1":
-        raise InputError("it encodes text otherwise than pickle does")
+        raise InputError("it encodes text in a way that pickle doesn't")
     return text.encode("latin1")
 
 
@@ -290,7 +295,7 @@ def _range(*numbers: int) -> range:
     """Return a range of bounded length. It takes no memory itself, but a list of it would."""
     counted = range(*numbers)
     if len(counted) > MAX_INSTRUCTIONS:
-        raise InputError(f"it counts to over {MAX_INSTRUCTIONS:,}")
+        raise InputError(f"it holds a range of over {MAX_INSTRUCTIONS:,} numbers")
     return counted
 
 

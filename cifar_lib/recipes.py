@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import reprlib
 from dataclasses import asdict, replace
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from cifar_lib.augment import Policy, checked
 from cifar_lib.data import Normalization
 from cifar_lib.errors import InputError
 from cifar_lib.hardware import PRECISIONS
-from cifar_lib.model import check_shape
+from cifar_lib.model import NARROWEST, Mean, Std, check_shape
 
 # Values may come as text from the command line: "3,4,3" or "(3, 4, 3)" becomes a list, and "none"
 # becomes None where a field may be None.
@@ -23,11 +24,7 @@ OrNone = BeforeValidator(lambda v: None if isinstance(v, str) and v.lower() == "
 Count = Annotated[int, Field(ge=0, lt=10**6)]
 Positive = Annotated[int, Field(ge=1, lt=10**6)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Mean = Annotated[tuple[float, float, float], Split]
-Std = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=3, max_length=3), Split]
-# With fewer than 16 channels oneDNN's 1x1 convolutions write to memory that isn't theirs
-# (uxlfoundation/oneDNN#6035).
-Width = Annotated[int, Field(ge=16)]
+Width = Annotated[int, Field(ge=NARROWEST)]
 
 
 @checked
@@ -42,7 +39,7 @@ class TrainConfig:
     batch_size: Positive = 128  # the last batch of an epoch takes what is left
     learning_rate: Annotated[float, Field(gt=0)] = 0.1  # the peak of the schedule
     warmup_epochs: Count = 10
-    # published: the report's, which changes once per epoch; cosine: changes each step, ends at 0
+    # published: the report's, which changes once per epoch; cosine: changes each step, ends near 0
     schedule: Literal["published", "cosine"] = "published"
     momentum: Fraction = 0.9
     nesterov: bool = False
@@ -56,15 +53,16 @@ class TrainConfig:
     # d * average + (1 - d) * weights, and the run ends with the average as its weights; 0: none
     ema_decay: Fraction = 0.0
     policy: Policy = Policy()  # the augmentation
-    mean: Mean = data.CIFAR10_MEAN  # what training images are normalised with
-    std: Std = data.PUBLISHED_STD
-    test_mean: Mean = data.PUBLISHED_TEST_MEAN  # what images to be predicted are normalised with
-    test_std: Std = data.PUBLISHED_TEST_STD
+    mean: Annotated[Mean, Split] = data.CIFAR10_MEAN  # what training images are normalised with
+    std: Annotated[Std, Split] = data.PUBLISHED_STD
+    # what images to be predicted are normalised with
+    test_mean: Annotated[Mean, Split] = data.PUBLISHED_TEST_MEAN
+    test_std: Annotated[Std, Split] = data.PUBLISHED_TEST_STD
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     precision: Literal[PRECISIONS] = "fp32"  # auto: bf16 or fp16, where the hardware is fast at it
     # whether to use torch.compile; None: on a GPU, for runs that are long enough to gain from it
     compile: Annotated[bool | None, OrNone] = None
-    # how many training images to take, each class in its share; None: all
+    # how many training images to take, with equal shares of each class; None: all
     train_size: Annotated[Positive | None, OrNone] = None
     validation_size: Count = 0  # how many of those are held out, and evaluated each epoch
     watch_test: bool = True  # evaluate the test set each epoch, as the report did
@@ -77,7 +75,8 @@ class TrainConfig:
         """
         check_shape(self.blocks, self.channels)
         if self.nesterov and not self.momentum:
-            raise InputError("nesterov: expected a momentum above 0, got 0: set both or neither")
+            remedy = "set a momentum, or switch nesterov off"
+            raise InputError(f"nesterov: expected a momentum above 0, got 0: {remedy}")
         return self
 
     @property
@@ -92,8 +91,9 @@ class TrainConfig:
 
 
 REPORT = TrainConfig()
-# These values are taken from davdcharizard/autoresearch-cifar10, whose search chose them by the
-# accuracy on CIFAR-10's test images. There, one run of 65 epochs at a learning rate of 0.2 reached
+# The schedule, Nesterov momentum, weight decay, smoothing and augmentation are taken from
+# davdcharizard/autoresearch-cifar10, whose search chose them by the accuracy on CIFAR-10's test
+# images. There, one run of 65 epochs at a learning rate of 0.2 reached
 # 96.05 % with a nearly identical network (blocks 3, 3, 3; channels 64, 128, 256). This number
 # is the test accuracy of that run's best epoch. The runs of this package are scored after their
 # last epoch.
@@ -118,8 +118,8 @@ SHORT = replace(
     BEST, recipe="short", epochs=12, warmup_epochs=2, half_size_epochs=6, watch_test=True
 )
 # A network with one block per stage, for a CPU: all images in a minute or two. Its values were
-# chosen on a validation split, by accuracy per second (results/LOG.md, 2026-11-29). In such a
-# short training, all augmentation except mirroring costs accuracy.
+# chosen on a validation split, by accuracy per second (results/LOG.md, 2026-11-29). In so
+# short a run, all augmentation except mirroring costs accuracy.
 SMALL = replace(
     SHORT,
     recipe="small",
@@ -161,20 +161,22 @@ def recipe(name: str, /, **changes: object) -> TrainConfig:
             raise wrong["ctx"]["error"] from None
         field = ".".join(map(str, wrong["loc"]))
         reason = wrong["msg"].replace("Input should be", "expected")
+        reason = re.sub("expected (greater|less)", r"expected a value \1", reason)
         reason = reason.replace("Unexpected keyword argument", "no such setting")
         got = reprlib.repr(wrong["input"])
-        raise InputError(f"{field}: {reason}; got {got}: see {TrainConfig.__module__}") from None
+        where = "augment" if field.startswith("policy") else "recipes"
+        raise InputError(f"{field}: {reason}; got {got}: see cifar_lib/{where}.py") from None
 
 
 def with_defaults(stored: dict) -> dict:
-    """Return a run's config.json, completed with the fields that its version didn't have yet.
+    """Return a run's config.json, with the fields added that its version didn't have yet.
 
-    The missing fields get their defaults, which don't change what the run does. All other fields
-    stay, even those that no version has.
+    They get their defaults: the default of a new field always means what versions without the field
+    did. All other fields stay, even those that no version has.
     """
     defaults = json.loads(json.dumps(asdict(REPORT)))  # tuples become lists, as in the file
     complete = defaults | stored
-    if isinstance(complete["policy"], dict):
+    if isinstance(complete["policy"], dict):  # a damaged file may hold anything here
         complete["policy"] = defaults["policy"] | complete["policy"]
     return complete
 
@@ -187,15 +189,16 @@ def learning_rate(config: TrainConfig, epoch: float) -> float:
     p the peak. During warm-up, while e < w, the rate is p * e / w under both schedules.
 
     published: e is rounded down, so the rate changes once per epoch. After warm-up it is
-    p * (1 + cos(pi * (e - w/2) / (E - w/2))) / 2. The report's program starts the cosine at half
-    the warm-up: so its rate jumps from 0.9 p to 0.98 p, and never reaches the peak.
+    p * (1 + cos(pi * (e - w/2) / (E - w/2))) / 2. The report's program counts the cosine from the
+    middle of the warm-up. With its w = 10 and E = 60, the rate jumps from 0.9 p to 0.98 p, and
+    never reaches the peak.
 
-    cosine: the rate changes each step, and w is at most E / 2. After warm-up it is
-    p * (1 + cos(pi * (e - w) / (E - w))) / 2.
+    cosine: the rate changes each step. After warm-up it is
+    p * (1 + cos(pi * (e - w) / (E - w))) / 2. A w above E / 2 counts as E / 2.
     """
     peak, warmup, total = config.learning_rate, config.warmup_epochs, config.epochs
 
-    # Find the epoch at which the cosine starts.
+    # Find the epoch from which the cosine counts, where it would be at the peak.
     if config.schedule == "published":
         epoch = math.floor(epoch)
         start = warmup / 2

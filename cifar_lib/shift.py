@@ -2,8 +2,8 @@
 
 A file of images to predict may differ in two ways. Its pixels may be shifted: darker, noisier,
 blurred. Its class mix may also differ: half of the images may be cats. Adapting removes a shift,
-but mistakes another class mix for a shift. `predict_adapted` tells the two apart from the
-predictions.
+but mistakes a different class mix for a shift. `predict_adapted` uses the predictions to tell the
+two apart.
 """
 
 import copy
@@ -21,13 +21,14 @@ ADAPTATIONS = ("none", "normalize", "batchnorm", "normalize+batchnorm")
 PRIOR = 16  # the training statistics count as this many images; Schneider et al. found 8 to 32 best
 # The adaptation if the classes are about equally frequent, chosen in results/shift/verdict.json.
 BALANCED = "normalize+batchnorm"
-# The adaptation if they aren't: batch-norm statistics would contain the class mix.
+# The adaptation if they aren't: the images' own statistics would reflect the class mix.
 UNBALANCED = "none"
-# The allowed imbalance of the classes that are predicted for n images is
+# The allowed `imbalance` of the classes that are predicted for n images is
 # CHANCE_IMBALANCE / sqrt(n) + SHIFT_MARGIN.
 # If n images are drawn from equally frequent classes, their imbalance is
-# 5 sqrt(2 * 0.1 * 0.9 / (pi n)) = 1.2 / sqrt(n) on average. The margin is for a strong shift, which
-# makes the network favour some classes.
+# 5 sqrt(2 * 0.1 * 0.9 / (pi n)) = 1.2 / sqrt(n) on average. The margin is for the
+# variation around this average, and for a strong shift, which makes the network favour some
+# classes.
 CHANCE_IMBALANCE = 1.2
 SHIFT_MARGIN = 0.05
 # How much mean confidence adapting may cost. The value was chosen on unbalanced files of 300 images
@@ -53,7 +54,7 @@ def adapt(
     normalization: Normalization,
     precision: str = "fp32",
 ) -> tuple[nn.Module, Normalization]:
-    """Return a network and a normalization that are adapted to unlabelled images, to predict them.
+    """Return a network and a normalization, adapted to unlabelled images, for predicting them.
 
     images: uint8 (N, 3, 32, 32), all images of a set: adapting uses their statistics.
 
@@ -136,31 +137,32 @@ def predict_adapted(
     # adapting, to compare.
     unadapted_logits = predict(model, images, normalization, precision, tta)
     unadapted_counts = class_counts(unadapted_logits)
-    sure, adapted_sure = confidence(unadapted_logits), confidence(adapted_logits)
+    before, after = confidence(unadapted_logits), confidence(adapted_logits)
     allowed = allowed_imbalance(len(images))
 
     # Choose, and say why.
-    why = f"classes are unbalanced ({imbalance(counts):.2f} from equal, {allowed:.2f} allowed)"
-    if is_misled(counts, unadapted_counts, sure - adapted_sure):
-        why = f"{why}, and adapting lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
+    distance = f"{imbalance(counts):.2f} from equal, {allowed:.2f} allowed"
+    why = f"the predicted classes are unbalanced ({distance})"
+    if is_misled(counts, unadapted_counts, before - after):
+        why = f"{why}, and adapting lowers the confidence ({before:.1%} to {after:.1%})"
         return Adapted(unadapted_logits, UNBALANCED, why)
     if agreement(counts, unadapted_counts) < MIN_AGREEMENT:
-        why = f"{why}, but without adapting they would be very different, as on a strong shift"
+        why = f"{why}, but very different without adapting, which points to a strong shift"
     else:
-        why = f"{why}, but adapting hardly lowers the confidence ({sure:.1%} to {adapted_sure:.1%})"
+        why = f"{why}, but adapting hardly lowers the confidence ({before:.1%} to {after:.1%})"
     return Adapted(adapted_logits, BALANCED, why)
 
 
 def is_misled(counts: Tensor, unadapted_counts: Tensor, confidence_lost: float) -> bool:
     """Return whether adapting to a file has removed its class mix, and not a shift.
 
-    counts: int64 (10,), how many images the adapted network predicts to be of each class.
-    unadapted_counts: int64 (10,), how many the unadapted network predicts to be of each class.
+    counts: int64 (10,), how many images the adapted network assigns to each class.
+    unadapted_counts: int64 (10,), how many images the unadapted network assigns to each class.
     confidence_lost: by how much adapting lowers the mean confidence.
 
     If the file's class mix isn't balanced, both networks predict a similar mix, and adapting costs
     confidence. If there is a strong shift, adapting costs little confidence or none, or the
-    unadapted network predicts quite another mix.
+    unadapted network predicts a quite different mix.
     """
     networks_agree = agreement(counts, unadapted_counts) >= MIN_AGREEMENT
     return not is_balanced(counts) and networks_agree and confidence_lost > MAX_CONFIDENCE_LOSS
@@ -187,12 +189,16 @@ def imbalance(counts: Tensor) -> float:
 
 
 def agreement(counts: Tensor, others: Tensor) -> float:
-    """Return the correlation, from -1 to 1, of two networks' class counts, int64 (10,) each."""
-    return torch.corrcoef(torch.stack([counts, others]).double())[0, 1].item()
+    """Return the correlation of two networks' class counts, int64 (10,) each.
+
+    It is from -1 to 1, and 0 if the counts of one network are all equal.
+    """
+    correlation = torch.corrcoef(torch.stack([counts, others]).double())[0, 1]
+    return correlation.nan_to_num(0).item()
 
 
 def class_counts(logits: Tensor) -> Tensor:
-    """Count how many of N images are predicted to be of each class: (N, 10) -> int64 (10,)."""
+    """Count how many of N images are assigned to each class: logits (N, 10) -> int64 (10,)."""
     return logits.argmax(1).bincount(minlength=len(CLASSES))
 
 
@@ -213,10 +219,10 @@ def rebase_batch_norm(
     images: uint8 (N, 3, 32, 32), training images without augmentation. The copy's batch norms have
     the statistics of these images.
 
-    Training leaves the statistics of augmented images. Plain images deviate from them, and the
-    weights have learnt to expect that deviation. If `adapt` got such a model, it would remove the
-    deviation together with the shift. From the statistics of plain images, other images deviate
-    only by their shift.
+    Training leaves the statistics of augmented images. Plain images deviate from them even without
+    a shift, and the weights classify them well with this deviation. If `adapt` got such a model, it
+    would remove the deviation together with the shift. From the statistics of plain images, other
+    images deviate only by their shift.
     """
     model = copy.deepcopy(model).eval()
 

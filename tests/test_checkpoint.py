@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_two_are_refused(run, damaged, m
 
 
 def test_a_run_that_is_held_is_refused_until_it_is_left(run):
-    with run, pytest.raises(InputError, match="another process trains in "):
+    with run, pytest.raises(InputError, match="another process is training in "):
         RunDirectory(run.path).__enter__()  # the system's locks are by opened file
     with RunDirectory(run.path):
         pass
@@ -210,7 +210,7 @@ def test_a_mounted_drive_without_locks_and_permissions_will_do(run, monkeypatch,
 def test_somebody_elses_folder_and_a_place_below_a_file_are_refused_untouched(tmp_path, theirs):
     (tmp_path / theirs).write_text('{"architectures": ["ResNet"]}', encoding="utf-8")
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=rf"holds '{theirs}', but no config.json"):
+    with pytest.raises(InputError, match=rf"holds '{theirs}', but no run's config.json"):
         RunDirectory(tmp_path).__enter__()
     for path in (tmp_path / theirs, tmp_path / theirs / "run"):
         with pytest.raises(InputError, match="run directory: .* can't be written"):

@@ -22,7 +22,7 @@ from cifar_lib import cli, shift
 from cifar_lib.checkpoint import RunDirectory
 from cifar_lib.data import CIFAR10_MEAN, CIFAR10_STD, CLASSES, ImageSet, Normalization
 from cifar_lib.evaluate import fit_temperature, predict, summarize
-from cifar_lib.explain import beside_heat, grad_cam
+from cifar_lib.explain import grad_cam, picture_with_heat
 from cifar_lib.fit import fit, split
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import ResNet, WeightsInfo, load_model, save_model
@@ -89,7 +89,7 @@ def interruptible():
 
 
 def run(*words: str) -> int:
-    """The exit code; a word with blanks stands for several, one in quotes for itself."""
+    """The exit code; a word with blanks is the id of several, one in quotes for itself."""
     split = [w.strip("'") if w.startswith("'") else w.split(" ") for w in words]
     flat = [part for w in split for part in ([w] if isinstance(w, str) else w)]
     try:
@@ -129,7 +129,7 @@ def test_a_finished_training_is_read_not_trained_again(place, capsys):
     assert run(train) == 0
     said = capsys.readouterr().out
     score = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))["test"]
-    assert "epoch" not in said and f"test accuracy {score['accuracy']:.2%} (95 % interval" in said
+    assert "epoch" not in said and f"test accuracy {score['accuracy']:.2%} (95% interval" in said
     assert said.endswith("n = 100); weights in " + str(Path("run", "model.safetensors")) + "\n")
     for other in ("[1]", '{"epochs": 3}', '{"test": {"n": 3}}'):
         Path("run/metrics.json").write_text(other, encoding="utf-8")
@@ -148,7 +148,7 @@ def test_evaluate_scores_what_the_library_predicts(place, network, images, capsy
     assert np.count_nonzero(np.sum(wanted["confusion_matrix"], axis=0)) > 3
     assert (score["weights"], score["tta"]) == ("tiny.safetensors", "none")
     assert run(f"evaluate {WEIGHTS}") == 0
-    accuracy = f"test accuracy {wanted['accuracy']:.2%} (95 % interval "
+    accuracy = f"test accuracy {wanted['accuracy']:.2%} (95% interval "
     assert capsys.readouterr().out.startswith(accuracy)
 
 
@@ -180,10 +180,10 @@ def test_predict_prints_calibrated_probabilities_and_draws_where_the_network_loo
     assert heat.flatten(1).std(1).min() > 0.05
     for name, picture, its_heat in zip(names, pictures, heat, strict=True):
         drawn = np.asarray(Image.open(f"{Path(name).stem}.grad-cam.png"))
-        difference = drawn.astype(int) - beside_heat(picture, its_heat)
+        difference = drawn.astype(int) - picture_with_heat(picture, its_heat)
         assert drawn.shape == (256, 512, 3) and np.abs(difference).mean() < 0.5
     assert Path("0.png").read_bytes() == before
-    assert "two have one name" in mistake(capsys, f"{command} 0.png 0.png")
+    assert "two have the same name" in mistake(capsys, f"{command} 0.png 0.png")
 
 
 def test_own_weights_bring_their_normalisation_and_a_temperature_if_images_were_held_out(
@@ -213,7 +213,7 @@ def test_submit_writes_the_labels_that_the_library_predicts(place, network, adap
         return predict(model, unlabelled, normalization, tta=tta).argmax(1).tolist()
 
     wanted = labels(model, normalization)
-    options = f"--adapt {adapt} --tta --label-column Category --out"
+    options = f"--adapt {adapt} --tta flip --label-column Category --out"
     assert run(f"{SUBMIT} {options}", "'neuer Ordner/ü.csv'") == 0
     header, *rows = Path("neuer Ordner/ü.csv").read_text(encoding="utf-8").splitlines()
     assert header == "ID,Category"
@@ -229,12 +229,13 @@ def test_submit_writes_the_labels_that_the_library_predicts(place, network, adap
 def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, monkeypatch):
     """On a file whose classes are balanced, and on one whose aren't; this network's are never."""
     chosen = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))["default"]
+    adapt = chosen["adapt"]
     monkeypatch.setattr(shift, "SHIFT_MARGIN", 1)
     assert run(f"{SUBMIT} --out s.csv") == 0
     assert capsys.readouterr().out.splitlines() == [
-        "images of test.pkl, pixel after pixel",
-        f"adapted by {chosen['adapt']}: the predicted classes are balanced",
-        f"100 labels in s.csv (adaptation: {chosen['adapt']}, test-time views: {chosen['tta']})",
+        "images read from test.pkl, pixel after pixel",
+        f"adaptation chosen: {adapt}, because the predicted classes are balanced",
+        f"100 labels in s.csv (adaptation: {adapt}, test-time augmentation: {chosen['tta']})",
     ]
     # What is said stays out of the submission where both would go to standard output.
     for limit in ("SHIFT_MARGIN", "MAX_CONFIDENCE_LOSS", "MIN_AGREEMENT"):
@@ -242,8 +243,10 @@ def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, m
     assert run(f"{SUBMIT} --tta none --out -") == 0
     out, err = capsys.readouterr()
     _, why, settings = err.splitlines()
-    assert why.startswith("adapted by none: classes are unbalanced")
-    assert settings == "100 labels in - (adaptation: none, test-time views: none)"
+    assert why.startswith("adaptation chosen: none, because the predicted classes are unbalanced")
+    assert (
+        settings == "100 labels in standard output (adaptation: none, test-time augmentation: none)"
+    )
     assert run(f"{SUBMIT} --tta none --adapt none --out none.csv") == 0
     assert out == Path("none.csv").read_text(encoding="utf-8")
 
@@ -254,23 +257,23 @@ def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, m
 WRONG = [
     ("tune", "invalid choice: 'tune'"),
     ("evaluate a\nb", "unrecognized arguments: a\\nb"),
-    ("evaluate --weights a\nb\u2028c", "weights: a\\nb\\u2028c"),
+    ("evaluate --weights a\nb\u2028c", "weights: can't load a\\nb\\u2028c"),
     ("info --recipe nope", "recipe: expected one of report, best, short, small; got 'nope'"),
     (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "set: expected FIELD=VALUE, got 'epochs'"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
-    (f"{TRAIN} --set blocks=1,1,1", "a network takes as many blocks as channels"),
+    (f"{TRAIN} --set blocks=1,1,1", "blocks and channels: expected 1 to 100 blocks in all"),
     (f"{TRAIN} --train-size 300", "train_size: expected at most 200 images, got 300"),
-    *((f"{TRAIN} --device {name}", "device: expected auto, cpu") for name in ("toaster", "meta")),
-    (f"{TRAIN} --device cuda:99", "device: expected auto, cpu, cuda, cuda:N or mps"),
+    *((f"{TRAIN} --device {name}", "device: expected auto, or") for name in ("toaster", "meta")),
+    (f"{TRAIN} --device cuda:99", "device: expected auto, or a device that works"),
     (f"{TRAIN} --run blocked/run", "run directory: blocked/run can't be written"),
-    ("evaluate --weights blocked", "weights: blocked isn't a file of this package's weights"),
+    ("evaluate --weights blocked", "weights: can't load blocked"),
     (f"evaluate {WEIGHTS} --precision fp8", "fp8"),
     (f"predict {WEIGHTS} blocked", "picture: blocked can't be read"),
     (f"{SUBMIT} --test blocked --out o", "test file: blocked can't be read ("),
     (f"{SUBMIT} --weights huge.safetensors --out o", "not finite"),
     (f"{SUBMIT} --out blocked/o", "can't write blocked/o"),
-    (f"{SUBMIT} --out results/", "can't write results/: it is a folder: name a file in it"),
+    (f"{SUBMIT} --out results/", "can't write results/: it names a folder: name a file in it"),
     (f"{SUBMIT} --out {300 * 'x'}", "(File name too long)"),
     (f"{SUBMIT} --out test.pkl", "it is an input of this command"),
     (f"{SUBMIT} --out tiny.safetensors", "it is an input of this command"),
@@ -372,5 +375,5 @@ def test_an_interrupt_during_the_import_is_one_line(tmp_path, interruptible):
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
-    said = "\ninterrupted: the same command starts again\n"
+    said = "\ninterrupted before anything was done: run the command again\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", said)

@@ -95,7 +95,7 @@ def test_files_are_read_as_channels_first_images(tiny):
 
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(name: str, reason: str) -> None:
-        where, remedy = re.escape(str(tiny / name)), "delete the folder to download it again"
+        where, remedy = re.escape(str(tiny / name)), "copy the file again, or let CIFAR-10 be"
         with pytest.raises(InputError, match=f"^{where} .*{reason}.*: {remedy}"):
             load_cifar10(tiny)
 
@@ -164,7 +164,7 @@ def test_statistics_are_those_of_all_pixels_in_float64(random_images):
     assert Normalization.of(random_images) == Normalization(tuple(mean), tuple(std))
     random_images = random_images.clone()
     random_images[:, 2] = 7
-    with pytest.raises(InputError, match="^images: expected different values in each channel"):
+    with pytest.raises(InputError, match="^images: a colour channel has the same value"):
         Normalization.of(random_images)
 
 

@@ -59,9 +59,9 @@ def test_the_small_computation_comes_out_right_here():
     ("broken", "chosen", "reasons"),
     [
         ({}, "cuda", []),
-        ({"cuda": P100}, "mps", [f"cuda is here but can't compute ({NO_KERNEL})"]),
+        ({"cuda": P100}, "mps", [f"cuda is present but can't compute ({NO_KERNEL})"]),
         # An Apple GPU that gives a wrong result.
-        ({"cuda": P100, "mps": 0.0}, "cpu", ["cuda is", "mps is here but can't compute (3 x 3"]),
+        ({"cuda": P100, "mps": 0.0}, "cpu", ["cuda is", "mps is present but can't compute (3 x 3"]),
     ],
 )
 def test_auto_is_the_first_kind_that_computes_and_says_once_what_it_passes_over(

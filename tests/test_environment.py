@@ -66,7 +66,7 @@ def test_kernels_inherit_absolute_paths_words_as_they_are_and_nothing_empty(monk
         ("CIFAR_RUNS", 'my runs"', "a value without quotes"),
         ("CIFAR10_ROOT", "'my data'", "a value without quotes"),
         ("CIFAR10_MIRROR", '"http://user:secret@host/x"', "a value without quotes"),
-        ("CIFAR_RECIPE", "fast", "auto or small or .* or best, got fast: unset it for auto"),
+        ("CIFAR_RECIPE", "fast", "one of auto, small, .*, best, got fast: unset it for auto"),
         ("CIFAR_EPOCHS", "0", "a whole number from 1 to 9999, got 0: correct it"),
         ("CIFAR_EPOCHS", "1.5", "a whole number"),
         ("CIFAR_EPOCHS", "²", "a whole number"),

@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar_lib import evaluate
 from cifar_lib.data import CAT, CLASSES, DOG, Normalization
-from cifar_lib.explain import beside_heat, grad_cam
+from cifar_lib.explain import grad_cam, picture_with_heat
 from cifar_lib.model import ResNet
 
 NORMALIZATION = Normalization((0.1, 0.2, 0.3), (0.5, 0.25, 2.0))
@@ -184,7 +184,7 @@ def test_grad_cam_of_a_network_that_averages_is_the_class_activation_map(images)
 def test_a_picture_stands_beside_itself_under_its_heat(images):
     heat = torch.zeros(32, 32)
     heat[5, 6] = 1  # inferno's ends: black, and a bright yellow
-    picture = beside_heat(images[0], heat, scale=2)
+    picture = picture_with_heat(images[0], heat, scale=2)
     assert picture.shape == (64, 128, 3) and np.array_equal(picture[1::2, 1::2], picture[::2, ::2])
     plain, heated = np.hsplit(picture[::2, ::2].astype(int), 2)
     assert np.array_equal(plain, images[0].permute(1, 2, 0).numpy())

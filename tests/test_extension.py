@@ -41,7 +41,7 @@ def install(monkeypatch, tmp_path):
     ("code", "built_with", "why"),
     [
         # The first two aren't even imported.
-        (CRASH, OTHER, f"it was built with torch {OTHER}, this is torch {OURS}"),
+        (CRASH, OTHER, f"it was built with torch {OTHER}, but this is torch {OURS}"),
         (CRASH, None, "it doesn't say which torch it was built with"),
         ("raise ImportError('no symbol\\nmore')", OURS, "it can't be loaded: no symbol"),
         ("raise OSError('no symbol\\nmore')", OURS, "it can't be loaded: no symbol"),

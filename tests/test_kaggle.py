@@ -70,13 +70,13 @@ def test_whatever_counts_or_names_the_images_is_carried(tmp_path, ids, expected)
         ({"data": HWC, "ids": np.array(5)}, "a flat array, got ()"),
         ({"data": HWC, "ids": np.ones((4, 2))}, "a flat array, got (4, 2)"),
         ({"data": HWC, "ids": IDS[:3]}, "one for each of 4 images, got 3"),
-        ({"data": HWC, "ids": range(10**9)}, "it counts to over 1,000,000"),
-        ({"data": HWC, "ids": [1, 2, 3, "1"]}, "'1' stands for several"),
-        ({"data": HWC, "ids": np.array([1, 2, 3, None], object)}, "of 1 to 200 letters, got None"),
-        ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers or names"),
-        ({"data": HWC, "ids": [1, 2, 3, 2.0**53]}, "whole numbers or names"),
-        ({"data": HWC, "ids": [1, 2, 3, 10**20]}, "whole numbers or names"),
-        ({"data": HWC, "ids": [1, 2, 3, True]}, "whole numbers or names"),
+        ({"data": HWC, "ids": range(10**9)}, "it holds a range of over 1,000,000"),
+        ({"data": HWC, "ids": [1, 2, 3, "1"]}, "'1' is the id of several"),
+        ({"data": HWC, "ids": np.array([1, 2, 3, None], object)}, "characters, got another None"),
+        ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers of at most 20 digits, or names"),
+        ({"data": HWC, "ids": [1, 2, 3, 2.0**53]}, "whole numbers of at most 20 digits, or names"),
+        ({"data": HWC, "ids": [1, 2, 3, 10**20]}, "whole numbers of at most 20 digits, or names"),
+        ({"data": HWC, "ids": [1, 2, 3, True]}, "whole numbers of at most 20 digits, or names"),
         ({"data": HWC, "ids": [*"abc", ""]}, "got ''"),
         ({"data": HWC, "ids": [*"abc", "d\n"]}, "got 'd\\n'"),
         ({"data": HWC, "ids": [*"abc", "d" * 201]}, "got 'dddd"),
@@ -134,7 +134,9 @@ def test_images_that_are_noise_are_refused(tmp_path):
     across_images = images.transpose(1, 2, 3, 0).reshape(images.shape)
     for data in (noise, noise[:20], places, across_images, noise.reshape(60, 3072)):
         path = written(tmp_path, {"data": data, "ids": list(range(len(data)))})
-        with pytest.raises(InputError, match="expected images, got noise.*: write data .* anew"):
+        with pytest.raises(
+            InputError, match="expected images, got what looks like noise.*: write the data again"
+        ):
             read_test_file(path)
 
 
@@ -168,9 +170,12 @@ STRANGERS = [
     (safetensors.torch.save({"weight": torch.zeros(3)}), "it is a safetensors file"),
     (file_of(np.save, HWC), "it is a NumPy .npy file"),
     (b"ID,Labels\n0,3\n1,5\n", "it is a CSV table"),
-    (b"", "it is empty: download it again"),
-    *((text, "no pickle") for text in (b"a,b\n", b"words\nonly\n", b"a, b\nc\n", b"\0,1\n2,3\n")),
-    (b" \n\n", "no pickle"),
+    (b"", "it is empty): download it again"),
+    (b"a,b\n", "it isn't a pickle of arrays"),
+    (b"words\nonly\n", "it isn't a pickle of arrays: it has the instruction b'w'"),
+    (b"a, b\nc\n", "it isn't a pickle of arrays"),
+    (b"\0,1\n2,3\n", r"it has the instruction b'\x00'"),
+    (b" \n\n", "it isn't a pickle of arrays: it has the instruction b' '"),
 ]
 
 
@@ -198,12 +203,12 @@ def test_a_submission_has_the_files_ids_in_order(tmp_path, capfdbinary, monkeypa
         ({"labels": [3, -1]}, "labels 0 to 9, got -1"),
         ({"labels": [3, 2.9]}, "labels 0 to 9, got 2.9"),
         ({"labels": [3]}, "one for each of 1 images, got 2"),
-        ({"ids": ["1", 1]}, "'1' stands for several"),
-        ({"label_column": ""}, "a column's name, got ''"),
-        ({"label_column": "a\nb"}, "a column's name, got 'a\\nb'"),
+        ({"ids": ["1", 1]}, "'1' is the id of several"),
+        ({"label_column": ""}, "a printable column name, got ''"),
+        ({"label_column": "a\nb"}, "a printable column name, got 'a\\nb'"),
         ({"inputs": ["other.csv", "s.csv"]}, "it is an input of this command"),
-        ({"path": "."}, ": it is a folder: name a file in it"),
-        ({"path": "results/"}, ": it is a folder: name a file in it"),
+        ({"path": "."}, ": it names a folder: name a file in it"),
+        ({"path": "results/"}, ": it names a folder: name a file in it"),
     ],
 )
 def test_an_invalid_submission_leaves_the_old_one(tmp_path, monkeypatch, changed, message):

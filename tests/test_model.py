@@ -31,9 +31,9 @@ INFO = WeightsInfo(recipe="report", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
 def written(path: Path, **entries: dict) -> Path:
     """A file as `save_model` writes it, of a tiny network, but for these entries."""
-    shape = {"blocks": [1], "channels": [4], "num_classes": 10} | entries.get("shape", {})
+    shape = {"blocks": [1], "channels": [16], "num_classes": 10} | entries.get("shape", {})
     record = {"model": shape, "info": INFO.as_record() | entries.get("info", {})}
-    tensors = ResNet((1,), (4,)).state_dict() | entries.get("tensors", {})
+    tensors = ResNet((1,), (16,)).state_dict() | entries.get("tensors", {})
     path.write_bytes(safetensors.torch.save(tensors, {"cifar_lib": json.dumps(record)}))
     return path
 
@@ -42,7 +42,7 @@ def refusal(path: Path) -> str:
     with pytest.raises(InputError) as error:
         load_model(path)
     message = str(error.value)
-    assert message.startswith(f"weights: {path} isn't a file of this package's weights (")
+    assert message.startswith(f"weights: can't load {path} (")
     assert message.endswith(": give a model.safetensors that `cifar_lib train` wrote")
     assert len(message) < 350 + len(str(path))
     return message
@@ -80,21 +80,30 @@ def test_a_block_adds_its_input_even_where_its_convolutions_give_nothing():
     assert torch.equal(block(x), x)
 
 
-WRONG_SHAPES = [((1, 1), (4,)), ((), ()), ((0,), (4,)), ((1,), (-4,)), ((1.5,), (4,)), ((1,), (0,))]
-WRONG_SHAPES += [(("1",), (4,)), ((101,), (4,)), ((1,) * 101, (4,) * 101), ((1,), (10_001,))]
+WRONG_SHAPES = [
+    ((1, 1), (16,)),
+    ((), ()),
+    ((0,), (16,)),
+    ((1,), (-16,)),
+    ((1.5,), (16,)),
+    ((1,), (15,)),
+]
+WRONG_SHAPES += [(("1",), (16,)), ((101,), (16,)), ((1,) * 101, (16,) * 101), ((1,), (10_001,))]
 
 
 def test_shapes_that_are_no_networks_or_over_the_budget_are_refused():
     for blocks, channels in WRONG_SHAPES:
-        with pytest.raises(InputError, match="a network takes as many blocks as channels"):
+        with pytest.raises(
+            InputError, match="blocks and channels: expected 1 to 100 blocks in all"
+        ):
             check_shape(blocks, channels)
-    check_shape((100,), (4,))
+    check_shape((100,), (16,))
     with pytest.raises(InputError, match="parameters, over the budget of 5,000,000: use fewer"):
         check_shape((1,), (10_000,))
-    count = count_parameters((1, 2), (4, 8))
-    check_shape((1, 2), (4, 8), budget=count)
+    count = count_parameters((1, 2), (16, 32))
+    check_shape((1, 2), (16, 32), budget=count)
     with pytest.raises(InputError, match=f"{count:,} parameters, .*{count - 1:,}"):
-        check_shape((1, 2), (4, 8), budget=count - 1)
+        check_shape((1, 2), (16, 32), budget=count - 1)
 
 
 # Its weights on disk.
@@ -123,7 +132,7 @@ def test_weights_come_back_with_shape_info_and_statistics(tmp_path, half):
 def test_weights_know_their_normalisations_and_what_their_logits_are_worth(tmp_path):
     assert INFO.test_normalization == Normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.2))
     # How the training normalised is the file's to say; its recipe's name proves nothing.
-    with pytest.raises(InputError, match="expected the mean and std of the training.*found none"):
+    with pytest.raises(InputError, match="the file doesn.t say how training images were"):
         assert INFO.training_normalization is None
     changes = {"train_mean": [0.1, 0.2, 0.3], "train_std": [0.3] * 3, "temperature": 2.0}
     _, info = load_model(written(tmp_path / "m", info=changes))
@@ -134,12 +143,12 @@ def test_weights_know_their_normalisations_and_what_their_logits_are_worth(tmp_p
     assert "temperature" not in INFO.as_record() and "train_mean" not in INFO.as_record()
 
 
-ROW, NAN = torch.ones(4), math.nan
+ROW, NAN = torch.ones(16), math.nan
 WRONG_ENTRIES = [
     *(("shape", "blocks", value, "") for value in (3, None, {"a": 1}, ["1"], "11")),
-    ("shape", "blocks", [[1]], "as many blocks as channels"),
-    ("shape", "blocks", [1, 1], "as many blocks as channels"),
-    ("shape", "blocks", [101], "at most 100 blocks"),
+    ("shape", "blocks", [[1]], "blocks and channels: expected"),
+    ("shape", "blocks", [1, 1], "blocks and channels: expected"),
+    ("shape", "blocks", [101], "1 to 100 blocks in all"),
     ("shape", "blocks", [2], "Missing key"),
     *(("info", "mean", value, "mean") for value in (0.5, None, [0.5, 0.4, "0.3"], [0, 0, NAN])),
     *(("info", "mean", value, "mean") for value in ([0, 0, -1001], [0, 0, 1001], [0.2] * 4)),
@@ -151,13 +160,13 @@ WRONG_ENTRIES = [
     ("info", "train_mean", [0.5] * 3, "train_std is missing"),
     ("info", "train_std", [0.2] * 3, "train_std is missing"),
     *(("info", "temperature", value, "temperature") for value in ("warm", 0.049, 20.1, NAN)),
-    ("tensors", "linear.weight", torch.ones(7, 4), "size mismatch for linear.weight"),
+    ("tensors", "linear.weight", torch.ones(7, 16), "size mismatch for linear.weight"),
     ("tensors", "linear.bias", torch.full((10,), NAN), "are not finite"),
     ("tensors", "bn1.running_mean", ROW * math.inf, "are not finite"),  # ReLU hides it
     # Only the logits show these, and the second only those of an image that isn't black.
     ("tensors", "bn1.running_var", -ROW, "are not finite"),
-    ("tensors", "conv1.weight", torch.full((4, 3, 3, 3), 1e38), "are not finite"),
-    ("tensors", "linear.weight", torch.full((10, 4), 1e38), "are not finite"),
+    ("tensors", "conv1.weight", torch.full((16, 3, 3, 3), 1e38), "are not finite"),
+    ("tensors", "linear.weight", torch.full((10, 16), 1e38), "are not finite"),
 ]
 
 
@@ -240,7 +249,7 @@ def test_the_packages_weights_score_what_is_recorded(cifar10):
 def test_damaged_weights_of_the_package_are_refused(monkeypatch, tmp_path):
     weights = written(tmp_path / "model.safetensors")
     monkeypatch.setattr("cifar_lib.model.SHIPPED", weights)
-    refused = pytest.raises(InputError, match=": get cifar_lib/weights of the repo")
+    refused = pytest.raises(InputError, match=": get cifar_lib/weights from the repo")
     with refused:  # no list
         load_model("pretrained")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()

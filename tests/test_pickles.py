@@ -70,8 +70,12 @@ def sized(code: bytes, form: str, size: int) -> bytes:
 BOMB = b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60)) + b"0"
 
 # Files, and words of what `read` says of them
-NOT_FLAT, NO_NUMBERS = "that isn't a plain list of them", "neither numbers nor names"
-TWICE, KEYS, BROKEN = "it uses one tuple several times", "expected short names", "no pickle of"
+NOT_FLAT, NO_NUMBERS = "that isn't a plain list of them", "only booleans, real numbers"
+TWICE, KEYS, BROKEN = (
+    "it uses one tuple several times",
+    "expected names of at most",
+    "it isn't a pickle of",
+)
 # Data in the eyes of `read`, perhaps, but no images and ids
 ODD = [
     ("a name as data", b"}" + text("data") + NAME + b"s" + text("ids") + b"]s.", "read"),
@@ -95,7 +99,7 @@ HOSTILE = [
     ("long element", filled(b"K\x01\x85", "S1000", raw(bytes(1000))), NO_NUMBERS),
     ("characters", filled(b"K\x01\x85", "U1", raw(b"\xff" * 4)), "(UnicodeDecodeError)"),
     ("array from nothing", filled(HUGE, "u1", b"N"), BROKEN),
-    ("shape too small", filled(b"K\x01\x85", "u1", raw(b"ab")), "another shape than its 2 bytes"),
+    ("shape too small", filled(b"K\x01\x85", "u1", raw(b"ab")), "shape doesn't fit its 2 bytes"),
     ("shape too large", filled(HUGE, "u1"), BROKEN),
     ("shape of long numbers", filled(b"(" + long(1000) * 40 + b"t", "u1"), BROKEN),
     ("shape of too many", filled(b"(" + b"K\x01" * 10**5 + b"t", "u1"), BROKEN),
@@ -116,7 +120,7 @@ HOSTILE = [
     ("memo of four billion", beside(b"Nr\xff\xff\xff\xff"), KEYS),
     ("memo, equal hashes", beside(b"N" + b"".join(b"p%d\n" % (n * EQUAL) for n in (1, 2))), KEYS),
     ("keys of equal hash", pickle.dumps({n * EQUAL: None for n in range(9)}), KEYS),
-    ("items of DICT", beside(b"(K\x01Nd"), "it fills a dict otherwise"),
+    ("items of DICT", beside(b"(K\x01Nd"), "it fills a dict in a way"),
     ("a bomb as a key", BOMB + beside(b"}h\x3cNs"), TWICE),
     ("tuples as a key", beside(b"})" + b"\x85" * 10**5 + b"Ns"), KEYS),
     ("long keys", pickle.dumps({"x" * 10**6: None}), KEYS),

@@ -119,20 +119,28 @@ def gif_of(side: int) -> bytes:
     return small[:6] + struct.pack("<HH", side, side) + small[10:]
 
 
-SAVE, KINDS, SMALLER = "save it with 8 bits per value", "give a file of one of PNG", "scale it down"
+SAVE, KINDS, SMALLER = "save it with 8 bits per value", "give a PNG, JPEG", "scale it down"
 REFUSED = {
     # Nobody knows which value is white.
-    "TIFF, 32 bits": (tiff_of(greys(10**6, np.uint32), 32), "32 bits per value and says no", SAVE),
-    "TIFF, 8, signed": (tiff_of(greys(99, np.int8), 8, sample_format=2), "signed numbers", SAVE),
-    "TIFF, floats": (saved(Image.new("F", (8, 8)), "TIFF"), "are floating-point numbers", SAVE),
-    "TIFF, wrong maximum": (tiff_of(greys(9999), 16, maximum=255), "outside of 0 to 255", SAVE),
-    "TIFF, beyond int32": (
-        tiff_of(greys(2**32 - 1, np.uint32), 32, maximum=2**32 - 1),
-        "outside of 0 to 4,294,967,295",
+    "TIFF, 32 bits": (
+        tiff_of(greys(10**6, np.uint32), 32),
+        "32 bits per value, and doesn't say",
         SAVE,
     ),
-    "PNG, 14 bits in 16": (png_of(greys(16383)), "up to 16,383, and says no maximum", SAVE),
-    "PNG, 12 in 16, colours": (png_of(IN_COLOUR >> 4), "16 bits per value it uses only", SAVE),
+    "TIFF, 8, signed": (tiff_of(greys(99, np.int8), 8, sample_format=2), "signed numbers", SAVE),
+    "TIFF, floats": (saved(Image.new("F", (8, 8)), "TIFF"), "are floating-point numbers", SAVE),
+    "TIFF, wrong maximum": (
+        tiff_of(greys(9999), 16, maximum=255),
+        "outside the range 0 to 255",
+        SAVE,
+    ),
+    "TIFF, beyond int32": (
+        tiff_of(greys(2**32 - 1, np.uint32), 32, maximum=2**32 - 1),
+        "outside the range 0 to 4,294,967,295",
+        SAVE,
+    ),
+    "PNG, 14 bits in 16": (png_of(greys(16383)), "none above 16,383, and doesn't say", SAVE),
+    "PNG, 12 in 16, colours": (png_of(IN_COLOUR >> 4), "16 bits per value, but none above", SAVE),
     "PNG, 12 in 16, colours, stated": (png_of(IN_COLOUR >> 4, 12), "white is 4,095", SAVE),
     # These aren't pictures, or aren't whole. EPS would be run.
     "PNG's beginning": (b"\x89PNG\r\n\x1a\n", "", KINDS),
@@ -141,7 +149,7 @@ REFUSED = {
     "half a JPEG": (saved(Image.effect_noise((64, 64), 50), "JPEG")[:999], "truncated", KINDS),
     # These would fill the memory; the second is over Pillow's own limit.
     "too large": (gif_of(13_300), "13300 x 13300 pixels, over 50,000,000", SMALLER),
-    "far too large": (gif_of(13_400), "exceeds limit of", SMALLER),
+    "far too large": (gif_of(13_400), "far more than 50,000,000 pixels", SMALLER),
 }
 
 
@@ -178,5 +186,5 @@ def test_a_large_jpeg_is_decoded_scaled_down_within_limits(tmp_path, monkeypatch
             patch.setattr(pictures, limit, value + 1)
             read_picture(path)
             patch.setattr(pictures, limit, value)
-            with pytest.raises(InputError, match=f"{reason}.*: scale it down$"):
+            with pytest.raises(InputError, match=f"{reason}.*: scale it down"):
                 read_picture(path)
