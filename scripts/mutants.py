@@ -47,6 +47,7 @@ OPPOSITE |= {ast.Is: ast.IsNot, ast.Add: ast.Sub, ast.Mult: ast.Div, ast.And: as
 OPPOSITE |= {other: one for one, other in OPPOSITE.items()} | {ast.FloorDiv: ast.Mult}
 # These change no result, only words for people, or speed. A line with one of them isn't changed.
 NO_MEANING = "help= unit= stacklevel log( print( remedy BATCHES_TOGETHER LOOK_EVERY set_desc"
+NO_MEANING += " hardware.prepare( mallopt libc_ver lru_cache fused= acquire(timeout fullgraph="
 # Keywords that say how fast or where, that repeat the default (the last one, on Linux), or that
 # state what always holds (strict).
 NEUTRAL = ("stacklevel", "device", "leave", "refresh", "memory_format", "align_corners", "strict")

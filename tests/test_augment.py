@@ -61,6 +61,11 @@ def test_no_pixel_differs_from_pillows_at_any_magnitude(pictures):
     assert_no_pixel_differs(pictures, set.union(*map(every_pair, THEIRS)))
 
 
+def test_magnitudes_are_randaugments_unless_the_wide_ones_are_asked_for():
+    assert max(operations.magnitudes("Rotate")) == pytest.approx(30)
+    assert max(operations.magnitudes("Rotate", wide=True)) == pytest.approx(135)
+
+
 def test_no_pixel_of_a_real_image_differs_from_pillows(cifar10):
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(0))
     real = cifar10[0].images[order[:200]]

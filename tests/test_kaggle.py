@@ -174,7 +174,7 @@ STRANGERS = [
     (b"a,b\n", "it isn't a pickle of arrays"),
     (b"words\nonly\n", "it isn't a pickle of arrays: it has the instruction b'w'"),
     (b"a, b\nc\n", "it isn't a pickle of arrays"),
-    (b"\0,1\n2,3\n", r"it has the instruction b'\x00'"),
+    (b"\0,1\n2,3\n", r"it isn't a pickle of arrays: it has the instruction b'\x00'"),
     (b" \n\n", "it isn't a pickle of arrays: it has the instruction b' '"),
 ]
 

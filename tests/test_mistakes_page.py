@@ -597,7 +597,7 @@ def test_a_wrong_place_for_the_page_is_one_line(name, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mistakes_page", "--out", name])
     assert write_page.main() == 2
-    assert re.fullmatch(r"error: can't write .*: it is a folder: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: can't write .*: it names a folder: .*\n", capsys.readouterr().err)
 
 
 def test_a_stored_notebook_leaves_the_page_out(one, monkeypatch):

@@ -171,7 +171,7 @@ def test_set_up_tells_a_missing_address_from_an_unreachable_one(
         (
             "optuna",
             "from notebooks.course.reference import trials_table; trials_table()",
-            "expected the package optuna",
+            "the package optuna isn.t installed",
         ),
     ],
 )
@@ -307,8 +307,8 @@ def test_without_data_a_session_goes_on_and_says_so_on_everything(opened, capsys
     [
         ("CIFAR_FIGURES", "drawn", "no CIFAR-10 here"),  # figures/ aren't drawn from stand-in data
         ("CIFAR10_ROOT", ".", "no CIFAR-10 here"),  # a place was named
-        ("CIFAR_RECIPE", "fast", "auto or small or short"),
-        ("CIFAR_PROFILE", "full", "this variable is gone: unset it"),
+        ("CIFAR_RECIPE", "fast", "one of auto, small, short"),
+        ("CIFAR_PROFILE", "full", "this variable no longer exists: unset it"),
         ("CIFAR_RUNS", "file/below", "^CIFAR_RUNS: expected a folder"),
         ("CIFAR_DEVICE", "abacus", "^CIFAR_DEVICE: "),
     ],

@@ -1,5 +1,6 @@
 """The loss, a state, a step and an epoch: what they compute."""
 
+import copy
 import io
 import math
 from dataclasses import replace
@@ -128,6 +129,16 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay(stand_in, nesterov):
                     p.sub_(rate * (g + 0.9 * v if nesterov else v))
     ours, theirs = list(state.model.parameters()), list(reference.parameters())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoints_content_stays_while_training_continues(stand_in):
+    state = State(tiny(ema_decay=0.5), CPU)
+    content = state.content()  # another thread writes it to the disk
+    before = copy.deepcopy(content)
+    train_one_epoch(Step(state), stand_in[0], 0)
+    for part in ("model", "average"):
+        assert all(torch.equal(content[part][name], before[part][name]) for name in before[part])
+    assert all(map(torch.equal, content["momenta"], before["momenta"]))
 
 
 def test_the_average_is_of_weights_and_statistics_after_each_step(stand_in):
