@@ -95,7 +95,8 @@ class StoredAnswers:
     """The stored answers of one file of weights, from the folder of its run under results/.
 
     record: answers.json. It says which question each tensor of logits answers, how many of the
-    plain training images are classified correctly, and on which machine the answers were computed.
+    unaugmented training images are classified correctly, and on which machine all this was
+    computed.
 
     tensors: answers.safetensors.
     - Logits, float16 (N, 10), under the names that are in the record.
@@ -119,7 +120,8 @@ class StoredAnswers:
     def neighbours(self, index: int) -> tuple[Tensor, Tensor] | None:
         """Return the positions and cosines, (5,) each, of a mistake's nearest training images.
 
-        Returns None if test image `index` isn't a mistake.
+        Returns None if test image `index` isn't a mistake. The positions and indices are those of
+        CIFAR-10.
         """
         at = (self.tensors["mistakes"] == index).nonzero()  # (0, 1) or (1, 1)
         if len(at) == 0:
@@ -137,7 +139,9 @@ def stored_answers(weights_digest: str) -> StoredAnswers | None:
 
 
 def question(images: Tensor, normalization: Normalization, adapt: str, tta: str) -> dict:
-    """Return everything that logits depend on besides the weights, in the record's form.
+    """Return what is asked of the weights, in the record's form.
+
+    Device and precision aren't part of it, because they change logits only by rounding.
 
     images: uint8 (N, 3, 32, 32).
     adapt: `none`, or AUTO.

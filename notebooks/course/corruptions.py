@@ -21,7 +21,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 def _statistics(images: Tensor, distance: int) -> Tensor:
     """Return the images with channel statistics that differ from CIFAR-10's.
 
-    The difference is `distance` times that of the report's custom set.
+    The difference is `distance` times that of the competition's images.
     """
     mean = np.add(data.CIFAR10_MEAN, distance * np.subtract(data.KAGGLE_MEAN, data.CIFAR10_MEAN))
     std = np.add(data.CIFAR10_STD, distance * np.subtract(data.KAGGLE_STD, data.CIFAR10_STD))
@@ -95,7 +95,7 @@ def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     mean, std = np.asarray(mean), np.asarray(std)
     start_mean, start_std = data.channel_statistics(images)
     if min(start_std) == 0:
-        raise InputError("shift: a channel of these images is constant: give images with contrast")
+        raise InputError("shift: a channel of these images is constant: use images with contrast")
     counts = data.channel_histogram(images).numpy()  # (3, 256)
     gain = std / start_std  # (3,)
     offset = mean - gain * start_mean  # (3,)
@@ -110,7 +110,8 @@ def match_statistics(images: Tensor, mean: Channels, std: Channels) -> Tensor:
         if max(np.abs(now_mean - mean).max(), np.abs(now_std - std).max()) < 5e-5:
             break
 
-        # Correct gain and offset for the difference that remains.
+        # Correct gain and offset for the difference that remains. A larger gain also moves the
+        # mean, which the last term takes back, roughly; the loop does the rest.
         gain *= std / now_std
         offset += mean - now_mean - (std / now_std - 1) * start_mean * gain
     table = torch.from_numpy(table.astype(np.uint8)).to(images.device)

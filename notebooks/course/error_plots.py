@@ -17,7 +17,7 @@ from cifar_lib.data import CLASSES
 from cifar_lib.evaluate import wilson_interval
 from notebooks.course.style import BLACK, BLUE, RED, in_style, new_figure
 
-FEW = 20  # a bin of a reliability diagram with fewer images says nothing about its accuracy
+FEW = 20  # a bin with fewer images says too little about its accuracy to be drawn
 DARK = 0.2  # the relative luminance below which white has more contrast than black
 MINUS = "\N{MINUS SIGN}"  # as wide as a plus; matplotlib's axes have it, too
 
@@ -64,7 +64,7 @@ def confusion(
 
 
 def _signed(count: int) -> str:
-    return f"{count:+d}" if count else "0"
+    return f"{count:+d}".replace("-", MINUS) if count else "0"
 
 
 def _draw_cells(
@@ -227,9 +227,9 @@ def coverage_curve(
 
 
 def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return a column of an ablation's rows as a table of families by severities.
+    """Return a column of the table of shifted images' results, as families by severities.
 
-    The families keep their order.
+    rows: one for each family and severity. The families keep their order.
     """
     table = rows.pivot(index="family", columns="severity", values=column)
     return table.loc[list(dict.fromkeys(rows.family))]
@@ -237,12 +237,12 @@ def by_severity(rows: pd.DataFrame, column: str) -> pd.DataFrame:
 
 @in_style
 def severity_maps(
-    gains: Mapping[str, pd.DataFrame], sure: Mapping[str, pd.DataFrame], title: str
+    gains: Mapping[str, pd.DataFrame], significant: Mapping[str, pd.DataFrame], title: str
 ) -> Figure:
     """Draw gains in points, families by severities, as heat maps in one colour scale, two in a row.
 
     gains: {name: fractions (families, severities)}.
-    sure: {name: bool (families, severities)}. Gains are bold where `sure` is true.
+    significant: {name: bool (families, severities)}. Gains are bold where it is true.
     """
     families = len(next(iter(gains.values())))
     columns = min(len(gains), 2)
@@ -254,7 +254,7 @@ def severity_maps(
     scale = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}
     for ax, (name, table) in zip(axes.flat, gains.items(), strict=False):
         _draw_cells(ax, table, (100 * table).map(points), scale)
-        for text, bold in zip(ax.texts, sure[name].to_numpy().flat, strict=True):
+        for text, bold in zip(ax.texts, significant[name].to_numpy().flat, strict=True):
             text.set_weight("bold" if bold else "normal")
         ax.set(title=name, xlabel="severity", ylabel="")
         ax.tick_params(length=0, labelleft=ax in axes[:, 0], labelrotation=0)
@@ -264,7 +264,7 @@ def severity_maps(
 
 
 def points(gain: float) -> str:
-    """Return a gain in points with its sign and one decimal. If it rounds to 0, it has no sign."""
+    """Return a gain, given in points, as text with one decimal and its sign, unless that is 0.0."""
     text = f"{gain:+.1f}"
     return text if float(text) else "0.0"
 
@@ -285,7 +285,7 @@ def accuracy_by_distance(
 
         # The name is to the right of the last point, or above that if a line runs through there,
         # or else to the left.
-        others = [points for other, points in series.items() if other != name]
+        others = [line for other, line in series.items() if other != name]
         heights = {(7, 0): y[-1], (7, 11): y[-1] + 0.04}
         free = [at for at, height in heights.items() if not _is_crossed(x[-1], height, others)]
         offset = free[0] if free else (-7, -8)
@@ -310,7 +310,8 @@ def accuracy_by_distance(
 def _is_crossed(start: float, height: float, lines: Iterable[tuple]) -> bool:
     """Return whether a line passes where a short word would be, on a log axis.
 
-    start: where the word starts. lines: (x, y) for each.
+    start: where the word starts. height: of the word, an accuracy. lines: (x, y) for each, with x
+    ascending. The word is taken to be 0.3 decades long. A line within 0.02 of it counts.
     """
     places = np.log10(start) + np.linspace(0.04, 0.3, 8)
     passing = [np.interp(places, np.log10(x), y, left=np.nan, right=np.nan) for x, y in lines]

@@ -8,13 +8,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from cifar_lib import explain
-from cifar_lib.data import CLASSES, stratified_split
+from cifar_lib.data import CLASSES, REAL, stratified_split
 from cifar_lib.errors import InputError
 from notebooks.course.answers import Network
 from notebooks.course.session import Session
 from notebooks.course.sheets import inspection
 
-SAMPLE = 2000  # training images
+SAMPLE = 2000  # how many training images are searched for the nearest ones
 
 
 class Inspector:
@@ -22,9 +22,9 @@ class Inspector:
 
     probabilities: of all test images, float32 (N, 10).
 
-    The nearest training images of the package's weights' mistakes are stored
-    (notebooks/course/answers.py). Those of other images are searched among SAMPLE training images,
-    whose features are computed at the first such search.
+    For the test images that the package's weights misclassify, the nearest training images are
+    stored (notebooks/course/answers.py). For other images they are looked for among SAMPLE training
+    images, whose features are computed at the first such search.
     """
 
     def __init__(self, session: Session, network: Network, probabilities: Tensor):
@@ -49,9 +49,13 @@ class Inspector:
         Returns their positions in the training set, int64 (5,), their cosines, float32 (5,), and
         the number of training images that were searched.
         """
-        stored = self.network.stored and self.network.stored.neighbours(index)
-        if stored:
-            return *stored, len(self.train)
+        # What is stored is about CIFAR-10's images.
+        if self.network.stored and self.train.source == self.test.source == REAL:
+            neighbours = self.network.stored.neighbours(index)
+            if neighbours:
+                return *neighbours, len(self.train)
+
+        # Search the sample.
         image = self.test.images[index : index + 1]
         ours = F.normalize(self.network.features(image), dim=1)  # (1, channels)
         nearest = (ours @ self.sample_features.T)[0].topk(5)

@@ -22,11 +22,12 @@ from cifar_lib.recipes import TrainConfig, recipe
 from cifar_lib.train import State, Step, has_half_size, train_one_epoch
 from notebooks.course import plots
 
-RECIPES = ("report", "short", "small")  # from the longest training to the shortest
+CANDIDATES = ("report", "short", "small")  # what AUTO chooses from, the longest training first
 AUTO = "auto"  # asks for the recipe that suits this machine
 LONGEST = 12 * 60  # seconds that a training may take if nobody asked for it by name
 STEPS = 16  # training steps that are timed, after the same number to warm up
-SPEND = 3  # a training step takes about as long as predicting three times as many images
+PREDICTION_SPEEDUP = 3  # about how many times as fast as training prediction is, per image
+TEST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Choice:
         """Return one line that says what will be trained, and how to ask for another recipe."""
         config = self.config
         size = f"{count_parameters(config.blocks, config.channels):,} parameters"
-        work = f"{config.epochs} epochs of {config.train_size or images:,} images"
-        others = ", ".join(name for name in RECIPES if name != config.recipe)
+        epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
+        work = f"{epochs} of {config.train_size or images:,} images"
+        others = " or ".join(name for name in CANDIDATES if name != config.recipe)
         return (
             f"{device_name(device)}: recipe {config.recipe} ({self.why}), {size}, {work}, "
-            f"about {duration(self.seconds)}. CIFAR_RECIPE asks for another: {others}."
+            f"about {duration(self.seconds)}. Set CIFAR_RECIPE to train {others} instead."
         )
 
 
@@ -69,14 +71,14 @@ def choose(
         config = recipe(asked)
         return Choice(config, seconds_needed(config, device, train), "asked for")
 
-    names = RECIPES[RECIPES.index(longest_for(device)) :]
+    names = CANDIDATES[CANDIDATES.index(longest_for(device)) :]
     for name in names:
         if is_begun(recipe(name)):
             config = recipe(name)
             return Choice(config, seconds_needed(config, device, train), "begun before")
 
     # Take the first recipe that is short enough, or else the last one.
-    why = "what suits this device"
+    why = "the one that suits this device"
     for name in names:
         config = recipe(name)
         seconds = seconds_needed(config, device, train)
@@ -88,9 +90,9 @@ def choose(
 
 
 def longest_for(device: torch.device) -> str:
-    """Return the longest recipe that is worth a try on this kind of device.
+    """Return the longest recipe that is worth trying on this kind of device.
 
-    Sixty epochs suit GPUs of data centres, from the A100 (compute capability 8.0) on.
+    Sixty epochs are tried on CUDA GPUs of compute capability 8.0 (the A100's) or more.
     """
     if device.type == "cpu":
         return "small"
@@ -105,8 +107,8 @@ def estimate_seconds(config: TrainConfig, device: torch.device, train: ImageSet)
     sizes = [has_half_size(config, epoch) for epoch in range(config.epochs)]
     rates = {size: images_per_second(config, device, train, size) for size in set(sizes)}
     seconds = sum(n / rates[size] for size in sizes)
-    watched = 10_000 * config.epochs if config.watch_test else 10_000
-    return seconds + watched / (SPEND * rates[False])
+    predicted = TEST_IMAGES * (config.epochs if config.watch_test else 1)
+    return seconds + predicted / (PREDICTION_SPEEDUP * rates[False])
 
 
 def images_per_second(
@@ -114,7 +116,7 @@ def images_per_second(
 ) -> float:
     """Return the speed of training with augmentation, measured on a new, uncompiled network."""
     config = resolve(replace(config, compile=False), device, len(train))
-    # Epoch 0 is measured. It can have half size only if it isn't the last epoch.
+    # Epoch 0 is measured. It can see half-size images only if it isn't the last epoch.
     half_size_epochs = 1 if half_size else 0
     config = replace(config, epochs=max(config.epochs, 2), half_size_epochs=half_size_epochs)
     step = Step(State(config, device))
@@ -144,10 +146,11 @@ def duration(seconds: float) -> str:
 
 
 class Watch:
-    """A callback for `fit` that predicts a few images after each epoch, and draws the run so far.
+    """A callback for `fit` that classifies a few images after each epoch, and draws the run so far.
 
     The predicted probabilities are kept in `watched.json` in the run's directory, so that a resumed
-    or finished run is drawn from its first epoch.
+    or finished run is drawn from its first epoch. Epochs that were trained without a watch have no
+    probabilities.
     """
 
     def __init__(
@@ -163,9 +166,12 @@ class Watch:
         self.show, self.how = show, how
 
     def __call__(self, model: nn.Module, history: list[dict]) -> None:
-        """Predict the images after the last epoch of `history`, and draw."""
+        """Classify the images after the last epoch of `history`, and draw."""
         logits = evaluate.predict(model, self.images.images, **self.how)
-        answers = self._answers()[: len(history) - 1] + [logits.softmax(1).tolist()]
+        before = self._answers()[: len(history) - 1]
+        unknown = torch.full_like(logits, math.nan).tolist()
+        missing = [unknown] * (len(history) - 1 - len(before))
+        answers = [*before, *missing, logits.softmax(1).tolist()]
         write_atomically(self.path, json.dumps(answers).encode())
         self.show(self.figure(pd.DataFrame(history)))
 

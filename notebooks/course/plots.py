@@ -108,7 +108,7 @@ def curves(
 ) -> Figure:
     """Draw one line per series, with markers where its points are few.
 
-    series: {name: (x, y)}. With `percent`, y are fractions and the axis says percent.
+    series: {name: (x, y)}. With `percent`, y are fractions and the axis is labelled in percent.
     """
     figure, axes = new_figure(size=(7.5, 4))
     ax = axes[0, 0]
@@ -151,7 +151,8 @@ def reproduction(
     frames: as `reference.sixty_epochs` returns them.
     quantity: "loss" or "accuracy". Accuracies are fractions, and are drawn in percent.
 
-    The panel on the right has the `last` epochs only, and names the values after the last one.
+    The panel on the right shows only the final `last` epochs, and gives the values after the final
+    one.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(title)
@@ -232,7 +233,8 @@ def live_run(history: pd.DataFrame, epochs: int, images: ImageSet, answers: np.n
     """Draw a training run so far: its accuracy, and the network's answers to a few images.
 
     history: one row per finished epoch. epochs: their number at the end of the run.
-    images: n labelled images. answers: the predicted probabilities, float (epochs so far, n, 10).
+    images: n labelled images. answers: the predicted probabilities, float (epochs so far, n, 10);
+    NaN for epochs whose probabilities weren't kept.
     """
     figure = Figure(figsize=(10.5, 0.5 * len(images) + 0.9), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.35))
@@ -267,9 +269,12 @@ def _draw_progress(ax: Axes, history: pd.DataFrame, epochs: int) -> None:
 
 
 def _draw_answer(ax: Axes, probabilities: np.ndarray | None, label: int) -> None:
-    """Write an answer with its probability into a cell of the table; None leaves it empty."""
+    """Write an answer with its probability into a cell of the table.
+
+    The cell stays empty if there are no probabilities yet (None), or if they weren't kept (NaN).
+    """
     ax.set_axis_off()
-    if probabilities is None:
+    if probabilities is None or np.isnan(probabilities).any():
         return
     answer = int(probabilities.argmax())
     is_correct = answer == label
@@ -279,19 +284,25 @@ def _draw_answer(ax: Axes, probabilities: np.ndarray | None, label: int) -> None
 
 
 @in_style
-def search_trials(trials: pd.DataFrame, names: Mapping[str, str], own: int, title: str) -> Figure:
+def search_trials(
+    trials: pd.DataFrame, names: Mapping[str, str], marked: int, title: str
+) -> Figure:
     """Draw the accuracy of a search's trials against some hyperparameters, one panel for each.
 
-    trials: as `reference.trials_table` gives them. The trial with the number `own` is marked.
+    trials: as `reference.trials_table` gives them. The trial with the number `marked`,
+    which has Table 1's values, is drawn in red.
     names: {column: what its axis is called}. An axis is logarithmic where the values are above 0
     and span more than a factor of ten.
     """
     figure, axes = new_figure(1, len(names), (2.7 * len(names), 3.3))
     figure.suptitle(title)
-    others, marked = trials[trials.number != own], trials[trials.number == own]
+    is_marked = trials.number == marked
     for ax, (column, name) in zip(axes[0], names.items(), strict=True):
-        ax.plot(others[column], others.accuracy, "o", label="proposed by the search")
-        ax.plot(marked[column], marked.accuracy, "D", color=RED, label="Table 1's values")
+        for rows, look, label in (
+            (trials[~is_marked], {"marker": "o"}, "proposed by the search"),
+            (trials[is_marked], {"marker": "D", "color": RED}, "Table 1's values"),
+        ):
+            ax.plot(rows[column], rows.accuracy, linestyle="", label=label, **look)
         if 0 < 10 * trials[column].min() < trials[column].max():
             ax.set_xscale("log")
         ax.set(xlabel=name)

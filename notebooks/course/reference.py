@@ -131,7 +131,7 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
     except Exception as error:  # a damaged file can raise nearly any exception
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
-            f"study: expected a search's SQLite file, got {path} ({reason}): get results/ again"
+            f"study: expected optuna's SQLite file, got {path} ({reason}): get results/ again"
         ) from error
 
 

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# The packages that every notebook needs. A section that needs another one checks for it with
-# environment.require.
+# Packages that every notebook needs, and that a machine with PyTorch may lack. A section that needs
+# another one checks for it with environment.require.
 _NEEDED = ("pydantic", "safetensors", "sklearn", "torchinfo", "tqdm")
 _MISSING = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
 if _MISSING:
-    raise ImportError(f"missing: {', '.join(_MISSING)}: pip install -r requirements.txt, restart")
+    raise ImportError(
+        f"missing packages: {', '.join(_MISSING)}: run pip install -r requirements.txt in the "
+        "repository's folder, then restart the kernel"
+    )
 
 import pandas as pd
 import torch
@@ -86,16 +89,16 @@ class Session:
         Raises InputError if a variable is wrong, if results can't be written, or if CIFAR-10 isn't
         available although `CIFAR10_ROOT` or `CIFAR_FIGURES` is set.
         """
-        named = _variable("CIFAR10_ROOT") or _variable("CIFAR_FIGURES")
+        must_be_real = _variable("CIFAR10_ROOT") or _variable("CIFAR_FIGURES")
         places = {"home": _data_folder(), "archives": _results_folder()}
         prepare(_device(), "auto")
         try:
             train, test = load_cifar10(give_up_after=GIVE_UP_AFTER, **places)
         except InputError as error:
-            if named:
-                raise  # continuing with stand-in data would hide the mistake
+            if must_be_real:  # a wrong folder is a mistake, and figures/ is for real data
+                raise
             print(error)
-            print("Going on with generated stand-in data; every figure and table says so.")
+            print("Continuing with generated stand-in data; every figure and table says so.")
             train, test = generate_stand_in()
         return cls(train, replace(test, ids=tuple(range(len(test)))))
 
@@ -113,8 +116,8 @@ class Session:
     def folder(self) -> Path:
         """Return the folder that this session writes to.
 
-        It is notebooks/, or stand-in/ on stand-in data. It lies in runs/, or in the folder that
-        `CIFAR_RUNS` names. Figures go to the folder that `CIFAR_FIGURES` names, if it is set.
+        It is runs/notebooks, or runs/stand-in on stand-in data; `runs_folder` says where runs/ is.
+        Figures go to the folder that `CIFAR_FIGURES` names, if it is set.
         """
         return runs_folder() / ("stand-in" if self.stand_in else "notebooks")
 
@@ -134,9 +137,10 @@ class Session:
     def choice(self) -> live_run.Choice:
         """Return the training that this session runs, and about how long it takes.
 
-        `CIFAR_RECIPE` names the recipe. The default is the recipe that suits this machine. On
-        stand-in data it is `small` on some of the images, which is enough to learn the classes.
-        `CIFAR_EPOCHS` sets the number of epochs.
+        `CIFAR_RECIPE` names the recipe. The default is the recipe that suits this machine, and on
+        stand-in data `small`. On stand-in data, any recipe trains on some of the images, which is
+        enough to learn the classes. `CIFAR_EPOCHS` sets the number of epochs; the recipe is chosen
+        by its own number of epochs all the same.
         """
         choice = self._choose()
         epochs = _variable("CIFAR_EPOCHS")
@@ -154,7 +158,8 @@ class Session:
         name = "small" if asked == live_run.AUTO else asked
         config = recipe(name, train_size=min(STAND_IN_TRAINING, len(self.train)))
         seconds = live_run.estimate_seconds(config, self.device, self.train)
-        return live_run.Choice(config, seconds, "enough for stand-in data")
+        why = "enough for stand-in data" if asked == live_run.AUTO else "asked for"
+        return live_run.Choice(config, seconds, why)
 
     @property
     def config(self) -> TrainConfig:
@@ -180,8 +185,8 @@ class Session:
     def fit(self, show: Callable[[Figure], None] | None = None) -> dict:
         """Train what `choice` says, and return its metrics.
 
-        An interrupted run is resumed. If the run is finished, only its metrics are read. `show` is
-        called after each epoch with a figure of the run so far.
+        An interrupted run is resumed. A finished run isn't trained again. `show` is called after
+        each epoch with a figure of the run so far.
         """
         after_epoch = self.watch(show) if show else None
         device = str(self.device)
@@ -190,14 +195,14 @@ class Session:
         )
 
     def watch(self, show: Callable[[Figure], None]) -> live_run.Watch:
-        """Return a watch of this session's run, which predicts the first eight test images."""
+        """Return a `Watch` for this session's run, which classifies the first eight test images."""
         how = {
             "normalization": self.config.test_normalization,
             "precision": choose_precision(self.config.precision, self.device),
         }
         return live_run.Watch(self.run, self.config.epochs, self.test[:8], show, **how)
 
-    # What notebooks 4 and 5 look at.
+    # The network that is examined, and the competition's images.
 
     def network(self) -> Network:
         """Return the network that is examined, on this session's device.
@@ -220,18 +225,18 @@ class Session:
 
     @property
     def test_file(self) -> Path:
-        """Return the path of the competition's file.
+        """Return the path of the Kaggle competition's test file.
 
-        `CIFAR_TEST_FILE` names it. If that variable isn't set, it is the path of the stand-in for
-        this file that `custom_test` generates.
+        `CIFAR_TEST_FILE` names it. If that variable isn't set, it is the path of the synthetic copy
+        that `custom_test` makes from the test images.
         """
         named = _variable("CIFAR_TEST_FILE")
         return Path(named) if named else self.folder / "custom_test.pkl"
 
     def custom_test(self) -> ImageSet:
-        """Return the images of `test_file`, which is read as a stranger's pickle.
+        """Return the images of `test_file`, a pickle that isn't trusted.
 
-        If `CIFAR_TEST_FILE` names no file, one is generated from the test images. Only then do the
+        If `CIFAR_TEST_FILE` isn't set, the file is made from the test images. Only then do the
         images have labels.
 
         Raises InputError if the file isn't in the competition's format.
@@ -240,6 +245,8 @@ class Session:
             return read_test_file(self.test_file)
         known = generate_test_file(self.test_file, self.test)
         return replace(read_test_file(self.test_file), labels=known.labels)
+
+    # How this session's run compares.
 
     def comparison(self) -> pd.DataFrame:
         """Return the report's Table 2 beside the package's weights and this session's finished run.
@@ -260,14 +267,14 @@ class Session:
 
     def _why_they_differ(self) -> dict[str, str]:
         """Return, for each quantity of Table 2 that may differ, the reason why."""
-        accuracy = "the weights: other random numbers, another GPU"
+        accuracy = "the package's weights: other random numbers, another GPU"
         if self.config != recipe("report") or self.stand_in:
-            accuracy = f"{accuracy}; this run: the reasons in the other rows"
+            accuracy = f"{accuracy}; this run: recipe {self.config.recipe}"
         reasons = dict.fromkeys(("last train accuracy", "test accuracy"), accuracy)
         if (self.config.blocks, self.config.channels) != ((3, 4, 3), (66, 132, 264)):
             smaller = "this run: a smaller network, for this machine"
             reasons |= dict.fromkeys(_complexity(ResNet()), smaller)
-        if self.config != recipe("report") or self.stand_in:
+        if self.config.epochs < recipe("report").epochs:
             reasons["epochs"] = "this run: a shorter training, for this machine"
         if self.config.train_size:
             reasons["training images"] = "this run: fewer training images"
@@ -291,6 +298,8 @@ class Session:
             for name, system in columns.items()
         }
         return pd.DataFrame(cells, index=list(SYSTEM.values()))
+
+    # How results are shown.
 
     def show(self, figure: Figure, name: str, alt: str) -> None:
         """Save the figure as `name`.png and show it. `alt` describes it in words."""
@@ -330,70 +339,75 @@ def _variable(name: str) -> str | None:
 
     Kernels start in notebooks/. Nobody means that folder by a relative path, so relative paths
     start at the repository's root, unless `make run` has already made them absolute.
+
+    Raises InputError if any of this program's variables is wrong.
     """
     environment.make_absolute(ROOT)
     return environment.read(name)
 
 
 def _device() -> torch.device:
+    name = _variable("CIFAR_DEVICE") or "auto"
     try:
-        return choose_device(_variable("CIFAR_DEVICE") or "auto")
+        return choose_device(name)
     except InputError as error:
         raise InputError(f"CIFAR_DEVICE: {error}") from error
 
 
 def _results_folder() -> Path | None:
-    """Return the folder that `CIFAR_RUNS` names, or None if results go into the repository.
+    """Return the folder for results, or None if they go into the repository's runs/.
+
+    It is the one that `CIFAR_RUNS` names, or Kaggle's output folder.
 
     The folder may be on a mounted Drive, so that results outlive this machine. On Kaggle an
     attached repository can't be written to, so results go to Kaggle's own output folder.
 
-    Raises InputError if there is no folder that can be written.
+    Raises InputError if there is no folder that can be written to.
     """
     named = _variable("CIFAR_RUNS")
+    folder = Path(named) if named else ROOT / "runs"
+    if not named and not folder.exists():
+        folder = ROOT
     try:
-        if named:
-            return _writable(Path(named))
-        runs = ROOT / "runs"
-        _writable(runs if runs.exists() else ROOT)
-        return None
+        _writable(folder)
+        return folder if named else None
     except OSError as error:
         if not named and KAGGLE_OUTPUT.is_dir():
             return KAGGLE_OUTPUT
         remedy = "name another one" if named else "set CIFAR_RUNS to one, and start again"
         raise InputError(
-            f"CIFAR_RUNS: expected a folder that can be written to, got {named or ROOT} "
+            f"CIFAR_RUNS: expected a folder that can be written to, got {named or folder} "
             f"({error.strerror}): {remedy}"
         ) from error
 
 
-@functools.cache  # an error isn't cached: a folder that can't be written is tried again
+@functools.cache  # an error isn't cached: a folder that can't be written to is tried again
 def _writable(folder: Path) -> Path:
     """Return the folder, made if need be.
 
     Raises OSError if no file can be written in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # permissions alone don't tell
+    tempfile.TemporaryFile(dir=folder).close()  # permission bits alone don't settle it
     return folder
 
 
 def _data_folder() -> Path:
-    """Return the folder where CIFAR-10 is, or to which it is downloaded.
+    """Return the folder in which CIFAR-10 is looked for, and to which it is downloaded.
 
-    It is data/ of the repository, or of the runs' folder if the repository can't be written.
+    It is data/ in the repository, or in the runs' folder if the repository can't be written to.
     """
     data = ROOT / "data"
     try:
         if not (data / FOLDER).is_dir():
-            _writable(ROOT)
+            _writable(data if data.exists() else ROOT)
         return data
     except OSError:
         return runs_folder() / "data"
 
 
 def runs_folder() -> Path:
-    """Return the folder of all runs: runs/, or the one that `CIFAR_RUNS` names."""
+    """Return the folder of all runs: runs/, unless `_results_folder` names another one."""
     return _results_folder() or ROOT / "runs"
 
 

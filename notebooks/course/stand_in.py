@@ -16,8 +16,8 @@ def generate_stand_in(
 
     A class has a few smooth colour patterns. An image is one of these patterns, moved sideways and
     perhaps mirrored. Up to 45 % of a pattern of another class is blended in. For a cat it is up to
-    65 % of a dog's pattern, and for a dog up to 65 % of a cat's. Then the image is brightened or
-    dimmed, and gets noise. The same `seed` gives the same images.
+    65 % of a dog's pattern, and for a dog up to 65 % of a cat's. Then its contrast is
+    raised or lowered, and it gets noise. The same `seed` gives the same images.
     """
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(len(CLASSES) * PATTERNS, 3, 5, 5, generator=generator)

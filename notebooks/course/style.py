@@ -1,8 +1,9 @@
 """What all figures share: their look, their axes, and how they become PNG.
 
-Every plotting function of the course takes arrays and returns a Figure, and is decorated with
-`in_style`. The colours are Okabe and Ito's, which colour-blind readers can tell apart, also in a
-grey print. Grey replaces their yellow, which is hard to see on white.
+Every plotting function of the course takes data and returns a Figure, and is decorated with
+`in_style`. The colours are Okabe and Ito's, which colour-blind readers can tell apart. Grey
+replaces their yellow, which is hard to see on white. Some of them look alike in a grey print, so
+where it matters, lines also differ in marker or dash.
 """
 
 import io
