@@ -117,8 +117,11 @@ class OneGraph(Step):
     """
 
     def __init__(self, state: State, log: Callable[[str], None] = print):
-        is_compiled, state.config = state.config.compile, replace(state.config, compile=False)
+        # The state's configuration stays as it was; only this step isn't compiled as others are.
+        config = state.config
+        state.config = replace(config, compile=False)
         super().__init__(state, log)
+        state.config = config
         # What a graph reads and writes stays at its place in memory.
         shape = (self.config.batch_size, 3, 32, 32)
         self.images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -126,7 +129,7 @@ class OneGraph(Step):
         self.rate = torch.zeros((), device=self.device)
         for group in state.optimizer.param_groups:
             group["lr"] = self.rate
-        if is_compiled:
+        if config.compile:
             # Compiled without graphs of its own, which the default mode hasn't.
             self.loss = torch.compile(self.plain_loss, dynamic=False, fullgraph=True)
         self.replay = self._capture() if self.device.type == "cuda" else self._update

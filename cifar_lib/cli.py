@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     info = _command(commands, _info, "the network's size and a recipe's learning rates")
     info.add_argument("--recipe", default="report", metavar="R", help=_one_of(RECIPES))
 
-    train = _command(commands, _train, "train in a new run directory, or resume the run in it")
+    train = _command(commands, _train, "train in a run directory, or resume the run that is there")
     train.set_defaults(on_repeat="resumes after the last finished epoch")
     train.add_argument(
         "--run", required=True, metavar="DIR", help="a new folder, or that of a begun run"
@@ -238,7 +238,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     for text in options.set:
         field, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: write an = between the two")
+            raise InputError(f"set: expected FIELD=VALUE, got {text!r}: join the two by =")
         changes[field] = value
     for field in OWN_OPTIONS:
         value = getattr(options, field)
@@ -317,10 +317,10 @@ def _submit(options: argparse.Namespace) -> None:
     stream = sys.stderr if options.out == "-" else sys.stdout
     print(f"images read from {test.source}", file=stream)
     if why is not None:
-        print(f"adaptation chosen: {method}, because {why}", file=stream)
+        print(f"adaptation chosen: {method} ({why})", file=stream)
     settings = f"adaptation: {method}, test-time augmentation: {options.tta}"
-    place = "standard output" if options.out == "-" else options.out
-    print(f"{len(labels)} labels in {place} ({settings})", file=stream)
+    place = "to standard output" if options.out == "-" else f"to {options.out}"
+    print(f"{len(labels)} labels written {place} ({settings})", file=stream)
 
 
 def _load(options: argparse.Namespace) -> tuple[ResNet, WeightsInfo, str]:

@@ -44,9 +44,7 @@ def compile_loss(
     try:
         for half_size in half_sizes:
             _dry_run(fast, model, batch_size, half_size)
-    except (
-        Exception
-    ) as error:  # compiling can fail with any exception, also if there is no compiler
+    except Exception as error:  # of any kind, also if there is no compiler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log(f"compiling doesn't work here ({reason}): continuing without it")
         return plain

@@ -147,7 +147,7 @@ def _read(folder: Path, files: list[list[str]]) -> ImageSet:
     """
     images, labels = [], []
     for name, md5 in files:
-        remedy = "copy the file again, or let CIFAR-10 be downloaded into another folder"
+        remedy = "copy the file again, or move the folder away to download it again"
         with explained(f"{folder / name} can't be read", remedy):
             content = read_regular(folder / name, pickles.MAX_BYTES)
             if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:

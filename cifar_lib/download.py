@@ -30,8 +30,8 @@ SOURCES = (
 ARCHIVE_BYTES = 170_498_071
 SLOW = 300_000  # bytes per second; a source that is slower over WINDOW is left for the next one
 WINDOW = 10.0  # seconds
-REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to a server's address"
-NO_SPACE = "free some disk space, or set CIFAR10_ROOT to a folder that already holds CIFAR-10"
+REMEDY = "set CIFAR10_ROOT to a folder that holds it, or CIFAR10_MIRROR to a folder on a server"
+NOT_WRITTEN = "make room, or set CIFAR10_ROOT to a folder that already holds CIFAR-10"
 
 
 def download_cifar10(
@@ -55,7 +55,7 @@ def download_cifar10(
     deadline = time.monotonic() + give_up_after
     folder, archive = root / CIFAR10.base_folder, (archives or root) / CIFAR10.filename
     with (
-        explained(f"can't write CIFAR-10 into {root}", NO_SPACE, OSError),
+        explained(f"can't write CIFAR-10 into {root}", NOT_WRITTEN, OSError),
         contextlib.ExitStack() as stack,
     ):
         root.mkdir(parents=True, exist_ok=True)

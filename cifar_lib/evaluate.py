@@ -64,7 +64,9 @@ def predict_views(
     on_cpu = next(model.parameters()).device.type == "cpu"
     size = 400 if on_cpu else 1000  # images at once: a matter of speed and memory
     for inputs in batches(model, images, normalization, size):
-        views = [inputs] if tta == "none" else [inputs, inputs.flip(3)]  # (b, 3, 32, 32) each
+        views = [inputs]  # (b, 3, 32, 32) each
+        if TTA[tta] == 2:
+            views.append(inputs.flip(3))
         with computing(inputs.device, precision):
             logits.append(torch.stack([model(view).float() for view in views]).cpu())
     model.train(was_training)

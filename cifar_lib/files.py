@@ -111,9 +111,8 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises OSError if it can't be read, and ValueError if it isn't a regular file or is too long.
     """
     status = os.stat(path)
-    if not stat.S_ISREG(
-        status.st_mode
-    ):  # a FIFO could block for ever, and a device might never end
+    # A FIFO could block for ever, and a device might never end.
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("it isn't a regular file")
     if status.st_size > limit:
         raise ValueError(f"it has {status.st_size:,} bytes, more than {limit:,}")
@@ -125,8 +124,8 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
     Raises ValueError if `content` is anything else, or the object is empty.
     """
-    # Python reads a whole number of any length, but one of over 309 digits is too large for a
-    # float. None of our files has even 100 digits in a row.
+    # A whole number of over 309 digits is too large for a float, and fails only when it is used.
+    # None of our files has even 100 digits in a row.
     if re.search(rb"\d{100}", content):
         raise ValueError("it has 100 digits or more in a row")
     try:

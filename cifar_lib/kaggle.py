@@ -216,7 +216,7 @@ def _id(value: Any) -> int | str:
     if isinstance(value, str) and 0 < len(value) <= LONGEST and value.isprintable():
         return value
     wanted = f"whole numbers of at most 20 digits, or names of 1 to {LONGEST} printable characters"
-    found = repr(value[:20]) if isinstance(value, str) else f"another {type(value).__name__}"
+    found = repr(value[:20]) if isinstance(value, str) else f"{value!r:.30}"
     raise InputError(f"ids: expected {wanted}, got {found}")
 
 

@@ -118,10 +118,10 @@ def check_shape(
     are_widths = all(type(n) is int and NARROWEST <= n <= WIDEST for n in channels)
     are_stages = are_depths and are_widths and len(blocks) == len(channels)
     if not are_stages or not 1 <= sum(blocks) <= DEEPEST:
-        wanted = (
-            f"1 to {DEEPEST} blocks in all, and {NARROWEST} to {WIDEST:,} channels for each stage"
-        )
-        raise InputError(f"blocks and channels: expected {wanted}; got {blocks} and {channels}")
+        wanted = f"a whole number of each for every stage, 1 to {DEEPEST} blocks in all"
+        wanted = f"{wanted}, and {NARROWEST} to {WIDEST:,} channels"
+        what = f"blocks and channels: expected {wanted}; got {blocks} and {channels}"
+        raise InputError(f"{what}: correct them")
     count = count_parameters(blocks, channels)
     if count > budget:
         what = f"blocks {blocks} and channels {channels} make {count:,} parameters"
@@ -137,8 +137,8 @@ def count_parameters(blocks: Sequence[int], channels: Sequence[int], num_classes
 
 # Its weights on disk.
 
-# The types of a mean and a standard deviation in a file: three numbers in a sane range. JSON has no
-# tuples, so `strict=False` lets a list become one.
+# The types of a mean and a standard deviation, in a file of weights and in a configuration: three
+# numbers in a sane range. JSON has no tuples, so `strict=False` lets a list become one.
 Mean = Annotated[
     tuple[Annotated[float, Field(ge=-1e3, le=1e3)], ...],
     Field(min_length=3, max_length=3, strict=False),

@@ -176,15 +176,14 @@ class _Dict(dict):
     """A dict with short keys, which are quick to hash and to compare, whatever the file holds."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        # Large numbers could be chosen to share one hash, which makes a dict slow. No honest file
-        # stores more values under a number than it has instructions.
+        # Large numbers could be chosen to share one hash, which makes a dict slow. The memo numbers
+        # its values from 0, one for an instruction at most, so honest numbers are small.
         is_number = isinstance(key, int) and 0 <= key < MAX_INSTRUCTIONS
         is_name = isinstance(key, (str, bytes)) and len(key) <= MAX_SHORT
         if not is_number and not is_name:
-            wanted = (
-                f"names of at most {MAX_SHORT} characters, or numbers below {MAX_INSTRUCTIONS:,}"
-            )
-            raise InputError(f"expected {wanted} as keys, got another {type(key).__name__}")
+            numbers = f"numbers from 0 to {MAX_INSTRUCTIONS - 1:,}"
+            wanted = f"names of at most {MAX_SHORT} characters, or {numbers}"
+            raise InputError(f"expected {wanted} as keys, got a wrong {type(key).__name__}")
         super().__setitem__(key, value)
 
 
@@ -216,7 +215,7 @@ class _DType:
 
     def __init__(self, code: str, align: Any, copy: Any):
         if not re.fullmatch("b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,2}|O[48]", code):
-            wanted = "booleans, real numbers and strings below 1,000 characters"
+            wanted = "booleans, real numbers, short strings and plain lists of objects"
             raise InputError(f"it holds an array of type {code[:20]!r}; only {wanted} are read")
         self.dtype = np.dtype(code[0] if code[0] == "O" else code)
 

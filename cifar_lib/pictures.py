@@ -198,9 +198,8 @@ def _in_8_bits(
 
     # Scale grey values. A TIFF may count from white to black.
     scaled = np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)  # (H, W)
-    white_is_zero = (
-        opened.format == "TIFF" and opened.tag_v2.get(262) == 0
-    )  # PhotometricInterpretation
+    photometric_interpretation = 262
+    white_is_zero = opened.format == "TIFF" and opened.tag_v2.get(photometric_interpretation) == 0
     return Image.fromarray(255 - scaled if white_is_zero else scaled)
 
 

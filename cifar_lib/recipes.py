@@ -62,7 +62,7 @@ class TrainConfig:
     precision: Literal[PRECISIONS] = "fp32"  # auto: bf16 or fp16, where the hardware is fast at it
     # whether to use torch.compile; None: on a GPU, for runs that are long enough to gain from it
     compile: Annotated[bool | None, OrNone] = None
-    # how many training images to take, with equal shares of each class; None: all
+    # how many training images to take, in the same class mix; None: all
     train_size: Annotated[Positive | None, OrNone] = None
     validation_size: Count = 0  # how many of those are held out, and evaluated each epoch
     watch_test: bool = True  # evaluate the test set each epoch, as the report did

@@ -1,10 +1,10 @@
-"""Measure every adaptation, with and without test-time views, on every shift and severity.
+"""Measure every adaptation, with and without flip TTA, on every shift and severity.
 
     python -m scripts.ablation [--images N]
 
 The package's weights predict a part of the test images under each shift, and then all test images
 under the shift that imitates the competition's custom test set. A "way" to predict is an adaptation
-together with test-time views. The results are in results/shift/; an interrupted run resumes after
+together with flip TTA. The results are in results/shift/; an interrupted run resumes after
 the shifts that are already there:
 
 right.npz      for each shift a bool array (ways, images), true if the way found the image's label;
@@ -44,7 +44,7 @@ from notebooks.course.corruptions import FAMILIES, SEVERITIES, shifted
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "results" / "shift"
-# The ways to predict: pairs of an adaptation and test-time views. All are compared with the first
+# The ways to predict: pairs of an adaptation and a TTA. All are compared with the first
 # one, which is no adaptation and one view.
 WAYS = tuple(itertools.product(ADAPTATIONS, TTA))
 

@@ -259,7 +259,7 @@ def on_custom_set(
         network, normalization = adapt(adaptation, model, images, info.test_normalization)
         now = accuracy(predict(network, images, normalization, tta=tta), test.labels)
         then = verdict["custom"][f"{adaptation} + {tta}"]["accuracy"]
-        pairs[f"custom set, {adaptation}, views {tta}"] = now, then
+        pairs[f"custom set, {adaptation}, TTA {tta}"] = now, then
     return pairs
 
 

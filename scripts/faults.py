@@ -89,7 +89,9 @@ def undisturbed(precision: str) -> dict[str, bytes]:
         return {name: (Path(folder) / name).read_bytes() for name in ENDS_WITH.split()}
 
 
-def check_goes_on(run: Path, precision: str = "fp32", trap: Callable[[], None] = nothing) -> str:
+def check_that_it_resumes(
+    run: Path, precision: str = "fp32", trap: Callable[[], None] = nothing
+) -> str:
     """Check that the same command ends the run as if undisturbed. Return what it printed."""
     code, said = Training(run, precision, trap).end()
     assert code == 0, said
@@ -192,7 +194,7 @@ def killed(folder: Path, moment: str) -> Counter[str]:
         code, said = Training(folder, precision, MOMENTS[moment]).end()
         assert code in (0, *KILLED), (code, said)
         kills += code != 0
-    check_goes_on(folder, precision)
+    check_that_it_resumes(folder, precision)
     return Counter({f"{precision}, the same bytes": kills})
 
 
@@ -228,7 +230,7 @@ def newest_damaged(folder: Path, damage: Callable[[Path], None]) -> str:
     """The one before is used, with a warning if there is a damaged one; the same bytes."""
     interrupt_run(folder)
     damage(folder / "checkpoint.pt")
-    said = check_goes_on(folder)
+    said = check_that_it_resumes(folder)
     assert damage is Path.unlink or "resuming from checkpoint.previous.pt" in said, said
     return "the same bytes"
 
@@ -276,7 +278,7 @@ def disk_full(folder: Path) -> str:
         assert not list(disk.rglob("*.tmp"))
         when = "after" if (disk / "run" / "checkpoint.pt").exists() else "before"
         mount(disk, "remount,size=64m")
-        check_goes_on(disk / "run")
+        check_that_it_resumes(disk / "run")
     return f"{when} the first checkpoint, the same bytes"
 
 
@@ -295,7 +297,7 @@ def disk_read_only(folder: Path) -> str:
 def without_locks(folder: Path) -> str:
     """A warning; a run that is killed resumes there and ends with the same bytes."""
     Training(folder, trap=lambda: (take_locks_away(), at_step(random.randint(1, STEPS)))).end()
-    said = check_goes_on(folder, trap=take_locks_away)
+    said = check_that_it_resumes(folder, trap=take_locks_away)
     assert "can't be locked" in said, said
     return "the same bytes"
 
@@ -314,7 +316,7 @@ def two_at_once(folder: Path) -> str:
     check_refused(Training(run), "another process trains in")
     first.process.kill()
     first.end()
-    check_goes_on(run)
+    check_that_it_resumes(run)
     return "refused, then the same bytes"
 
 

@@ -155,7 +155,7 @@ def test_the_check_compares_with_what_is_recorded(script, tmp_path, monkeypatch,
 
     shipped = hashlib.sha256(SHIPPED.read_bytes()).hexdigest()
     same, said = check(normalized, shipped)
-    assert same and f"custom set, normalize, views none              {normalized:.2%}" in said
+    assert same and f"custom set, normalize, TTA none                {normalized:.2%}" in said
     assert not check(normalized - 0.1, shipped)[0]
     same, said = check(normalized - 0.1, "another")
     assert same and "measured with other weights" in said, "no comparison, no complaint"

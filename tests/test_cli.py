@@ -89,7 +89,7 @@ def interruptible():
 
 
 def run(*words: str) -> int:
-    """The exit code; a word with blanks is the id of several, one in quotes for itself."""
+    """The exit code; a word with blanks stands for several, one in quotes for itself."""
     split = [w.strip("'") if w.startswith("'") else w.split(" ") for w in words]
     flat = [part for w in split for part in ([w] if isinstance(w, str) else w)]
     try:
@@ -229,13 +229,13 @@ def test_submit_writes_the_labels_that_the_library_predicts(place, network, adap
 def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, monkeypatch):
     """On a file whose classes are balanced, and on one whose aren't; this network's are never."""
     chosen = json.loads((SHIFT / "verdict.json").read_text(encoding="utf-8"))["default"]
-    adapt = chosen["adapt"]
+    adapt, tta = chosen["adapt"], chosen["tta"]
     monkeypatch.setattr(shift, "SHIFT_MARGIN", 1)
     assert run(f"{SUBMIT} --out s.csv") == 0
     assert capsys.readouterr().out.splitlines() == [
         "images read from test.pkl, pixel after pixel",
-        f"adaptation chosen: {adapt}, because the predicted classes are balanced",
-        f"100 labels in s.csv (adaptation: {adapt}, test-time augmentation: {chosen['tta']})",
+        f"adaptation chosen: {adapt} (the predicted classes are balanced)",
+        f"100 labels written to s.csv (adaptation: {adapt}, test-time augmentation: {tta})",
     ]
     # What is said stays out of the submission where both would go to standard output.
     for limit in ("SHIFT_MARGIN", "MAX_CONFIDENCE_LOSS", "MIN_AGREEMENT"):
@@ -243,9 +243,10 @@ def test_submit_says_by_what_it_adapts_and_where_the_labels_are(place, capsys, m
     assert run(f"{SUBMIT} --tta none --out -") == 0
     out, err = capsys.readouterr()
     _, why, settings = err.splitlines()
-    assert why.startswith("adaptation chosen: none, because the predicted classes are unbalanced")
+    assert why.startswith("adaptation chosen: none (the predicted classes are unbalanced")
     assert (
-        settings == "100 labels in standard output (adaptation: none, test-time augmentation: none)"
+        settings
+        == "100 labels written to standard output (adaptation: none, test-time augmentation: none)"
     )
     assert run(f"{SUBMIT} --tta none --adapt none --out none.csv") == 0
     assert out == Path("none.csv").read_text(encoding="utf-8")
@@ -262,7 +263,7 @@ WRONG = [
     (f"{TRAIN} --set nope=1", "nope: no such setting"),
     (f"{TRAIN} --set epochs", "set: expected FIELD=VALUE, got 'epochs'"),
     (f"{TRAIN} --epochs many", "epochs: expected a valid integer"),
-    (f"{TRAIN} --set blocks=1,1,1", "blocks and channels: expected 1 to 100 blocks in all"),
+    (f"{TRAIN} --set blocks=1,1,1", "blocks and channels: expected a whole number of each"),
     (f"{TRAIN} --train-size 300", "train_size: expected at most 200 images, got 300"),
     *((f"{TRAIN} --device {name}", "device: expected auto, or") for name in ("toaster", "meta")),
     (f"{TRAIN} --device cuda:99", "device: expected auto, or a device that works"),

@@ -95,7 +95,7 @@ def test_files_are_read_as_channels_first_images(tiny):
 
 def test_a_batch_that_is_not_whole_is_named(tiny, monkeypatch):
     def refused(name: str, reason: str) -> None:
-        where, remedy = re.escape(str(tiny / name)), "copy the file again, or let CIFAR-10 be"
+        where, remedy = re.escape(str(tiny / name)), "copy the file again, or move the folder away"
         with pytest.raises(InputError, match=f"^{where} .*{reason}.*: {remedy}"):
             load_cifar10(tiny)
 

@@ -191,7 +191,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(
     assert metrics == json.loads(before["metrics.json"]) and content(tmp_path) == before
 
 
-def test_a_run_that_goes_on_with_other_threads_says_so_and_trains(stand_in, started):
+def test_a_run_that_resumes_with_other_threads_says_so_and_trains(stand_in, started):
     run = RunDirectory(started)
     before = run.read_json("environment.json")
     run.write_json("environment.json", before | {"threads": 64, "winograd": not before["winograd"]})
@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_with_other_threads_says_so_and_trains(stand_in, star
     assert run.read_json("environment.json") == before
 
 
-def test_a_run_begun_by_an_earlier_version_goes_on(stand_in, started):
+def test_a_run_begun_by_an_earlier_version_is_resumed(stand_in, started):
     run = RunDirectory(started)
     config = run.read_json("config.json")
     for fields, name in ((config, "ema_decay"), (config["policy"], "alternating_flip")):
@@ -242,7 +242,7 @@ def test_another_run_is_refused_naming_what_differs(stand_in, killed, changes, n
         lambda state: state["momenta"].pop(0),
         lambda state: state["momenta"].insert(0, torch.zeros(5)),
         lambda state: state["momenta"].append(torch.zeros(5)),
-        lambda state: state["momenta"].__setitem__(0, torch.zeros(1)),
+        lambda state: state["momenta"].__setitem__(0, torch.zeros(1, 1, 1, 1)),
         lambda state: state.update(history="[5]"),
         lambda state: state.update(history=[{"epoch": 0}]),
     ],
@@ -260,7 +260,7 @@ def test_a_whole_checkpoint_of_something_else_is_refused(stand_in, started, chan
 
 
 @pytest.mark.parametrize("momentum", ["0.9", "0"])
-def test_a_run_with_an_average_goes_on_to_the_same_bytes_and_ends_with_the_average(
+def test_a_run_with_an_average_resumes_to_the_same_bytes_and_ends_with_the_average(
     stand_in, tmp_path, momentum
 ):
     changes = {"ema_decay": 0.8, "validation_size": 20, "momentum": momentum}

@@ -72,7 +72,7 @@ def test_whatever_counts_or_names_the_images_is_carried(tmp_path, ids, expected)
         ({"data": HWC, "ids": IDS[:3]}, "one for each of 4 images, got 3"),
         ({"data": HWC, "ids": range(10**9)}, "it holds a range of over 1,000,000"),
         ({"data": HWC, "ids": [1, 2, 3, "1"]}, "'1' is the id of several"),
-        ({"data": HWC, "ids": np.array([1, 2, 3, None], object)}, "characters, got another None"),
+        ({"data": HWC, "ids": np.array([1, 2, 3, None], object)}, "characters, got None"),
         ({"data": HWC, "ids": [1, 2, 3, 4.5]}, "whole numbers of at most 20 digits, or names"),
         ({"data": HWC, "ids": [1, 2, 3, 2.0**53]}, "whole numbers of at most 20 digits, or names"),
         ({"data": HWC, "ids": [1, 2, 3, 10**20]}, "whole numbers of at most 20 digits, or names"),

@@ -61,7 +61,7 @@ def test_what_is_asked_for_is_trained_however_long_it_takes(name):
     assert choice.config == RECIPES[name] and choice.why == "asked for"
 
 
-def test_a_run_that_was_begun_goes_on():
+def test_a_run_that_was_begun_is_resumed():
     def is_begun(config):
         return config.recipe == "short"
 

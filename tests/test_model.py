@@ -94,7 +94,7 @@ WRONG_SHAPES += [(("1",), (16,)), ((101,), (16,)), ((1,) * 101, (16,) * 101), ((
 def test_shapes_that_are_no_networks_or_over_the_budget_are_refused():
     for blocks, channels in WRONG_SHAPES:
         with pytest.raises(
-            InputError, match="blocks and channels: expected 1 to 100 blocks in all"
+            InputError, match="blocks and channels: expected a whole number of each"
         ):
             check_shape(blocks, channels)
     check_shape((100,), (16,))

@@ -26,7 +26,7 @@ from cifar_lib.errors import InputError
 from cifar_lib.model import ResNet, WeightsInfo, save_model
 from cifar_lib.recipes import recipe
 from notebooks import conftest
-from notebooks.course import live_run, plots
+from notebooks.course import WITHOUT_CIFAR10, live_run, plots
 from notebooks.course.answers import Network, StoredAnswers
 from notebooks.course.duplicates import nearest_by_pixels
 from notebooks.course.inspector import Inspector
@@ -233,7 +233,7 @@ def test_a_notebook_that_prints_other_numbers_than_it_stores_fails(monkeypatch, 
 
     # Not where they may differ: in a cell that says so, on stand-in data, with other weights.
     conftest._check_numbers(notebook_that_prints("94.30%", tags=("varies",)), path)
-    elsewhere = notebook_that_prints("Going on with generated stand-in data; 12.00%")
+    elsewhere = notebook_that_prints(f"{WITHOUT_CIFAR10}; 12.00%")
     conftest._check_numbers(elsewhere, path)
     monkeypatch.setenv("CIFAR_WEIGHTS", "trained")
     conftest._check_numbers(notebook_that_prints("94.30%"), path)
@@ -297,7 +297,7 @@ def opened(monkeypatch, tmp_path) -> dict:
     return asked
 
 
-def test_without_data_a_session_goes_on_and_says_so_on_everything(opened, capsys):
+def test_without_data_a_session_continues_and_says_so_on_everything(opened, capsys):
     opened["missing"] = True
     session = Session.open()
     assert "stand-in data" in capsys.readouterr().out and session.train.source == STAND_IN
@@ -447,8 +447,8 @@ def test_a_session_trains_and_puts_its_run_beside_the_published_one(
     assert theirs["test accuracy"] == "95.56%" and theirs["parameters"] == "4,916,284"
     assert table["the package's weights"]["parameters"] == "4,916,284" != ours["parameters"]
     reasons = table["why they differ"]
-    assert "recipe small" in reasons["test accuracy"]
-    assert "shorter" in reasons["epochs"] and "fewer" in reasons["training images"]
+    assert "recipe small, 3 epochs" in reasons["test accuracy"]
+    assert "another number" in reasons["epochs"] and "fewer" in reasons["training images"]
     assert "smaller network" in reasons["parameters"] and reasons["test data"] == ""
     assert tiny_session.specifications().loc["GPU", "published"] == "NVIDIA A100-SXM4-40GB"
     network = tiny_session.network()

@@ -87,7 +87,7 @@ ODD = [
     ("a long", b"}(" + text("data") + b"N" + text("ids") + b"]" + long(10**6) + b"au.", "read"),
 ]
 HOSTILE = [
-    # Changing what has a name, calling it otherwise than numpy does
+    # Changing what has a name, calling it in a way that numpy doesn't
     ("BUILD, function", beside(ENCODE + b"N}" + text("owned") + b")s\x86b"), "(AttributeError)"),
     ("BUILD, class", beside(NAME + b"N}" + text("owned") + b")s\x86b"), "(TypeError)"),
     ("REDUCE, text", beside(text("os.system") + b")R"), "(TypeError)"),

@@ -190,7 +190,7 @@ def test_diagrams_name_parts_and_shapes_and_project_only_what_changes_its_shape(
 
 def test_a_search_marks_its_own_trial_and_widens_a_wide_axis():
     trials = pd.DataFrame({"number": [0, 3], "accuracy": [0.3, 0.5], "rate": [0.1, 0.001]})
-    figure = plots.search_trials(trials, {"rate": "learning rate"}, 0, "T")
+    figure = plots.search_trials(trials, {"rate": "learning rate"}, marked=0, title="T")
     proposed, own = ([0.001], [0.5]), ([0.1], [0.3])
     assert lines(figure) == {"proposed by the search": proposed, "Table 1's values": own}
     assert figure.axes[0].get_xscale() == "log"

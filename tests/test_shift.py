@@ -173,9 +173,8 @@ def test_unbalanced_classes_leave_batch_norm_alone(
 
 
 def test_balanced_files_are_predicted_as_without_looking(model, images, monkeypatch):
-    monkeypatch.setattr(
-        shift, "SHIFT_MARGIN", 1
-    )  # this network's answers are unbalanced, by no data
+    # This network's answers are unbalanced on any data.
+    monkeypatch.setattr(shift, "SHIFT_MARGIN", 1)
     network, normalization = shift.adapt(shift.BALANCED, model, images, NORMALIZATION)
     wanted = predict(network, images, normalization, tta="flip")
     found = shift.predict_adapted(model, images, NORMALIZATION, tta="flip")
@@ -263,7 +262,7 @@ def test_the_ablation_scores_what_the_library_predicts(model, images):
         assert np.array_equal(found, (guesses == test.labels).numpy())
 
 
-def test_the_ablation_goes_on_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
+def test_the_ablation_resumes_only_with_the_same_weights_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "FOLDER", tmp_path)
     assert ablation.measured("abc", 3) == ({}, [])
     answers = np.ones((len(ablation.WAYS), 3), bool)

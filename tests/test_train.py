@@ -182,7 +182,7 @@ def test_a_small_network_overfits_one_batch(stand_in):
     assert loss < 0.4 and accuracy == 1.0
 
 
-def test_a_resumed_run_goes_on_with_the_scale_of_its_fp16_gradients():
+def test_a_resumed_run_continues_with_the_scale_of_its_fp16_gradients():
     config = tiny(precision="fp16")
     before, after = State(config, CPU), State(config, CPU)
     before.scaler.load_state_dict(before.scaler.state_dict() | {"scale": 2.0**7})

@@ -3,7 +3,7 @@
 Ten thousand images take a GPU a second and a CPU minutes. `python -m scripts.store_answers` has
 therefore computed the answers of the package's weights once, and `Network` reads them. A stored
 answer is used only for exactly the same question, which consists of a file of weights, images,
-normalization, adaptation and test-time views. All of these are compared. Everything else is
+normalization, adaptation and test-time augmentation. All of these are compared. Everything else is
 computed.
 """
 
@@ -54,7 +54,7 @@ class Network:
         """Return the logits of images, uint8 (N, 3, 32, 32): float32 (N, 10), on the CPU.
 
         normalization: the weights' own for testing, unless another one is given.
-        tta: the test-time views, as in `evaluate.predict`.
+        tta: the test-time augmentation, as in `evaluate.predict`.
         """
         normalization = normalization or self.info.test_normalization
         if self.stored is not None:

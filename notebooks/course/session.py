@@ -40,7 +40,7 @@ from cifar_lib.hardware import choose_device, choose_precision, prepare
 from cifar_lib.kaggle import read_test_file
 from cifar_lib.model import PRETRAINED, ResNet
 from cifar_lib.recipes import TrainConfig, recipe
-from notebooks.course import live_run
+from notebooks.course import WITHOUT_CIFAR10, live_run
 from notebooks.course.answers import Network
 from notebooks.course.corruptions import generate_test_file
 from notebooks.course.reference import (
@@ -98,7 +98,7 @@ class Session:
             if must_be_real:  # a wrong folder is a mistake, and figures/ is for real data
                 raise
             print(error)
-            print("Continuing with generated stand-in data; every figure and table says so.")
+            print(f"{WITHOUT_CIFAR10}; every figure and table says so.")
             train, test = generate_stand_in()
         return cls(train, replace(test, ids=tuple(range(len(test)))))
 
@@ -269,18 +269,23 @@ class Session:
         """Return, for each quantity of Table 2 that may differ, the reason why."""
         accuracy = "the package's weights: other random numbers, another GPU"
         if self.config != recipe("report") or self.stand_in:
-            accuracy = f"{accuracy}; this run: recipe {self.config.recipe}"
+            accuracy = f"{accuracy}; this run: {self._what_it_trained()}"
         reasons = dict.fromkeys(("last train accuracy", "test accuracy"), accuracy)
         if (self.config.blocks, self.config.channels) != ((3, 4, 3), (66, 132, 264)):
             smaller = "this run: a smaller network, for this machine"
             reasons |= dict.fromkeys(_complexity(ResNet()), smaller)
-        if self.config.epochs < recipe("report").epochs:
-            reasons["epochs"] = "this run: a shorter training, for this machine"
+        if self.config.epochs != recipe("report").epochs:
+            reasons["epochs"] = "this run: another number of epochs"
         if self.config.train_size:
             reasons["training images"] = "this run: fewer training images"
         if self.note:
             reasons["test data"] = self.note
         return reasons
+
+    def _what_it_trained(self) -> str:
+        """Return in a few words what distinguishes this session's training."""
+        parts = [f"recipe {self.config.recipe}", f"{self.config.epochs} epochs"]
+        return ", ".join(parts + ["stand-in data"] * self.stand_in)
 
     def specifications(self) -> pd.DataFrame:
         """Return the specifications of the machines that trained the compared networks.
