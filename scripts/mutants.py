@@ -14,6 +14,7 @@ script draws a sample by a seed, also tries changes written by hand, and imports
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import importlib
 import itertools
@@ -270,7 +271,8 @@ def forked(call, limit: float) -> int | None:
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)  # with the commands that it started
+    with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+        os.killpg(child, signal.SIGKILL)  # with the commands that it started
     os.waitpid(child, 0)
     return None
 
