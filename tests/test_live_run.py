@@ -47,12 +47,12 @@ def test_a_device_trains_what_it_can_within_twelve_minutes_and_says_so(
     assert choice.config == recipe(chosen.split()[0])
     assert chosen == "small" or choice.seconds <= live_run.LONGEST
 
-    # The line names the device, the recipe, the network, the work, the time, and the way out.
-    line = choice.line(device, 50_000)
-    assert line.startswith(f"{name}: recipe {chosen}") and "\n" not in line
+    # It names the device, the recipe, the network, the work and the time, then the way out.
+    summary = choice.summary(device, 50_000)
+    assert summary.startswith(f"{name}: recipe {chosen}") and summary.count("\n") == 1
     parameters = "78,042" if chosen == "small" else "4,916,284"
-    assert f"{parameters} parameters, {choice.config.epochs} epochs of 50,000 images" in line
-    assert f"about {live_run.duration(choice.seconds)}. Set CIFAR_RECIPE to train" in line
+    assert f"{parameters} parameters, {choice.config.epochs} epochs of 50,000 images" in summary
+    assert f"about {live_run.duration(choice.seconds)}.\nSet CIFAR_RECIPE to train" in summary
 
 
 @pytest.mark.parametrize("name", live_run.CANDIDATES)

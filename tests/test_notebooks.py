@@ -460,7 +460,7 @@ def test_a_session_trains_and_puts_its_run_beside_the_published_one(
 def test_the_number_of_epochs_can_be_asked_for(tiny_session, monkeypatch):
     monkeypatch.setenv("CIFAR_EPOCHS", "2")
     assert tiny_session.config.epochs == 2 and tiny_session.config.channels == (16, 32)
-    assert ", 2 epochs of 100 images" in tiny_session.choice.line(tiny_session.device, 200)
+    assert ", 2 epochs of 100 images" in tiny_session.choice.summary(tiny_session.device, 200)
 
 
 def test_a_run_is_drawn_as_it_grows_and_whole_when_it_is_finished(tiny_session):

@@ -48,7 +48,7 @@ def test_sheets_show_every_picture_with_its_words():
     heat = np.linspace(0, 1, 7 * 1024).reshape(7, 32, 32)
     layers = shown(sheets.gallery(PICTURES, ["a\nb"] * 7, "T", overlays=heat))
     assert np.array_equal(layers[::2], PICTURES) and np.array_equal(layers[1::2], heat)
-    assert "no such image" in texts(sheets.gallery(PICTURES[:0], [], "T").texts)
+    assert "no images of this kind" in texts(sheets.gallery(PICTURES[:0], [], "T").texts)
 
     figure = sheets.image_pairs(PICTURES[:2], PICTURES[2:4], ["a\nb", "c\nd"], "T")
     for i, both in enumerate(shown(figure)):
@@ -78,7 +78,7 @@ def test_a_contact_sheet_shows_every_caption_and_frames_what_is_marked():
     figure = sheets.contact_sheet(groups, "T", columns=3, frame_means="marked")
     full, empty = figure.axes
     assert texts(figure.legends[0].texts) == ["marked"]
-    assert texts(full.texts) == captions and texts(empty.texts) == ["no such image"]
+    assert texts(full.texts) == captions and texts(empty.texts) == ["no images of this kind"]
     low, high = sorted(full.get_ylim())
     edges = [image.get_extent() for image in full.images]  # left, right, bottom, top
     assert all(low <= edge <= high for extent in edges for edge in extent[2:])

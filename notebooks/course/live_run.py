@@ -38,8 +38,8 @@ class Choice:
     seconds: float
     why: str  # in a few words
 
-    def line(self, device: torch.device, images: int) -> str:
-        """Return one line that says what will be trained, and how to ask for another recipe."""
+    def summary(self, device: torch.device, images: int) -> str:
+        """Return two lines: what will be trained, and how to train another recipe."""
         config = self.config
         size = f"{count_parameters(config.blocks, config.channels):,} parameters"
         epochs = f"{config.epochs} epoch{'s' if config.epochs > 1 else ''}"
@@ -47,7 +47,7 @@ class Choice:
         others = " or ".join(name for name in CANDIDATES if name != config.recipe)
         return (
             f"{device_name(device)}: recipe {config.recipe} ({self.why}), {size}, {work}, "
-            f"about {duration(self.seconds)}. Set CIFAR_RECIPE to train {others} instead."
+            f"about {duration(self.seconds)}.\nSet CIFAR_RECIPE to train {others} instead."
         )
 
 

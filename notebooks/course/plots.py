@@ -173,7 +173,7 @@ def reproduction(
     left.set_ylabel(quantity)
 
     # Name the lines where they end.
-    form = "{:.2%}" if is_share else "{:.3f}"
+    form = "{:.2%}" if is_share else "{:.4f}"
     texts, heights = {}, {}
     for name, frame in frames.items():
         published, lowest, highest = map(form.format, frame.iloc[-1])

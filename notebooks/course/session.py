@@ -270,7 +270,8 @@ class Session:
         accuracy = "the package's weights: other random numbers, another GPU"
         if self.config != recipe("report") or self.stand_in:
             accuracy = f"{accuracy}; this run: {self._what_it_trained()}"
-        reasons = dict.fromkeys(("last train accuracy", "test accuracy"), accuracy)
+        outcomes = "last train accuracy", "test accuracy", "its 95 % interval"
+        reasons = dict.fromkeys(outcomes, accuracy)
         if (self.config.blocks, self.config.channels) != ((3, 4, 3), (66, 132, 264)):
             smaller = "this run: a smaller network, for this machine"
             reasons |= dict.fromkeys(_complexity(ResNet()), smaller)

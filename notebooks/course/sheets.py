@@ -64,14 +64,14 @@ def gallery(
     columns: int = 6,
     overlays: np.ndarray | None = None,
 ) -> Figure:
-    """Draw pictures, uint8 (n, 32, 32, 3), with captions of two or three lines.
+    """Draw pictures, uint8 (n, 32, 32, 3), with captions of any number of lines.
 
     overlays: heat maps to lay over the pictures, float (n, 32, 32) in [0, 1].
     Where there is no picture at all, the figure says so.
     """
     rows = max(_rows_of(len(images), columns), 1)
     lines = max([_line_count(caption) for caption in captions], default=1)
-    size = (1.32 * columns, rows * (1.02 + 0.17 * lines) + 0.5)
+    size = (1.32 * columns, rows * (1.12 + 0.18 * lines) + 0.5)
     figure, axes = new_figure(rows, columns, size)
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
@@ -82,7 +82,7 @@ def gallery(
         if overlays is not None:
             show_heat(ax, overlays[i])
     if len(images) == 0:
-        figure.text(0.5, 0.4, "no such image", ha="center")
+        figure.text(0.5, 0.4, "no images of this kind", ha="center")
     return figure
 
 
@@ -150,7 +150,7 @@ def contact_sheet(
         width, height = columns * cell_width, row_count * cell_height
         ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
         if not captions:
-            ax.text(0.04, 0.4, "no such image")
+            ax.text(0.04, 0.4, "no images of this kind")
     return figure
 
 
