@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import math
 import os
 import re
 import runpy
@@ -285,6 +286,16 @@ WRONG = [
 def test_a_mistake_is_one_line_and_changes_nothing(place, capsys, words, message):
     before = contents(place)
     assert message in mistake(capsys, words)
+    assert contents(place) == before
+
+
+@pytest.mark.parametrize("words", ["evaluate", "predict", "submit --test test.pkl --adapt none"])
+def test_outputs_that_are_not_finite_are_refused(place, capsys, monkeypatch, words):
+    """Half precision can overflow, and `argmax` calls NaN an airplane."""
+    monkeypatch.setattr(cli.evaluate, "predict", lambda *_: torch.full((100, 10), math.nan))
+    last = {"evaluate": "--json", "predict": "'bild ä.png'"}.get(words, "--out=o")
+    before = contents(place)
+    assert "weights: their outputs are not finite" in mistake(capsys, f"{words} {WEIGHTS}", last)
     assert contents(place) == before
 
 
