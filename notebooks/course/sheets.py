@@ -71,7 +71,7 @@ def gallery(
     """
     rows = max(_rows_of(len(images), columns), 1)
     lines = max([_line_count(caption) for caption in captions], default=1)
-    size = (1.32 * columns, rows * (1.12 + 0.18 * lines) + 0.5)
+    size = (1.26 * columns, rows * (1.06 + 0.19 * lines) + 0.5)
     figure, axes = new_figure(rows, columns, size)
     figure.suptitle(title)
     for i, ax in enumerate(axes.flat):
