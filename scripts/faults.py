@@ -313,7 +313,7 @@ def two_at_once(folder: Path) -> str:
     first = Training(run, trap=lambda: at_step(random.randint(1, STEPS), hold))
     while not in_a_step.exists():
         time.sleep(0.01)
-    check_refused(Training(run), "another process trains in")
+    check_refused(Training(run), "another process is training in")
     first.process.kill()
     first.end()
     check_that_it_resumes(run)
