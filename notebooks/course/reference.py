@@ -5,6 +5,7 @@ The report's are in results/reference: its run of sixty epochs is "the published
 
 import json
 import sqlite3
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,10 @@ def trials_table(path: Path = SEARCH) -> tuple[pd.DataFrame, dict[str, float]]:
         table = study.trials_dataframe(("number", "value", "duration", "state", "params"))
         table.columns = table.columns.str.removeprefix("params_")
         table = table.rename(columns={"value": "accuracy"}).dropna(subset="accuracy")
-        return table, get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+        with warnings.catch_warnings():  # older versions call PED-ANOVA experimental
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            evaluator = PedAnovaImportanceEvaluator()
+        return table, get_param_importances(study, evaluator=evaluator)
     except Exception as error:  # a damaged file can raise nearly any exception
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise InputError(
